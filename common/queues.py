@@ -1,0 +1,132 @@
+"""Queues and tasks by name, and how to send to them: nobody imports a task to send it.
+
+A message carries job ids and tokens, nothing else; the ledger holds the truth.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.exceptions import RedisError
+
+from common.celery_app import app, broker_url, redis_url
+from common.domain import JobKind, MaskwatchError
+from common.ledger import JobRef
+from common.settings import get_settings
+
+
+class Queue(StrEnum):
+    """Every queue. A test shows that each has a consumer."""
+
+    IMAGES = "maskwatch.images"
+    PRODUCER = "maskwatch.producer"
+    AGGREGATION = "maskwatch.aggregation"
+
+
+class TaskName(StrEnum):
+    """Every task."""
+
+    ANALYZE_IMAGES = "workers.analyze_images"
+    DISPATCH = "producer.dispatch"
+    RECONCILE = "producer.reconcile"
+    SUMMARIZE = "workers.summarize"
+
+
+#: Where the messages of each task go.
+ROUTES: Mapping[TaskName, Queue] = {
+    TaskName.ANALYZE_IMAGES: Queue.IMAGES,
+    TaskName.DISPATCH: Queue.PRODUCER,
+    TaskName.RECONCILE: Queue.PRODUCER,
+    TaskName.SUMMARIZE: Queue.AGGREGATION,
+}
+
+#: Which queue does the jobs of each kind. (Probes and chunks of videos have none yet.)
+JOB_QUEUES: Mapping[JobKind, Queue] = {JobKind.IMAGE: Queue.IMAGES}
+
+#: The key whose value tells one life of a Redis from the next; only the reconciler writes it.
+EPOCH_KEY = "maskwatch.epoch"
+
+
+class BrokerDownError(MaskwatchError):
+    """Redis can't be reached."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"the broker does not answer ({error}): is Redis running?")
+
+
+def redis_client() -> Redis:
+    """A client of the broker's Redis; times out instead of hanging."""
+    timeout = get_settings().broker.socket_timeout_seconds
+    return Redis.from_url(redis_url(), socket_timeout=timeout, socket_connect_timeout=timeout, decode_responses=True)
+
+
+def read_epoch(client: Redis) -> str | None:
+    """The epoch of this Redis; None in one that was just made or wiped."""
+    try:
+        found = client.get(EPOCH_KEY)
+    except RedisError as error:
+        raise BrokerDownError(error) from error
+    return None if found is None else str(found)
+
+
+def ensure_epoch(client: Redis) -> str:
+    """The epoch of this Redis, begun if there is none. Called by the reconciler alone."""
+    try:
+        client.set(EPOCH_KEY, uuid.uuid4().hex, nx=True)
+    except RedisError as error:
+        raise BrokerDownError(error) from error
+    epoch = read_epoch(client)
+    assert epoch is not None
+    return epoch
+
+
+def queue_length(client: Redis, queue: Queue) -> int:
+    """Messages that wait in a queue (kombu keeps a queue as a Redis list of its name)."""
+    try:
+        length = client.llen(queue.value)
+    except RedisError as error:
+        raise BrokerDownError(error) from error
+    assert isinstance(length, int)
+    return length
+
+
+def send(task: TaskName, *messages: Sequence[Any], **options: Any) -> None:
+    """Publish a task once per message, each the task's arguments. Raises `BrokerDownError` when the broker
+    does not take one; what came before it is then on its way."""
+    try:
+        with app.connection_for_write(broker_url()) as connection:
+            for args in messages:
+                app.send_task(
+                    task.value,
+                    args=list(args),
+                    queue=ROUTES[task].value,
+                    ignore_result=True,
+                    connection=connection,
+                    **options,
+                )
+    except (RedisError, OperationalError, OSError) as error:
+        raise BrokerDownError(error) from error
+
+
+def encode_refs(refs: Sequence[JobRef]) -> list[list[Any]]:
+    """Jobs as a message carries them: [[id, token], ...]."""
+    return [[ref.id, str(ref.token)] for ref in refs]
+
+
+def decode_refs(message: Any) -> list[JobRef]:
+    """The reverse of `encode_refs`. Raises `ValueError` for anything else, without acting on it."""
+    if not isinstance(message, list):
+        raise ValueError(f"expected a list of [id, token], got {type(message).__name__}")
+    refs = []
+    for entry in message:
+        match entry:
+            case [int() as job_id, str() as token] if not isinstance(job_id, bool) and 0 < job_id < 2**63:
+                refs.append(JobRef(job_id, uuid.UUID(token)))
+            case _:
+                raise ValueError("expected [id, token] with a positive integer and a UUID")
+    return refs

@@ -1,0 +1,293 @@
+"""Where footage lies: S3 buckets and local folders behind one small protocol.
+
+Listing raises `MaskwatchError` (a person waits for it); reading raises the job errors of `common/domain.py`
+(the ledger keeps the reason). Reads are pinned to an ETag, so that what is analysed is what was planned.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from common.domain import MaskwatchError, PermanentJobError, Reason, SourceChangedError, TransientJobError
+from common.settings import Settings, StorageSettings, get_settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+FILE_BUCKET = "file://"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One version of one object as listed; bucket + "/" + key is its URI."""
+
+    bucket: str
+    key: str
+    etag: str
+    size_bytes: int
+    last_modified: datetime
+
+    @property
+    def uri(self) -> str:
+        return f"{self.bucket}/{self.key}"
+
+
+class ObjectStore(Protocol):
+    """A bucket, or the local file system as one."""
+
+    bucket: str
+
+    def list_pages(self, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        """Objects below a prefix, in key order, page by page; `start_after` resumes behind a key."""
+        ...
+
+    def stat(self, key: str) -> ObjectInfo:
+        """The object as it is now."""
+        ...
+
+    def read(self, key: str, etag: str, max_bytes: int) -> bytes:
+        """The whole object, if it still has this ETag and at most `max_bytes`."""
+        ...
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """(bucket, key) of an `s3://` or `file://` URI."""
+    if uri.startswith("s3://"):
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise MaskwatchError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
+        return f"s3://{bucket}", key
+    return FILE_BUCKET, uri.removeprefix("file://").removeprefix("/")
+
+
+def open_source(source: str, settings: Settings) -> tuple[ObjectStore, str]:
+    """The store and prefix a person means by `s3://bucket/prefix`, `file:///path`, or a path.
+
+    Raises `MaskwatchError` for another scheme and for a path that isn't there.
+    """
+    if "://" not in source:
+        path = Path(source).expanduser().absolute()
+        source = f"{FILE_BUCKET}{Path(os.path.normpath(path))}"
+    if not source.startswith(("s3://", FILE_BUCKET)):
+        raise MaskwatchError(f"can't read {source!r}; expected s3://bucket/prefix or a folder")
+    bucket, prefix = split_uri(source)
+    if bucket == FILE_BUCKET and not Path("/", prefix).exists():
+        raise MaskwatchError(f"there is no folder or file /{prefix}")
+    return _open(bucket, settings.storage), prefix
+
+
+@lru_cache(maxsize=32)
+def open_bucket(bucket: str) -> ObjectStore:
+    """The store of a bucket as the ledger names it, one client per process."""
+    return _open(bucket, get_settings().storage)
+
+
+def _open(bucket: str, settings: StorageSettings) -> ObjectStore:
+    if bucket == FILE_BUCKET:
+        return FileStore(settings.list_page_size)
+    return S3Store(bucket, settings)
+
+
+class FileStore:
+    """Local files. The ETag is the time of the last change and the size, which is what a rewrite changes."""
+
+    bucket = FILE_BUCKET
+
+    def __init__(self, page_size: int = 1000) -> None:
+        self._page_size = page_size
+
+    def list_pages(self, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        page: list[ObjectInfo] = []
+        for path in self._walk(Path("/", prefix)):
+            key = str(path).removeprefix("/")
+            if key <= start_after:
+                continue
+            try:
+                page.append(self._info(key, path.stat()))
+            except FileNotFoundError:
+                continue  # deleted while we listed: there is nothing to analyse
+            if len(page) == self._page_size:
+                yield page
+                page = []
+        if page:
+            yield page
+
+    def _walk(self, root: Path) -> Iterator[Path]:
+        if root.is_file():
+            yield root
+            return
+        try:
+            entries = sorted(root.iterdir(), key=lambda entry: f"{entry}/" if entry.is_dir() else str(entry))
+        except PermissionError as error:
+            raise MaskwatchError(f"may not list {root}: {error.strerror}") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            # Links to folders are not followed: they may lead back up.
+            if entry.is_dir() and not entry.is_symlink():
+                yield from self._walk(entry)
+            elif entry.is_file():
+                yield entry
+
+    def stat(self, key: str) -> ObjectInfo:
+        with _file_errors(key):
+            return self._info(key, Path("/", key).stat())
+
+    def read(self, key: str, etag: str, max_bytes: int) -> bytes:
+        with _file_errors(key), Path("/", key).open("rb") as file:
+            before = self._info(key, os.fstat(file.fileno()))
+            _check(before, etag, max_bytes)
+            data = file.read(max_bytes + 1)
+            # A file that is written while we read it must not pass for the one that was planned.
+            _check(self._info(key, os.fstat(file.fileno())), etag, max_bytes)
+            return data
+
+    def _info(self, key: str, stat: os.stat_result) -> ObjectInfo:
+        modified = datetime.fromtimestamp(stat.st_mtime_ns // 1_000_000_000, UTC)
+        return ObjectInfo(FILE_BUCKET, key, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", stat.st_size, modified)
+
+
+@contextmanager
+def _file_errors(key: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise PermanentJobError(Reason.OBJECT_GONE, f"file:///{key} is gone") from error
+    except PermissionError as error:
+        raise PermanentJobError(Reason.ACCESS_DENIED, f"may not read file:///{key}: {error.strerror}") from error
+    except OSError as error:
+        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading file:///{key}: {error.strerror}") from error
+
+
+def _check(found: ObjectInfo, etag: str, max_bytes: int) -> None:
+    if found.etag != etag:
+        raise SourceChangedError(f"{found.uri} changed: planned ETag {etag}, found {found.etag}")
+    if found.size_bytes > max_bytes:
+        raise PermanentJobError(
+            Reason.OBJECT_TOO_LARGE,
+            f"{found.uri} has {found.size_bytes:,} bytes, more than the {max_bytes:,} that "
+            "MASKWATCH_STORAGE__MAX_OBJECT_BYTES allows",
+        )
+
+
+class S3Store:
+    """One S3 bucket. Credentials, region and profile come from the usual AWS variables and roles."""
+
+    def __init__(self, bucket: str, settings: StorageSettings) -> None:
+        self.bucket = bucket
+        self._name = bucket.removeprefix("s3://")
+        self._page_size = settings.list_page_size
+        self._client = _client(settings.endpoint_url, settings.connect_timeout_seconds, settings.read_timeout_seconds)
+
+    def list_pages(self, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._name,
+            Prefix=prefix,
+            StartAfter=start_after,
+            PaginationConfig={"PageSize": self._page_size},
+        )
+        with _listing_errors(f"{self.bucket}/{prefix}"):
+            for page in pages:
+                # "Folders" made by consoles are empty objects whose key ends in a slash.
+                yield [
+                    ObjectInfo(
+                        self.bucket, entry["Key"], entry["ETag"].strip('"'), entry["Size"], entry["LastModified"]
+                    )
+                    for entry in page.get("Contents", [])
+                    if not entry["Key"].endswith("/")
+                ]
+
+    def stat(self, key: str) -> ObjectInfo:
+        with _reading_errors(self.bucket, key):
+            head = self._client.head_object(Bucket=self._name, Key=key)
+        return ObjectInfo(self.bucket, key, head["ETag"].strip('"'), head["ContentLength"], head["LastModified"])
+
+    def read(self, key: str, etag: str, max_bytes: int) -> bytes:
+        with _reading_errors(self.bucket, key):
+            answer = self._client.get_object(Bucket=self._name, Key=key, IfMatch=f'"{etag}"')
+            found = ObjectInfo(
+                self.bucket, key, answer["ETag"].strip('"'), answer["ContentLength"], answer["LastModified"]
+            )
+            with answer["Body"] as body:
+                _check(found, etag, max_bytes)
+                return body.read()
+
+
+@lru_cache(maxsize=8)
+def _client(endpoint_url: str | None, connect_timeout: float, read_timeout: float) -> S3Client:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        config=Config(
+            # "standard" adds jitter and retries throttling; what still fails after it goes to the ledger.
+            retries={"mode": "standard", "total_max_attempts": 4},
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            max_pool_connections=16,
+        ),
+    )
+
+
+def _error_code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def _listing_errors(uri: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    try:
+        yield
+    except ClientError as error:
+        code = _error_code(error)
+        if code == "NoSuchBucket":
+            raise MaskwatchError(f"the bucket of {uri} does not exist; check the name and the endpoint") from error
+        if code in _DENIED:
+            raise MaskwatchError(f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys") from error
+        raise MaskwatchError(f"listing {uri} failed: {error}") from error
+    except NoCredentialsError as error:
+        raise MaskwatchError(
+            f"no AWS credentials for {uri}: set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
+    except BotoCoreError as error:
+        raise MaskwatchError(f"listing {uri} failed: {error}") from error
+
+
+_DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled"}
+
+
+@contextmanager
+def _reading_errors(bucket: str, key: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
+
+    uri = f"{bucket}/{key}"
+    try:
+        yield
+    except ClientError as error:
+        code = _error_code(error)
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if status == 412 or code == "PreconditionFailed":
+            raise SourceChangedError(f"{uri} no longer has the planned ETag") from error
+        if code == "NoSuchBucket":
+            raise PermanentJobError(Reason.BUCKET_MISSING, f"the bucket of {uri} does not exist") from error
+        if status == 404 or code in {"NoSuchKey", "404"}:
+            raise PermanentJobError(Reason.OBJECT_GONE, f"{uri} is gone") from error
+        if status == 403 or code in _DENIED:
+            raise PermanentJobError(
+                Reason.ACCESS_DENIED, f"reading {uri} is denied ({code}): grant s3:GetObject to these keys"
+            ) from error
+        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {code} (HTTP {status})") from error
+    except (BotoCoreError, HTTPError) as error:
+        # Connections refused or cut, time-outs, bodies shorter than announced.
+        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {error}") from error

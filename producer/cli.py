@@ -1,0 +1,196 @@
+"""The commands of the producer's side: enqueue footage, run the dispatcher."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from common.console import json_option, note, print_json, progress
+from common.domain import MaskwatchError, TimeRange
+
+if TYPE_CHECKING:
+    from common.settings import Settings
+    from producer.submit import BackfillReport
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what a source's pictures are; shared by `backfill` and `run`."""
+    for option in reversed(
+        [
+            click.argument("source"),
+            click.option("--location", required=True, help="Where the footage was taken."),
+            click.option("--camera", help="The camera it comes from."),
+            click.option(
+                "--time-pattern",
+                metavar="PATTERN",
+                help="How keys tell when a picture was taken, in the location's time zone: text, strptime "
+                "directives and * for any text, e.g. 'cam1/%Y/%m/%d/%H-%M-%S.jpg'. Without it: EXIF, "
+                "then LastModified.",
+            ),
+            click.option("--since", metavar="TIME", help="Only pictures from this time on (ISO 8601)."),
+            click.option("--until", metavar="TIME", help="Only pictures before this time (ISO 8601)."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def parse_range(since: str | None, until: str | None) -> TimeRange:
+    """A half-open range of instants; times without an offset are UTC. Raises `MaskwatchError`."""
+
+    def parse(name: str, value: str | None) -> datetime | None:
+        if value is None:
+            return None
+        try:
+            instant = datetime.fromisoformat(value)
+        except ValueError:
+            raise MaskwatchError(
+                f"--{name} {value!r} is no time; expected e.g. 2026-03-01 or 2026-03-01T08:00+01:00"
+            ) from None
+        return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+    try:
+        return TimeRange(parse("since", since), parse("until", until))
+    except ValueError as error:
+        raise MaskwatchError(str(error)) from error
+
+
+@click.command()
+@source_options
+@click.option("--wait", is_flag=True, help="Wait until everything found is analysed and summarized.")
+@json_option
+def backfill(
+    source: str,
+    location: str,
+    camera: str | None,
+    time_pattern: str | None,
+    since: str | None,
+    until: str | None,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Enqueue every picture below SOURCE: s3://bucket/prefix, or a folder.
+
+    Doing it again adds nothing: what is known is skipped, what was replaced is analysed anew. Objects of
+    other kinds are counted and named.
+
+    \b
+    Examples:
+      maskwatch backfill s3://footage/2026/ --location lobby --wait
+      maskwatch backfill s3://footage/door/ --location lobby --camera door \\
+          --time-pattern 'door/%Y/%m/%d/%H-%M-%S.jpg' --since 2026-03-01
+    """
+    from common.deployment import deployment
+    from producer.submit import submit
+
+    within = parse_range(since, until)
+    with deployment() as settings:
+        with progress() as bar:
+            listing = bar.add_task("listing", total=None)
+            report = submit(
+                settings,
+                source,
+                location_name=location,
+                camera_name=camera,
+                time_pattern=time_pattern,
+                within=within,
+                on_page=lambda so_far: bar.update(listing, completed=so_far.listed),
+            )
+        nudge()
+        if not as_json:
+            describe(report)
+        states = wait_for(report.id, settings) if wait else None
+        if as_json:
+            print_json({**report.as_dict(), "jobs": states})
+        elif states is None:
+            note("enqueued; see how it goes: maskwatch status")
+
+
+def nudge() -> None:
+    """Have the dispatcher look now instead of at its next tick; without it, the tick does."""
+    from common.queues import BrokerDownError, TaskName, send
+
+    try:
+        send(TaskName.DISPATCH, (), expires=60)
+    except BrokerDownError as error:
+        note(f"warning: {error}; the jobs are in the ledger and will be sent when it is back")
+
+
+def describe(report: BackfillReport) -> None:
+    """Say in words what a backfill found."""
+    note(f"{report.listed} objects below {report.source}: {report.new} new, {report.known} known already")
+    if report.superseded:
+        note(f"  {report.superseded} replaced an older version, whose results were withdrawn")
+    if report.quarantined:
+        note(f"  {report.quarantined} can't be placed in time: maskwatch jobs list --state quarantined")
+    if report.outside_range:
+        note(f"  {report.outside_range} outside --since/--until")
+    if report.others:
+        named = ", ".join(report.others_named)
+        note(f"  {report.others} are no pictures and were left out: {named}{' ...' if report.others > 5 else ''}")
+    if report.elsewhere:
+        note(f"  {report.elsewhere} belong to another location or camera and stay there: {report.first_elsewhere}")
+    if not report.shown:
+        note(
+            f"  {report.location} shows the figures of another pipeline; to show this one's: "
+            f"maskwatch pipelines promote --location {report.location}"
+        )
+
+
+def wait_for(backfill_id: int, settings: Settings) -> dict[str, int]:
+    """Wait until no job of a backfill has anything left to do and the summaries hold it; counts by state."""
+    from common import ledger
+    from common.database import session_scope
+    from common.domain import ACTIVE_STATES
+
+    patience = time.monotonic() + 30
+    before: object = None
+    with progress() as bar:
+        task = bar.add_task("analysing", total=None)
+        while True:
+            with session_scope() as session:
+                states = ledger.counts_by_state(session, backfill_id)
+                dirty = ledger.unsummarized(session)
+            total = sum(states.values())
+            active = sum(states[state] for state in ACTIVE_STATES)
+            bar.update(task, total=total, completed=total - active)
+            if not active and not dirty:
+                return {state.value: count for state, count in states.items() if count}
+            if before != (states, dirty):
+                before, patience = (states, dirty), time.monotonic() + 30
+            elif time.monotonic() > patience:
+                note("nothing has moved for 30 s; are a producer, a worker and an aggregator running? maskwatch status")
+                patience = time.monotonic() + 300
+            time.sleep(min(0.5, settings.dispatch.interval_seconds))
+
+
+@click.command()
+def producer() -> None:
+    """Run the dispatcher and the reconciler, until SIGTERM: they move jobs from the ledger to Redis and
+    recover what got lost. Ticks the aggregator, too. Two of them do no harm.
+
+    \b
+    Example:
+      maskwatch producer
+    """
+    from common.deployment import deployment
+
+    with deployment():
+        from celery.beat import EmbeddedService
+
+        from common.celery_app import app, serve
+        from common.queues import Queue
+        from producer.tasks import schedule
+
+        # In memory: what is due follows from the ledger, so a restarted beat needs to remember nothing.
+        app.conf.beat_scheduler = "celery.beat:Scheduler"
+        app.conf.beat_max_loop_interval = 1
+        schedule()
+        EmbeddedService(app, thread=True).start()
+        # solo: one task at a time, in this process; the database bounds its statements' time.
+        serve(Queue.PRODUCER, f"producer-{os.getpid()}", pool="solo", tasks="producer.tasks")

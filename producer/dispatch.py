@@ -1,0 +1,72 @@
+"""From the ledger to Redis, bounded, and back again for what got lost on the way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from common import ledger
+from common.database import engine, session_scope
+from common.ledger import DispatchedJob, JobRef
+from common.partitions import split_default
+from common.queues import Queue, TaskName, encode_refs, ensure_epoch, queue_length, read_epoch, redis_client, send
+from common.settings import Settings
+from common.telemetry import get_logger
+
+log = get_logger(__name__)
+
+
+def dispatch(settings: Settings) -> int:
+    """Send pending jobs while Redis holds fewer messages than the cap; returns how many jobs were sent.
+
+    The messages are published after the commit: a message whose job is not queued yet would be dropped.
+    One that never gets published is found by `reconcile`.
+    """
+    with redis_client() as client:
+        epoch = read_epoch(client)
+        if epoch is None:
+            return 0  # a new or wiped Redis: the reconciler comes first, and begins its epoch
+        room = settings.dispatch.queue_cap - queue_length(client, Queue.IMAGES)
+    if room <= 0:
+        return 0
+    with session_scope() as session:
+        ledger.wake_retries(session)
+        suspects = ledger.take_pending(session, limit=room, alone=True, epoch=epoch)
+        room -= len(suspects)
+        others = ledger.take_pending(session, limit=room * settings.worker.group_size, alone=False, epoch=epoch)
+    groups = [[job.ref] for job in suspects] + list(group(others, settings.worker.group_size))
+    if groups:
+        send(TaskName.ANALYZE_IMAGES, *([encode_refs(refs)] for refs in groups))
+        log.info("dispatched", jobs=len(suspects) + len(others), messages=len(groups))
+    return len(suspects) + len(others)
+
+
+def group(jobs: Iterable[DispatchedJob], size: int) -> Iterator[list[JobRef]]:
+    """Groups of at most `size` jobs of one pipeline, so that a worker need not switch models inside one."""
+    open_groups: dict[int, list[JobRef]] = defaultdict(list)
+    for job in jobs:
+        refs = open_groups[job.pipeline_id]
+        refs.append(job.ref)
+        if len(refs) == size:
+            yield open_groups.pop(job.pipeline_id)
+    yield from open_groups.values()
+
+
+def reconcile(settings: Settings) -> dict[str, int]:
+    """Find what got lost: expired leases, messages of a Redis that was wiped, overdue ones. Begins the epoch
+    of a new Redis, and moves faces that wait for their partition. Returns what was found, by kind."""
+    limits = settings.ledger
+    # First what needs no Redis, so that expired leases are recovered while it is away.
+    with session_scope() as session:
+        found = {"expired_leases": ledger.recover_expired(session, max_lost_leases=limits.max_lost_leases)}
+    found["partitions"] = len(split_default(engine()))
+    with redis_client() as client:
+        epoch = ensure_epoch(client)
+        empty = queue_length(client, Queue.IMAGES) == 0
+    with session_scope() as session:
+        found["lost_messages"] = ledger.recover_queued(
+            session, epoch=epoch, overdue_seconds=limits.overdue_seconds, queue_empty=empty
+        )
+    if any(found.values()):
+        log.warning("reconciled", **found)
+    return found

@@ -1,0 +1,81 @@
+"""The commands of the workers' side: run one, run the aggregator, summarize now."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from common.console import json_option, note, print_json
+from workers.annotate import annotate
+
+__all__ = ["aggregator", "annotate", "summarize", "worker"]
+
+
+@click.command()
+@click.option("--processes", type=click.IntRange(1), help="Child processes (default: MASKWATCH_WORKER__PROCESSES, 1).")
+@click.option("--threads", type=click.IntRange(1), help="Threads per model runtime (default: cores // processes).")
+@click.option("--name", default=None, help="A name for logs and for `jobs show` (default: the process id).")
+def worker(processes: int | None, threads: int | None, name: str | None) -> None:
+    """Run a worker that analyses pictures, until SIGTERM.
+
+    On SIGTERM it finishes the picture at hand, gives the others back, and exits.
+
+    \b
+    Example, on a machine with 8 cores:
+      maskwatch worker --processes 4
+    """
+    # Through the environment, because the children read their settings themselves.
+    if processes:
+        os.environ["MASKWATCH_WORKER__PROCESSES"] = str(processes)
+    if threads:
+        os.environ["MASKWATCH_WORKER__THREADS"] = str(threads)
+    from common.queues import Queue
+
+    _serve(Queue.IMAGES, name or f"worker-{os.getpid()}", pool="prefork")
+
+
+@click.command()
+@click.option("--name", default=None, help="A name for logs (default: the process id).")
+def aggregator(name: str | None) -> None:
+    """Run a worker that only builds summaries, until SIGTERM. It loads no model and no decoder.
+
+    \b
+    Example:
+      maskwatch aggregator
+    """
+    from common.queues import Queue
+
+    # solo: one task at a time, in this process; the database bounds its statements' time.
+    _serve(Queue.AGGREGATION, name or f"aggregator-{os.getpid()}", pool="solo")
+
+
+def _serve(queue: str, name: str, pool: str) -> None:
+    from common.deployment import deployment
+
+    with deployment():
+        from common.celery_app import serve
+        from workers.lifecycle import prepare_drain
+
+        prepare_drain()
+        serve(queue, name, pool=pool, tasks="workers.tasks")
+
+
+@click.command()
+@json_option
+def summarize(as_json: bool) -> None:
+    """Bring the hourly summaries up to date now, without waiting for the schedule.
+
+    \b
+    Example:
+      maskwatch summarize
+    """
+    from common.deployment import deployment
+    from workers import aggregation
+
+    with deployment():
+        hours = aggregation.summarize()
+    if as_json:
+        print_json({"hours": hours})
+    else:
+        note(f"{hours} hour(s) summarized")

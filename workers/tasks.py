@@ -1,0 +1,36 @@
+"""The workers' tasks: wiring only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.celery_app import app
+from common.queues import TaskName, decode_refs
+from common.settings import get_settings
+from common.telemetry import get_logger
+from workers import aggregation
+from workers.lifecycle import draining, worker_name
+
+log = get_logger(__name__)
+
+
+@app.task(name=TaskName.ANALYZE_IMAGES.value, bind=True)
+def analyze_images(self: Any, message: Any) -> None:
+    """Analyse the image jobs that a message names."""
+    # Imported here: a worker that only aggregates loads neither decoders nor a model runtime.
+    from workers.images import analyze_group
+
+    try:
+        refs = decode_refs(message)
+    except ValueError as error:
+        # Not one of our messages; the ledger knows of nothing to do.
+        log.error("dropped a message that names no jobs", detail=str(error))
+        return
+    name = worker_name(self.request.hostname, self.request.id)
+    analyze_group(refs, worker=name, settings=get_settings(), draining=draining)
+
+
+@app.task(name=TaskName.SUMMARIZE.value)
+def summarize() -> None:
+    """Bring the hourly summaries up to date."""
+    aggregation.summarize()

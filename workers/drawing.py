@@ -31,22 +31,24 @@ LABEL_ALPHA = 0.2
 #: Pictures whose longer side is below this get no readable labels unless they are enlarged.
 LEGIBLE_PX = 1000
 #: A label wider than this many faces shows the probability alone, so that it doesn't hide the neighbours.
-LABEL_LIMIT = 3.0
+LABEL_LIMIT = 2.5
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 @dataclass(frozen=True, slots=True)
 class _Style:
-    """Sizes that follow from the picture's: line width in pixels, and the factor of the font."""
+    """Sizes that follow from the picture's: the width of boxes and of strokes in pixels, and the font's factor."""
 
     line_px: int
+    stroke_px: int
     font: float
 
     @classmethod
     def of(cls, width: int, height: int) -> _Style:
         longer = max(width, height)
-        return cls(max(1, round(longer / 600)), min(max(longer / 2000, 0.4), 3.0))
+        font = min(max(longer / 1800, 0.4), 3.0)
+        return cls(max(1, round(longer / 600)), max(1, round(font * 2.5)), font)
 
 
 def draw_faces(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> NDArray[np.uint8]:
@@ -86,8 +88,8 @@ def _draw_box(image: NDArray[np.uint8], face: Face, style: _Style) -> None:
 def _draw_label(image: NDArray[np.uint8], face: Face, style: _Style) -> None:
     width = image.shape[1]
     text = _label(face, style)
-    (text_w, text_h), below = cv2.getTextSize(text, _FONT, style.font, style.line_px)
-    pad = style.line_px + 1
+    (text_w, text_h), below = cv2.getTextSize(text, _FONT, style.font, style.stroke_px)
+    pad = style.stroke_px + 1
     label_w, label_h = text_w + 2 * pad, text_h + below + 2 * pad
 
     # Above the box; inside it, at its top, where the picture ends. Never out of the picture sideways.
@@ -99,12 +101,12 @@ def _draw_label(image: NDArray[np.uint8], face: Face, style: _Style) -> None:
 
     origin = (left + pad, top + pad + text_h)
     # A dark rim keeps the words readable on any picture.
-    cv2.putText(image, text, origin, _FONT, style.font, (0, 0, 0), style.line_px + 2, cv2.LINE_AA)
-    cv2.putText(image, text, origin, _FONT, style.font, colour, style.line_px, cv2.LINE_AA)
+    cv2.putText(image, text, origin, _FONT, style.font, (0, 0, 0), style.stroke_px + 2, cv2.LINE_AA)
+    cv2.putText(image, text, origin, _FONT, style.font, colour, style.stroke_px, cv2.LINE_AA)
 
 
 def _label(face: Face, style: _Style) -> str:
     probability = f"{max(face.p_with_mask, face.p_without_mask):.0%}"
     words = f"{WORDS[face.status]} {probability}"
-    (text_w, _), _ = cv2.getTextSize(words, _FONT, style.font, style.line_px)
+    (text_w, _), _ = cv2.getTextSize(words, _FONT, style.font, style.stroke_px)
     return words if text_w <= LABEL_LIMIT * (face.x2 - face.x1) else probability

@@ -23,10 +23,11 @@ STRIDE = 4
 MULTIPLE = 32
 #: The IoU from which the weaker of two boxes is dropped; the authors' own value.
 NMS_IOU = 0.3
-#: CenterFace places boxes too high, the more so where a mask hides the chin: on 1,200 faces of labelled press
-#: photos its box lies 0.13 (with mask) and 0.10 (without) of a face's height above the label, at all sizes.
-#: Boxes move down by this share of their height.
-SHIFT_DOWN = 0.12
+#: CenterFace draws boxes from the hair to above the chin, the more so where a mask hides the chin: against 1,200
+#: labels of press photos its box begins 0.16 of the face's height too high, and ends 0.10 (with mask) or 0.05
+#: (without) too high, at all sizes. So the top edge moves down by the first share of the box's height, and
+#: the bottom edge by the second. Worth 0.02 to 0.03 of recall at an IoU of 0.5.
+TOP_DOWN, BOTTOM_DOWN = 0.15, 0.08
 #: At most this many candidates, the best, enter the suppression: a bound on the work for a hostile picture.
 MAX_CANDIDATES = 5000
 #: Boxes thinner than this, after they were cut at the picture's edge, are no faces. Pixels of the original.
@@ -47,7 +48,7 @@ class CenterFace:
         heatmap, log_sizes, offsets = self._session.run(blob)
         boxes, scores = decode(heatmap[0], log_sizes[0], offsets[0], self._spec.detector_threshold)
         to_original = np.array([1 / scale_x, 1 / scale_y] * 2, np.float32)
-        boxes = clip(shift_down(boxes * to_original), width, height)
+        boxes = clip(to_labels(boxes * to_original), width, height)
         whole = has_area(boxes, at_least_px=MIN_SIDE_PX)
         boxes, scores = boxes[whole], scores[whole]
         kept = nms(boxes, scores, NMS_IOU)
@@ -111,11 +112,13 @@ def decode(
     return boxes.astype(np.float32), scores.astype(np.float32)
 
 
-def shift_down(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The boxes (n, 4), moved to where people draw them: see `SHIFT_DOWN`."""
-    shifted = boxes_xyxy.copy()
-    shifted[:, 1::2] += SHIFT_DOWN * (boxes_xyxy[:, 3:4] - boxes_xyxy[:, 1:2])
-    return shifted
+def to_labels(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The boxes (n, 4) as people draw them, from the brow to the chin: see `TOP_DOWN`."""
+    heights = boxes_xyxy[:, 3] - boxes_xyxy[:, 1]
+    moved = boxes_xyxy.copy()
+    moved[:, 1] += TOP_DOWN * heights
+    moved[:, 3] += BOTTOM_DOWN * heights
+    return moved
 
 
 def _round_up(side: int) -> int:

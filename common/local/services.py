@@ -7,10 +7,9 @@ import importlib.util
 import signal
 import socket
 import sys
+from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from common.domain import MaskwatchError
 from common.local.processes import (
@@ -20,6 +19,7 @@ from common.local.processes import (
     start_detached,
     stop,
     stop_tagged,
+    tag,
     wait_until,
 )
 
@@ -30,28 +30,37 @@ ANSWER_SECONDS = 15.0
 TERM_THEN_KILL = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
 
 
-class Service(Protocol):
+class Service(ABC):
     """One service of a stack: started detached, asked whether it answers, stopped."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.tag = tag(self.name, state_dir)
+        self.log = log_file(self.name, state_dir)
 
     @property
+    @abstractmethod
     def address(self) -> str:
         """Where it is reached, for people; no secrets."""
-        ...
 
+    @abstractmethod
     def start(self) -> ProcessRef:
         """Start it and return when it answers. What an earlier crash left of it is stopped first."""
-        ...
 
+    @abstractmethod
     def answers(self) -> bool:
         """Whether it can be used right now."""
-        ...
 
+    @abstractmethod
     def stop(self, ref: ProcessRef | None) -> None:
         """Stop it and what an earlier crash left of it; all has ended on return."""
-        ...
+
+
+def log_file(name: str, state_dir: Path) -> Path:
+    """Where a process of a stack writes what it has to say."""
+    return state_dir / "logs" / f"{name}.log"
 
 
 def wheel_folder(package: str) -> Path:
@@ -75,24 +84,23 @@ def wheel_file(package: str, *parts: str) -> Path:
     return path
 
 
-def wait_for_answer(service: Service, ref: ProcessRef, log: Path) -> ProcessRef:
+def wait_for_answer(service: Service, ref: ProcessRef) -> ProcessRef:
     """Wait until a service that was just started answers; an error with the end of its log where it doesn't."""
     if wait_until(lambda: service.answers() or not ref.alive(), START_SECONDS) and ref.alive():
         return ref
     service.stop(ref)
-    raise MaskwatchError(f"the embedded {service.name} did not start: {last_lines(log)} (log: {log})")
+    raise MaskwatchError(f"the embedded {service.name} did not start: {last_lines(service.log)} (log: {service.log})")
 
 
-@dataclass(frozen=True)
-class Redis:
+class Redis(Service):
     """redis-server on a Unix socket that only this user reaches. It forgets everything when it stops: the ledger in
     Postgres is the truth, Redis is a hint."""
 
-    socket: Path
-    state_dir: Path
-    tag: str
-    log: Path
-    name: str = "redis"
+    name = "redis"
+
+    def __init__(self, state_dir: Path, sockets: Path) -> None:
+        super().__init__(state_dir)
+        self.socket = sockets / "redis.sock"
 
     @property
     def address(self) -> str:
@@ -113,7 +121,7 @@ class Redis:
         for option, value in options.items():
             argv += [f"--{option}", value]
         stop_tagged(self.tag)
-        return wait_for_answer(self, start_detached(argv, service_environment(self.tag), self.log), self.log)
+        return wait_for_answer(self, start_detached(argv, service_environment(self.tag), self.log))
 
     def answers(self) -> bool:
         with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
@@ -128,15 +136,15 @@ class Redis:
             stop(ref, TERM_THEN_KILL)
 
 
-@dataclass
-class S3:
+class S3(Service):
     """moto's S3 server on the loopback interface. Objects live in its memory and are gone when it stops."""
 
-    port: int  # 0: any free one, known after start()
-    state_dir: Path
-    tag: str
-    log: Path
-    name: str = "s3"
+    name = "s3"
+
+    def __init__(self, state_dir: Path, port: int) -> None:
+        """`port` is the one to prefer; the one it has is known after `start`."""
+        super().__init__(state_dir)
+        self.port = port
 
     @property
     def address(self) -> str:
@@ -152,7 +160,7 @@ class S3:
             # -P: this folder must not come first on the server's import path, its names are not meant for moto.
             argv = [sys.executable, "-P", program, str(self.state_dir)]
             ref = start_detached(argv, service_environment(self.tag), self.log, stdin=listener.fileno())
-        return wait_for_answer(self, ref, self.log)
+        return wait_for_answer(self, ref)
 
     def _listen(self) -> socket.socket:
         """A socket on the port it had before, so that URLs stay good, or else on a free one."""

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from common.domain import MaskwatchError
 from common.local import locks
@@ -34,17 +34,18 @@ from common.local.postgres import (
     make_cluster,
     move_cluster,
     open_to_postgres,
+    remove_abandoned_cluster,
     remove_cluster,
 )
-from common.local.processes import TAG, ProcessRef, start_detached, stop_session, stop_tagged
-from common.local.services import S3, Redis, Service
+from common.local.processes import TAG, ProcessRef, start_detached, stop_session, stop_stack, stop_tagged, tag
+from common.local.services import S3, Redis, Service, log_file
 
 S3_REGION = "us-east-1"
 
 #: How long a worker may take to finish what it holds before it is killed.
 WORKER_STOP_SECONDS = 20.0
 
-SERVICES = ("postgres", "redis", "s3")
+SERVICES = (Postgres.name, Redis.name, S3.name)
 
 #: What may lie in a folder that is still to become a state directory: a start that was interrupted left it.
 _BEGINNINGS = {"lock", "in-use", "logs", "state.json.new"}
@@ -97,6 +98,7 @@ class State(BaseModel):
     """What is written down in `state.json`."""
 
     state_dir: Path
+    password: str = Field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  # of Postgres
     kept: bool = False  # started explicitly: no session stops it
     sockets: Path | None = None
     cluster: Path | None = None
@@ -114,7 +116,6 @@ class LocalStack:
         self._file = self.state_dir / "state.json"
         self._lock = self.state_dir / "lock"
         self._in_use = self.state_dir / "in-use"
-        self._password_file = self.state_dir / "postgres-password"
 
     # What people and commands call.
 
@@ -124,8 +125,10 @@ class LocalStack:
 
     def down(self, purge: bool = False) -> None:
         """Stop everything, workers too, whoever still uses it; `purge` also removes the data and the state."""
-        if not self.state_dir.exists():
-            stop_tagged(self._tag(""))  # the state was deleted under a running stack
+        if self._load_file() is None:  # never started, or deleted by hand
+            stop_stack(self.state_dir)
+            if purge:
+                remove_abandoned_cluster(self.state_dir)
             return
         self._open_state_dir()
         with locks.exclusive(self._lock, self.lock_seconds):
@@ -181,20 +184,22 @@ class LocalStack:
         Its output goes to `logs/NAME.log`. It is stopped by `stop_process`, at the end of this process's session, by
         `down`, or by the next start after this process has died.
         """
-        if not self._file.exists():
+        if self._load() is None:
             raise MaskwatchError(f"the embedded services in {self.state_dir} are not running")
         program = shutil.which(argv[0])
         if program is None:
             raise MaskwatchError(f"{argv[0]} is not an executable program")
-        worker = Worker(name=name, tag=self._tag(f"worker-{secrets.token_hex(8)}"), owner=_ourselves())
+        worker = Worker(name=name, tag=tag(f"worker-{secrets.token_hex(8)}", self.state_dir), owner=_ourselves())
         with self._changing() as state:
-            if any(other.name == name and other.owner == worker.owner for other in state.workers):
+            earlier = [other for other in state.workers if other.name == name and other.owner == worker.owner]
+            if any(other.process is not None and other.process.alive() for other in earlier):
                 raise MaskwatchError(f"this process already has a process named {name}; stop it first")
+            _stop_in_parallel(earlier)
             # Recorded before it exists: a kill at any moment leaves nothing that the next start doesn't know.
-            state.workers.append(worker)
+            state.workers = [other for other in state.workers if other not in earlier] + [worker]
             self._save(state)
             environment = {**os.environ, **env, TAG: worker.tag}
-            worker.process = start_detached([program, *argv[1:]], environment, self._log(name))
+            worker.process = start_detached([program, *argv[1:]], environment, log_file(name, self.state_dir))
         return worker.process.pid
 
     def stop_process(self, name: str) -> None:
@@ -212,16 +217,14 @@ class LocalStack:
             state.sockets = _socket_folder(state.sockets)
             if state.cluster is None or not state.cluster.is_dir():
                 state.cluster = make_cluster(self.state_dir)
-            self._save(state)
-            if not self._password_file.exists():
-                _write_private(self._password_file, secrets.token_urlsafe(24))
+            self._save(state)  # before anything runs in these folders
             services = self._services(state)
             with ThreadPoolExecutor(len(services)) as pool:
                 starts = {s.name: pool.submit(_ensure, s, state.services.get(s.name)) for s in services}
             state.services = {name: start.result() for name, start in starts.items() if start.exception() is None}
-            for start in starts.values():
-                start.result()  # the first error, once all have come to an end
             state.s3_port = next(service.port for service in services if isinstance(service, S3))
+            for start in starts.values():
+                start.result()  # the first error, now that what did start is recorded
             state.kept = state.kept or keep
             return self._endpoints(state)
 
@@ -231,7 +234,7 @@ class LocalStack:
             with ThreadPoolExecutor(len(SERVICES)) as pool:
                 list(pool.map(lambda s: s.stop(state.services.get(s.name)), self._services(state)))
             shutil.rmtree(state.sockets, ignore_errors=True)
-        stop_tagged(self._tag(""))
+        stop_stack(self.state_dir)
         state.services, state.workers, state.sockets, state.kept = {}, [], None, False
 
     def _stop_if_unused(self) -> None:
@@ -281,12 +284,12 @@ class LocalStack:
                 f"{self.state_dir} holds other files; MASKWATCH_STATE_DIR has to name a folder that is new or empty"
             )
         self.state_dir.chmod(0o700)
-        (self.state_dir / "logs").mkdir(mode=0o700, exist_ok=True)
 
     @contextmanager
     def _changing(self) -> Iterator[State]:
         """The state, under the lock, saved at the end whatever happens."""
         with locks.exclusive(self._lock, self.lock_seconds):
+            log_file("", self.state_dir).parent.mkdir(mode=0o700, exist_ok=True)
             state = self._load_here()
             try:
                 yield state
@@ -294,18 +297,21 @@ class LocalStack:
                 self._save(state)
 
     def _load_here(self) -> State:
-        """The state to change; call it under the lock. A directory that was moved or copied gets its own."""
+        """The state to change; call it under the lock. A directory that is new, moved or copied gets one of its own."""
         state = self._load_file()
-        if state is None:
-            stop_tagged(self._tag(""))  # processes whose state was deleted
-            return State(state_dir=self.state_dir)
-        if state.state_dir == self.state_dir:
+        if state is not None and state.state_dir == self.state_dir:
             return state
-        if (state.state_dir / self._file.name).exists():  # a copy: the processes and root's data are the original's
-            return State(state_dir=self.state_dir)
-        stop_tagged(f"{state.state_dir}#")
-        cluster = move_cluster(state.cluster, self.state_dir) if state.cluster else None
-        return State(state_dir=self.state_dir, cluster=cluster)
+        if state is None:
+            stop_stack(self.state_dir)  # processes whose state was deleted
+            state = State(state_dir=self.state_dir)
+        elif _is_there(state.state_dir / self._file.name):  # a copy: the processes and root's data are the original's
+            state = State(state_dir=self.state_dir, password=state.password)
+        else:
+            stop_stack(state.state_dir)
+            cluster = move_cluster(state.cluster, self.state_dir) if state.cluster else None
+            state = State(state_dir=self.state_dir, password=state.password, cluster=cluster)
+        self._save(state)
+        return state
 
     def _load(self) -> State | None:
         """The state to look at; None where this directory has none of its own yet."""
@@ -317,40 +323,27 @@ class LocalStack:
             return State.model_validate_json(self._file.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValidationError) as error:
-            raise MaskwatchError(f"{self._file} can't be read; remove {self.state_dir} to begin anew") from error
+        except OSError as error:
+            raise MaskwatchError(f"{self._file} can't be read ({error.strerror})") from error
+        except ValidationError as error:
+            raise MaskwatchError(f"{self._file} is damaged; remove {self.state_dir} to begin anew") from error
 
     def _save(self, state: State) -> None:
         _write_private(self._file, state.model_dump_json(indent=2))
 
-    def _log(self, name: str) -> Path:
-        return self.state_dir / "logs" / f"{name}.log"
-
-    def _tag(self, name: str) -> str:
-        return f"{self.state_dir}#{name}"
-
-    def _password(self) -> str:
-        return self._password_file.read_text()
-
     def _services(self, state: State) -> list[Service]:
         assert state.sockets is not None and state.cluster is not None, "the state was prepared by _start"
         return [
-            Postgres(
-                state.cluster,
-                state.sockets / "postgres",
-                self._password(),
-                self._tag("postgres"),
-                self._log("postgres"),
-            ),
-            Redis(state.sockets / "redis" / "redis.sock", self.state_dir, self._tag("redis"), self._log("redis")),
-            S3(state.s3_port, self.state_dir, self._tag("s3"), self._log("s3")),
+            Postgres(self.state_dir, state.cluster, state.sockets / "postgres", state.password),
+            Redis(self.state_dir, state.sockets / "redis"),
+            S3(self.state_dir, state.s3_port),
         ]
 
     def _endpoints(self, state: State) -> Endpoints:
         assert state.sockets is not None
         sockets = state.sockets
         return Endpoints(
-            database_url=f"postgresql+psycopg://{ROLE}:{self._password()}@/{DATABASE}?host={sockets}/postgres&port={PORT}",
+            database_url=f"postgresql+psycopg://{ROLE}:{state.password}@/{DATABASE}?host={sockets}/postgres&port={PORT}",
             broker_url=f"redis+socket://{sockets}/redis/redis.sock?virtual_host=0",
             redis_url=f"unix://{sockets}/redis/redis.sock?db=0",
             s3_endpoint_url=f"http://127.0.0.1:{state.s3_port}",
@@ -410,6 +403,13 @@ def _socket_folder(recorded: Path | None) -> Path:
         (folder / name).mkdir(mode=0o700, exist_ok=True)
     open_to_postgres(folder)
     return folder
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # in somebody else's folder
+        return True
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,15 +118,15 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
             raise _cannot_read(data, error) from error
         with image:
             _check_size(image, max_pixels)
-            # A TIFF's metadata are gone once its pixels are read, a PNG's may come after its pixels.
-            before = _exif(image)
+            # A TIFF's metadata are gone once its pixels are read; a PNG's may come after its pixels.
+            early = _time_taken(_exif(image)) if image.format == "TIFF" else None
             try:
                 image.load()
                 upright = _upright(image)
                 rgb = np.asarray(_to_rgb(upright), dtype=np.uint8)
             except _DAMAGE as error:
                 raise _cannot_read(data, error) from error
-            exif_time = _time_taken(before) or _time_taken(_exif(image))
+            exif_time = early or _time_taken(_exif(image))
     return DecodedImage(rgb, exif_time)
 
 
@@ -163,9 +164,11 @@ def _is_cut_off(data: bytes, message: str) -> bool:
     if data[:2] == b"BM":
         return len(data) < 14 or int.from_bytes(data[2:6], "little") > len(data)
     if data[:4] in (b"II*\0", b"MM\0*"):
-        # The header points to the directory, which is often at the end.
-        directory = int.from_bytes(data[4:8], "little" if data[:1] == b"I" else "big")
-        return directory + 2 > len(data) or "truncated" in message
+        # The header points to the directory, which is often at the end: a count and 12 bytes for each tag.
+        order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
+        start = int.from_bytes(data[4:8], order)
+        end = start + 2 + 12 * int.from_bytes(data[start : start + 2], order)
+        return end > len(data) or "truncated" in message
     return False
 
 

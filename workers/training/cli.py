@@ -157,7 +157,7 @@ def _print_scenes(folder: Path, summary: dict[str, Any]) -> None:
     console.print_table(f"{summary['images']} pictures of {folder}", columns, rows)
     console.print_table(
         f"Found faces of {JUDGED_FROM_PX:.0f} px and more: balanced accuracy {_percent(judged['balanced_accuracy'])}; "
-        f"{_percent(judged['uncertain_share'])} uncertain, without them {_percent(judged['certain_balanced_accuracy'])}",
+        f"{_percent(judged['uncertain_share'])} uncertain, else {_percent(judged['certain_balanced_accuracy'])}",
         ("", "called with_mask", "called without_mask"),
         confusion_rows(judged),
     )

@@ -66,7 +66,7 @@ class LabelledBox:
         return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # arrays have no single truth when compared
 class FaceSample:
     """One labelled face in memory.
 

@@ -168,9 +168,9 @@ def fit(
     Goes on where a killed training of the same data and settings stopped in `out`. Raises `MaskwatchError` if
     another training lies there. `on_step` is called with steps done and all steps, `on_epoch` with an epoch's figures.
     """
+    progress = _progress_in(out, _fingerprint(training, validation, settings))
     import keras
 
-    progress = _progress_in(out, _fingerprint(training, validation, settings))
     steps = max(1, len(training) // BATCH)
     keras.utils.set_random_seed(settings.seed + progress.epochs_done)
     model = _model_to_go_on_with(out, progress, settings, steps)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from workers.classification import _ops
+from workers.training import augment
+from workers.training.dataset import FaceSample
+
+
+def face(native_px: int, *, from_scene: bool = True) -> FaceSample:
+    side = round(native_px * 2.4)
+    edge = (side - native_px) / 2
+    pixels = np.random.default_rng(native_px).integers(0, 256, (side, side, 3), np.uint8)
+    box = (edge, edge, edge + native_px, edge + native_px)
+    return FaceSample(pixels, box, 1, native_px, from_scene, "noise", "noise", "noise")
+
+
+def test_random_crops_reach_ten_pixels_and_never_enlarge():
+    rng = np.random.default_rng(0)
+    sample = face(120)
+    longer = [
+        max(augment.random_crop(sample, rng, draw_mask=False, draw_chin_mask=False).shape[:2]) for _ in range(400)
+    ]
+    # Widened by half at most, with jitter: a face of 10 px comes in a crop of about 15, one of 120 in one of about 120.
+    assert min(longer) < 20
+    assert 120 < max(longer) < 120 * 1.5 * 1.6
+
+
+def test_random_crops_are_the_same_for_the_same_seed():
+    crops = [
+        augment.random_crop(face(60), np.random.default_rng(5), draw_mask=True, draw_chin_mask=False) for _ in range(2)
+    ]
+    assert np.array_equal(*crops)
+
+
+@pytest.mark.parametrize("native_px", [8, 9, 30, 89, 160])
+def test_every_random_crop_can_be_prepared(native_px):
+    rng = np.random.default_rng(native_px)
+    for turn in range(150):
+        crop = augment.random_crop(face(native_px), rng, draw_mask=turn % 3 == 0, draw_chin_mask=turn % 3 == 1)
+        prepared = _ops.prepare_crop(crop, 64)
+        assert prepared.shape == (64, 64, 3)
+        assert np.abs(prepared).max() <= 1
+
+
+def test_scene_faces_are_validated_as_production_crops_them():
+    small, large = face(40), face(100)
+    assert augment.fixed_crop(small, None).shape[:2] == (60, 60)
+    assert augment.fixed_crop(large, None).shape[:2] == (100, 100)
+
+
+def test_folder_faces_are_validated_whole_at_the_asked_size():
+    sample = face(100, from_scene=False)
+    assert augment.fixed_crop(sample, None).shape == sample.pixels.shape
+    assert augment.fixed_crop(sample, 20.0).shape[:2] == (48, 48)
+
+
+def changed_rows(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Which rows of the middle column changed."""
+    middle = before.shape[1] // 2
+    return np.abs(before[:, middle].astype(int) - after[:, middle]).sum(axis=1) > 0
+
+
+def test_a_drawn_mask_covers_nose_and_mouth_and_a_chin_mask_leaves_them_free():
+    sample = face(100)
+    top = sample.box[1]
+    for seed in range(20):
+        over = augment.with_drawn_mask(sample.pixels, sample.box, np.random.default_rng(seed), under_mouth=False)
+        under = augment.with_drawn_mask(sample.pixels, sample.box, np.random.default_rng(seed), under_mouth=True)
+        nose_and_mouth = slice(round(top + 58), round(top + 80))
+        assert changed_rows(sample.pixels, over)[nose_and_mouth].all()
+        # Cloth lets the face through by a blend of the whole picture, which rounds a value here and there.
+        difference = np.abs(sample.pixels[nose_and_mouth].astype(int) - under[nose_and_mouth])
+        inner = slice(round(sample.box[0] + 25), round(sample.box[0] + 75))
+        assert difference[:, inner].max() <= 1
+        assert changed_rows(sample.pixels, under)[round(top + 93) : round(top + 100)].all()

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.domain import MaskwatchError
+from workers.training import fit
+from workers.training.dataset import FaceSample
+
+
+def samples(label: int, from_scene: bool, count: int) -> list[FaceSample]:
+    """Faces whose grey level says what they are."""
+    grey = 40 + 120 * label + 40 * from_scene
+    pixels = np.full((40, 40, 3), grey, np.uint8)
+    return [
+        FaceSample(pixels, (8, 8, 32, 32), label, 24, from_scene, "flat", f"{label}{from_scene}{n}", f"{label}{n}")
+        for n in range(count)
+    ]
+
+
+UNBALANCED = [*samples(0, True, 50), *samples(1, True, 3), *samples(0, False, 5), *samples(1, False, 20)]
+
+
+def test_batches_have_equal_classes_however_unequal_the_data():
+    source = fit.BatchSource(UNBALANCED, 32, seed=1)
+    for number in range(3):
+        crops, labels = source.batch(number)
+        assert crops.shape == (fit.BATCH, 32, 32, 3)
+        assert crops.dtype == labels.dtype == np.float32
+        assert labels.sum(axis=0).tolist() == [fit.BATCH / 2, fit.BATCH / 2]
+
+
+def test_a_batch_depends_on_its_number_and_the_seed_only():
+    first, again = (fit.BatchSource(UNBALANCED, 32, seed=1) for _ in range(2))
+    first.batch(0)
+    assert np.array_equal(first.batch(7)[0], again.batch(7)[0])
+    assert not np.array_equal(first.batch(7)[0], first.batch(8)[0])
+    assert not np.array_equal(first.batch(7)[0], fit.BatchSource(UNBALANCED, 32, seed=2).batch(7)[0])
+
+
+def test_scenes_get_their_share_of_each_class(monkeypatch):
+    drawn: list[FaceSample] = []
+
+    def remember(sample, rng, *, draw_mask, draw_chin_mask):
+        drawn.append(sample)
+        return sample.pixels
+
+    monkeypatch.setattr(fit.augment, "random_crop", remember)
+    source = fit.BatchSource(UNBALANCED, 32, seed=3)
+    for number in range(20):
+        source.batch(number)
+    share = np.mean([sample.from_scene for sample in drawn])
+    assert share == pytest.approx(fit.SCENE_SHARE, abs=0.04)
+
+
+def test_masks_are_drawn_on_bare_faces_only_and_change_the_label(monkeypatch):
+    seen: list[tuple[int, bool, bool]] = []
+
+    def remember(sample, rng, *, draw_mask, draw_chin_mask):
+        seen.append((sample.label, draw_mask, draw_chin_mask))
+        return np.full((32, 32, 3), 255 if draw_mask else 0, np.uint8)
+
+    monkeypatch.setattr(fit.augment, "random_crop", remember)
+    crops, labels = fit.BatchSource(UNBALANCED, 32, seed=4).batch(0)
+    assert any(draw_mask for _, draw_mask, _ in seen)
+    assert all(label == 1 for label, draw_mask, chin in seen if draw_mask or chin)
+    masked = crops[:, 0, 0, 0] > 0
+    assert (labels[masked, 0] == 1).all()
+
+
+def test_one_kind_of_data_is_enough():
+    source = fit.BatchSource([*samples(0, True, 4), *samples(1, True, 4)], 32, seed=5)
+    assert source.batch(0)[1].sum() == fit.BATCH
+
+
+def view(name: str, labels: list[int]) -> fit.ValidationView:
+    return fit.ValidationView(name, np.zeros((len(labels), 4, 4, 3), np.float32), np.array(labels), [])
+
+
+def test_validation_counts_classes_alike():
+    views = [view("folders", [0] * 9 + [1])]
+    # Always says with_mask, at 0.8: all of the nine right, the one wrong.
+    loss, accuracy = fit.validation_loss(views, lambda crops: np.tile(np.float32([0.8, 0.2]), (len(crops), 1)))
+    assert accuracy == pytest.approx(0.5)
+    assert loss == pytest.approx(-(np.log(0.8) + np.log(0.2)) / 2, rel=1e-5)
+
+
+def test_validation_counts_scenes_as_much_as_all_folder_views_together():
+    views = [view("scenes", [0, 1, 1]), view("folders", [0, 1]), view("folders at 20 px", [0, 1])]
+
+    def right_on_scenes(crops):
+        right = len(crops) == 3
+        return np.float32([[1, 0], [0, 1], [0, 1]] if right else [[0, 1], [1, 0]])
+
+    assert fit.validation_loss(views, right_on_scenes)[1] == pytest.approx(0.5)
+
+
+def test_a_folder_with_another_training_is_refused(tmp_path):
+    (tmp_path / "progress.json").write_text('{"fingerprint": "of something else"}')
+    with pytest.raises(MaskwatchError, match="holds a training with other data or settings"):
+        fit.fit(UNBALANCED, UNBALANCED, fit.FitSettings(epochs=1), tmp_path)

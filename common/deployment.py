@@ -27,11 +27,25 @@ def uses_embedded_stack(settings: Settings) -> bool:
     return not database
 
 
+#: Variables that choose an account or a server; others (a region, a CA bundle) only qualify that choice.
+_AWS_CHOICES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_ROLE_ARN",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+)
+
+
 def has_aws_configuration(settings: Settings) -> bool:
-    """Whether anything says which S3 to use; without it, s3:// means the embedded server."""
+    """Whether anything says which S3 to use; without it, and beside an embedded database, s3:// means the
+    embedded server. (On a machine whose only credentials are its instance role, set AWS_ENDPOINT_URL_S3.)"""
     return (
         settings.storage.endpoint_url is not None
-        or any(name.startswith("AWS_") for name in os.environ)
+        or any(name in os.environ for name in _AWS_CHOICES)
         or any(Path.home().joinpath(".aws", name).exists() for name in ("config", "credentials"))
     )
 

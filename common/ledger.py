@@ -30,6 +30,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from common.domain import (
+    ACTIVE_STATES,
     AttemptOutcome,
     JobKind,
     JobState,
@@ -446,7 +447,7 @@ def source_changed(session: Session, job: ClaimedJob, detail: str) -> None:
 
 def release(session: Session, job: ClaimedJob) -> None:
     """running → pending, the attempt refunded: the worker is asked to stop and has not done this job."""
-    _end(session, job.ref, "state = 'pending', attempt = attempt - 1", AttemptOutcome.RELEASED)
+    _end(session, job.ref, "state = 'pending', attempt = jobs.attempt - 1", AttemptOutcome.RELEASED)
 
 
 #: Attempts that end without ending the job.
@@ -595,9 +596,27 @@ def counts_by_state(session: Session, backfill_id: int | None = None) -> dict[Jo
     return {state: found.get(state, 0) for state in JobState}
 
 
-def unsummarized(session: Session) -> int:
-    """How many dirty marks wait for the aggregator."""
-    return session.scalar(select(func.count()).select_from(DirtyMark)) or 0
+def progress(session: Session, location: str | None = None) -> tuple[int, int]:
+    """(active, ended) jobs of a location, or of all."""
+    query = select(
+        func.count().filter(Job.state.in_(ACTIVE_STATES)), func.count().filter(Job.state.not_in(ACTIVE_STATES))
+    ).select_from(Job)
+    if location is not None:
+        query = (
+            query.join(MediaObject, MediaObject.id == Job.media_object_id)
+            .join(Location, Location.id == MediaObject.location_id)
+            .where(Location.name == location)
+        )
+    active, ended = session.execute(query).tuples().one()
+    return active, ended
+
+
+def unsummarized(session: Session, location: str | None = None) -> int:
+    """How many dirty marks of a location, or of all, wait for the aggregator."""
+    query = select(func.count()).select_from(DirtyMark)
+    if location is not None:
+        query = query.join(Location, Location.id == DirtyMark.location_id).where(Location.name == location)
+    return session.scalar(query) or 0
 
 
 def get_job(session: Session, job_id: int) -> Job:

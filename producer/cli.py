@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -14,7 +13,6 @@ from common.console import json_option, note, print_json, progress
 from common.domain import MaskwatchError, TimeRange
 
 if TYPE_CHECKING:
-    from common.settings import Settings
     from producer.submit import BackfillReport
 
 
@@ -62,7 +60,7 @@ def parse_range(since: str | None, until: str | None) -> TimeRange:
 
 @click.command()
 @source_options
-@click.option("--wait", is_flag=True, help="Wait until everything found is analysed and summarized.")
+@click.option("--wait", is_flag=True, help="Wait until everything of this location is analysed and summarized.")
 @json_option
 def backfill(
     source: str,
@@ -85,7 +83,10 @@ def backfill(
       maskwatch backfill s3://footage/door/ --location lobby --camera door \\
           --time-pattern 'door/%Y/%m/%d/%H-%M-%S.jpg' --since 2026-03-01
     """
+    from common import ledger
+    from common.database import session_scope
     from common.deployment import deployment
+    from common.waiting import wait_for
     from producer.submit import submit
 
     within = parse_range(since, until)
@@ -104,10 +105,13 @@ def backfill(
         nudge()
         if not as_json:
             describe(report)
-        states = wait_for(report.id, settings) if wait else None
+        if wait:
+            wait_for(settings, location)
         if as_json:
-            print_json({**report.as_dict(), "jobs": states})
-        elif states is None:
+            with session_scope() as session:
+                states = ledger.counts_by_state(session, report.id)
+            print_json({**report.as_dict(), "jobs": {state.value: count for state, count in states.items() if count}})
+        elif not wait:
             note("enqueued; see how it goes: maskwatch status")
 
 
@@ -140,33 +144,6 @@ def describe(report: BackfillReport) -> None:
             f"  {report.location} shows the figures of another pipeline; to show this one's: "
             f"maskwatch pipelines promote --location {report.location}"
         )
-
-
-def wait_for(backfill_id: int, settings: Settings) -> dict[str, int]:
-    """Wait until no job of a backfill has anything left to do and the summaries hold it; counts by state."""
-    from common import ledger
-    from common.database import session_scope
-    from common.domain import ACTIVE_STATES
-
-    patience = time.monotonic() + 30
-    before: object = None
-    with progress() as bar:
-        task = bar.add_task("analysing", total=None)
-        while True:
-            with session_scope() as session:
-                states = ledger.counts_by_state(session, backfill_id)
-                dirty = ledger.unsummarized(session)
-            total = sum(states.values())
-            active = sum(states[state] for state in ACTIVE_STATES)
-            bar.update(task, total=total, completed=total - active)
-            if not active and not dirty:
-                return {state.value: count for state, count in states.items() if count}
-            if before != (states, dirty):
-                before, patience = (states, dirty), time.monotonic() + 30
-            elif time.monotonic() > patience:
-                note("nothing has moved for 30 s; are a producer, a worker and an aggregator running? maskwatch status")
-                patience = time.monotonic() + 300
-            time.sleep(min(0.5, settings.dispatch.interval_seconds))
 
 
 @click.command()

@@ -218,6 +218,12 @@ def coverage(session: Session) -> dict[str, Coverage]:
     }
 
 
+def hours_to_summarize(session: Session) -> int:
+    """How many hours have changed since they were last summarized: until that is done, figures lag behind."""
+    marks = "SELECT count(*) FROM (SELECT DISTINCT location_id, pipeline_id, hour FROM dirty_marks) AS hours"
+    return int(session.execute(text(marks)).scalar_one())
+
+
 def quarantined(session: Session, limit: int) -> list[Quarantined]:
     """The newest quarantined jobs, at most `limit`, in order of location and object."""
     statement = """

@@ -1,0 +1,70 @@
+"""The processes that do the work on one machine: a producer, an aggregator and some workers.
+
+Real Celery processes, started by the command that needs them and stopped when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.domain import MaskwatchError
+from common.local.stack import LocalStack
+
+#: How long a worker may take to finish the picture at hand.
+STOP_SECONDS = 30
+
+
+@contextmanager
+def crew(workers: int, *, state_dir: Path | None) -> Iterator[None]:
+    """Run a producer, an aggregator and `workers` workers against the deployment in the environment.
+
+    With `state_dir` they belong to the embedded stack there, which also stops what a killed command leaves
+    behind; without it they are children of this process.
+    """
+    commands = {"producer": ["producer"], "aggregator": ["aggregator"]}
+    commands |= {f"worker-{number}": ["worker", "--name", f"worker-{number}"] for number in range(1, workers + 1)}
+    # Processes × threads must not exceed the cores: oversubscribed, a forward pass is many times slower.
+    threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // workers)
+    environment = {"MASKWATCH_WORKER__THREADS": str(threads), "MASKWATCH_WORKER__PROCESSES": "1"}
+    started: list[subprocess.Popen[bytes]] = []
+    stack = LocalStack(state_dir) if state_dir else None
+    try:
+        for name, arguments in commands.items():
+            argv = maskwatch(*arguments)
+            if stack:
+                stack.spawn(name, argv, environment)
+            else:
+                started.append(subprocess.Popen(argv, env={**os.environ, **environment}, start_new_session=True))
+        yield
+    finally:
+        # The embedded stack stops what this process spawned in it when its session ends.
+        _stop(started)
+
+
+def maskwatch(*arguments: str) -> list[str]:
+    """The command line of a sub-command, run by this very Python."""
+    return [sys.executable, "-m", "common.cli", *arguments]
+
+
+def call(*arguments: str) -> None:
+    """Run a sub-command that belongs to another side, which `common` may not import."""
+    done = subprocess.run(maskwatch(*arguments), stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise MaskwatchError(f"`maskwatch {' '.join(arguments)}` failed with exit code {done.returncode}")
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,190 @@
+"""`maskwatch demo`: sample footage with known truth through the real system, ending in something to look at.
+
+Nothing is simulated but the footage: a bucket on a real S3 server, a real queue, two real workers, a real
+database. What was found is compared with the truth, and the exit code says whether it was good enough.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common.console import note, print_json, print_table
+from common.domain import MaskwatchError
+
+if TYPE_CHECKING:
+    from common.local.truth import Truth, TruthReport
+
+BUCKET = "footage"
+
+#: What the demo promises of faces of 32 px and more.
+PROMISED = 0.95
+
+#: Files that only a demo makes: what may be deleted before a new one.
+_OWN = ("footage", "annotated", "state", "summary.json", "report.html")
+
+
+@click.command()
+@click.option(
+    "--out", "out_dir", default="demo-output", show_default=True, type=click.Path(path_type=Path, file_okay=False)
+)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json.")
+def demo(out_dir: Path, workers: int, as_json: bool) -> None:
+    """See Maskwatch work, on this machine alone: needs no configuration, no network and no GPU.
+
+    Makes sample footage of two locations and three cameras over two days, puts it into a bucket of the
+    embedded S3 server, and runs the real thing over it: producer, Redis, workers, Postgres, aggregator.
+    Leaves a report, annotated pictures and a database to query in OUT.
+
+    \b
+    Example:
+      maskwatch demo --out demo-output
+    """
+    from common.local.stack import LocalStack
+
+    out_dir = out_dir.absolute()
+    state_dir = out_dir / "state"
+    _clear(out_dir, LocalStack(state_dir))
+    # The demo shows the embedded stack, whatever else is configured here.
+    for name in [name for name in os.environ if name.startswith(("MASKWATCH_", "AWS_")) and name != "AWS_CA_BUNDLE"]:
+        del os.environ[name]
+    os.environ["MASKWATCH_STATE_DIR"] = str(state_dir)
+    # Seconds matter more here than they do in a deployment.
+    os.environ["MASKWATCH_DISPATCH__INTERVAL_SECONDS"] = "0.5"
+    os.environ["MASKWATCH_DISPATCH__RECONCILE_SECONDS"] = "1"
+    os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+    from common.settings import get_settings
+
+    get_settings.cache_clear()
+    summary = _run(out_dir, state_dir, workers)
+    (out_dir / "summary.json").write_text(_json(summary), encoding="utf-8")
+    if as_json:
+        print_json(summary)
+    else:
+        _say_how_to_go_on(out_dir)
+    found, right = summary["truth"]["found_share"], summary["truth"]["labelled_right_share"]
+    if found < PROMISED or right < PROMISED:
+        raise MaskwatchError(f"found {found:.1%} and labelled {right:.1%} right; the demo promises {PROMISED:.0%}")
+
+
+def _clear(out_dir: Path, stack: Any) -> None:
+    """A demo starts from nothing, and removes only what a demo made."""
+    if not out_dir.exists():
+        return
+    strangers = [entry.name for entry in out_dir.iterdir() if entry.name not in _OWN]
+    if strangers:
+        raise MaskwatchError(
+            f"{out_dir} holds what no demo made ({', '.join(sorted(strangers)[:3])}); name another folder with --out"
+        )
+    if (out_dir / "state").exists():
+        stack.down(purge=True)
+    shutil.rmtree(out_dir)
+
+
+def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.local.crew import call, crew
+    from common.local.footage import make_footage
+    from common.local.truth import compare_with_truth, stored_faces
+    from common.reporting import queries
+    from common.reporting.cli import print_compliance
+    from common.reporting.report import write_report
+    from common.waiting import wait_for
+
+    note("1/5  making sample footage with known truth")
+    truth = make_footage(out_dir / "footage")
+    note("2/5  starting Postgres, Redis and an S3 server; uploading the footage")
+    with deployment() as settings:
+        uploaded = _upload(out_dir / "footage" / "bucket", settings.storage.endpoint_url)
+        _register(truth)
+        with crew(workers, state_dir=state_dir):
+            note(f"3/5  enqueueing {uploaded} objects; {workers} workers analyse them")
+            for camera in truth.cameras:
+                call(
+                    "backfill", f"s3://{BUCKET}/{camera.prefix}", "--location", camera.location,
+                    "--camera", camera.name, "--time-pattern", camera.time_pattern,
+                )  # fmt: skip
+            wait_for(settings)
+        note("4/5  drawing the pictures, writing the report")
+        call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
+        with session_scope() as session:
+            report = compare_with_truth(stored_faces(session, f"s3://{BUCKET}"), truth)
+            rows = queries.compliance(session, None, "day")
+            failed = queries.quarantined(session, 100)
+            jobs = {state.value: count for state, count in queries.job_counts(session).items() if count}
+            write_report(session, out_dir / "report.html", pictures=sorted((out_dir / "annotated").glob("*")))
+    note("5/5  done\n")
+    print_compliance(rows, "day", to_stderr=False)
+    print_table("Compared with the truth", ["", ""], report.table())
+    print_table("Objects kept with a reason", ["object", "reason"], [(entry.uri, entry.reason) for entry in failed])
+    return _summary(report, rows, failed, jobs)
+
+
+def _summary(report: TruthReport, rows: Any, failed: Any, jobs: dict[str, int]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "truth": report.as_dict(),
+        "jobs": jobs,
+        "compliance_by_day": [asdict(row) for row in rows],
+        "quarantined_objects": [asdict(entry) for entry in failed],
+    }
+
+
+def _json(value: Any) -> str:
+    import json
+    from datetime import datetime
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, datetime):
+            return item.isoformat()
+        raise TypeError(type(item).__name__)
+
+    return json.dumps(value, default=plain, indent=2) + "\n"
+
+
+def _upload(folder: Path, endpoint_url: str | None) -> int:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=endpoint_url)
+    client.create_bucket(Bucket=BUCKET)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in files:
+        client.upload_file(str(path), BUCKET, str(path.relative_to(folder)))
+    return len(files)
+
+
+def _register(truth: Truth) -> None:
+    from common import catalog
+    from common.database import session_scope
+
+    with session_scope() as session:
+        for camera in truth.cameras:
+            location = catalog.add_location(session, camera.location, camera.time_zone)
+            catalog.add_camera(session, location, camera.name)
+
+
+def _say_how_to_go_on(out_dir: Path) -> None:
+    shown = os.path.relpath(out_dir)
+    note(
+        f"""
+Look at    {shown}/report.html     a plot per location
+           {shown}/annotated/      green with mask, red without, with the probability
+           {shown}/summary.json    the same for machines
+
+Go on with SQL:
+  export MASKWATCH_STATE_DIR={shown}/state
+  maskwatch local up
+  maskwatch local psql -c "SELECT * FROM compliance_by_day ORDER BY location, day"
+  maskwatch local psql -c "SELECT camera, status, count(*) FROM face_results GROUP BY 1, 2 ORDER BY 1, 2"
+  maskwatch local down
+
+Your own pictures:
+  maskwatch run photos/ --location lobby --time-zone Europe/Berlin"""
+    )

@@ -1,0 +1,108 @@
+"""`maskwatch run`: from pictures to a compliance table with one command, on this machine.
+
+It starts what the work needs, has `maskwatch backfill` do it, and stops what it started.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from common.console import json_option, note, print_json
+from common.domain import MaskwatchError
+
+
+@click.command()
+@click.argument("source")
+@click.option("--location", required=True, help="Where the footage was taken; added if it is new.")
+@click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Of a new location.")
+@click.option("--camera", help="The camera it comes from; added if it is new.")
+@click.option("--time-pattern", metavar="PATTERN", help="How keys tell the time; see `maskwatch backfill --help`.")
+@click.option("--since", metavar="TIME", help="Only pictures from this time on (ISO 8601).")
+@click.option("--until", metavar="TIME", help="Only pictures before this time (ISO 8601).")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
+@click.option("--by", type=click.Choice(["hour", "day", "week"]), default="day", show_default=True)
+@json_option
+def run(
+    source: str,
+    location: str,
+    time_zone: str,
+    camera: str | None,
+    time_pattern: str | None,
+    since: str | None,
+    until: str | None,
+    workers: int,
+    by: str,
+    as_json: bool,
+) -> None:
+    """From the pictures below SOURCE (a folder or s3://bucket/prefix) to a compliance table.
+
+    Starts a producer, an aggregator and workers, waits until everything is analysed and summarized, and stops
+    them. Results stay in the database; running it again adds nothing.
+
+    \b
+    Example:
+      maskwatch run photos/ --location lobby --time-zone Europe/Berlin
+    """
+    from common.database import session_scope
+    from common.deployment import deployment, uses_embedded_stack
+    from common.local.crew import crew, maskwatch
+    from common.reporting import queries
+    from common.settings import get_settings
+
+    state_dir = get_settings().state_dir if uses_embedded_stack(get_settings()) else None
+    with deployment():
+        _register(location, time_zone, camera)
+        options = {"--location": location, "--camera": camera, "--time-pattern": time_pattern}
+        options |= {"--since": since, "--until": until}
+        given = [part for name, value in options.items() if value is not None for part in (name, value)]
+        with crew(workers, state_dir=state_dir):
+            # "--": a source may begin with a dash.
+            command = maskwatch("backfill", *given, "--wait", "--json", "--", source)
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            # It has said why itself.
+            raise SystemExit(done.returncode)
+        report: dict[str, Any] = json.loads(done.stdout)
+        with session_scope() as session:
+            rows = queries.compliance(session, location, by)
+            failed = [entry for entry in queries.quarantined(session, 1000) if entry.location == location]
+    if as_json:
+        result = {
+            **report,
+            "analysed": report["jobs"].get("succeeded", 0),
+            "summary": [asdict(row) for row in rows],
+            "quarantined_objects": [asdict(entry) for entry in failed],
+        }
+        print_json(result)
+        return
+    from common.reporting.cli import print_compliance
+
+    note(f"{report['listed']} objects: {report['new']} new, {report['known']} known already")
+    if report["others"]:
+        note(f"{report['others']} are no pictures and were left out: {', '.join(report['others_named'])}")
+    print_compliance(rows, by)
+    for entry in failed:
+        note(f"quarantined: {entry.detail} ({entry.reason})")
+
+
+def _register(location: str, time_zone: str, camera: str | None) -> None:
+    from sqlalchemy import select
+
+    from common import catalog
+    from common.database import session_scope
+    from common.tables import Location
+
+    with session_scope() as session:
+        place = session.scalars(select(Location).where(Location.name == location)).one_or_none()
+        if place is None:
+            place = catalog.add_location(session, location, time_zone)
+            note(f"added the location {location} in the time zone {time_zone}")
+        elif time_zone not in ("UTC", place.time_zone):
+            raise MaskwatchError(f"location {location!r} is already registered in the time zone {place.time_zone}")
+        if camera is not None:
+            catalog.add_camera(session, place, camera)

@@ -1,0 +1,136 @@
+"""Writes report.html: everything a reader needs in one file that loads nothing from anywhere.
+
+The page is common/reporting/report.html.j2; names, keys and reasons are data and are escaped there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
+from sqlalchemy.orm import Session
+
+from common.domain import MaskwatchError
+from common.reporting import tables
+from common.reporting.plots import compliance_svg, plot_period
+from common.reporting.queries import (
+    ComplianceRow,
+    Coverage,
+    LocationTotals,
+    Period,
+    Quarantined,
+    compliance,
+    coverage,
+    hours_to_summarize,
+    quarantined,
+    totals,
+)
+
+#: A page with more pictures than this is slow to open and to send.
+MAX_PICTURES = 12
+PICTURE_WIDTH_PX = 900
+MAX_QUARANTINED = 200
+#: Per location; the rest is one query away.
+MAX_DAYS = 62
+
+
+@dataclass(frozen=True, slots=True)
+class LocationSection:
+    """What the page shows of one location; `plot` is SVG or None where nothing was analysed."""
+
+    totals: LocationTotals
+    coverage: Coverage | None
+    plot: Markup | None
+    plot_by: str
+    days: list[ComplianceRow]
+    days_left_out: int
+    quarantined: list[Quarantined]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An example picture as a data URI."""
+
+    name: str
+    data_uri: str
+
+
+def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ()) -> None:
+    """Write the report of all locations to `path`; of `pictures` (annotated examples) the first 12 go in.
+
+    The file is replaced whole or not at all. Raises `MaskwatchError` for a path that can't be written and
+    for a picture that can't be read.
+    """
+    page = render(session, [_picture(picture) for picture in pictures[:MAX_PICTURES]])
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise MaskwatchError(f"can't write the report to {path}: {error.strerror}") from error
+
+
+def render(session: Session, pictures: Sequence[Picture]) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("common.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = tables.percent
+    environment.filters["interval"] = tables.interval
+    return environment.get_template("report.html.j2").render(
+        sections=_sections(session),
+        pictures=pictures,
+        hours_to_summarize=hours_to_summarize(session),
+        max_quarantined=MAX_QUARANTINED,
+        made_at=datetime.now(UTC),
+        version=version("maskwatch"),
+    )
+
+
+def _sections(session: Session) -> list[LocationSection]:
+    covered = coverage(session)
+    broken = quarantined(session, MAX_QUARANTINED)
+    return [
+        _section(
+            session, location, covered.get(location.name), [job for job in broken if job.location == location.name]
+        )
+        for location in totals(session)
+    ]
+
+
+def _section(
+    session: Session, location: LocationTotals, covered: Coverage | None, broken: list[Quarantined]
+) -> LocationSection:
+    if location.first_hour is None or location.last_hour is None:
+        return LocationSection(location, covered, None, "", [], 0, broken)
+    by = plot_period(location.first_hour, location.last_hour)
+    # Safe to be taken as markup: drawn by us from figures, with no name in it.
+    plot = Markup(compliance_svg(compliance(session, location.name, by), by))
+    days = compliance(session, location.name, Period.DAY)
+    return LocationSection(location, covered, plot, by.value, days[-MAX_DAYS:], max(0, len(days) - MAX_DAYS), broken)
+
+
+def _picture(path: Path) -> Picture:
+    """A picture scaled down to the page's width, as JPEG."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise MaskwatchError(f"can't read the picture {path} for the report: {error}") from error
+    image.thumbnail((PICTURE_WIDTH_PX, PICTURE_WIDTH_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return Picture(path.name, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")

@@ -1,0 +1,66 @@
+"""Turns compliance rows into words for people and values for machines: the same columns everywhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from common.reporting.queries import ComplianceRow, Figures, Period
+
+#: Shown where there is no figure.
+NONE = "–"
+
+COLUMNS = ("frames", "faces", "with mask", "without", "uncertain", "compliance", "95 % interval")
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as `71.4 %`."""
+    return NONE if share is None else f"{share * 100:.1f} %"
+
+
+def interval(figures: Figures) -> str:
+    """The rate's interval as `64–78 %`."""
+    if figures.rate_low is None or figures.rate_high is None:
+        return NONE
+    return f"{figures.rate_low * 100:.0f}–{figures.rate_high * 100:.0f} %"
+
+
+def period_name(row: ComplianceRow, by: Period) -> str:
+    """When a row's period was, on the location's clock. An hour carries its offset: a clock may show it twice."""
+    if by is Period.HOUR:
+        return row.start.isoformat(sep=" ", timespec="minutes")
+    if by is Period.DAY:
+        return row.start.strftime("%Y-%m-%d %a")
+    year, week, _ = row.start.isocalendar()
+    return f"{year}-W{week:02} (from {row.start:%d %b})"
+
+
+def cells(figures: Figures) -> tuple[str, ...]:
+    """One row of `COLUMNS`."""
+    counts = (figures.frames, figures.faces, figures.with_mask, figures.without_mask, figures.uncertain)
+    return (*(f"{count:,}" for count in counts), percent(figures.rate), interval(figures))
+
+
+def compliance_table(rows: Sequence[ComplianceRow], by: Period) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names and rows for `console.print_table`."""
+    columns = ("location", f"{by.value} (local time)", *COLUMNS)
+    return columns, [(row.location, period_name(row, by), *cells(row.figures)) for row in rows]
+
+
+def as_dict(row: ComplianceRow) -> dict[str, Any]:
+    """A row for JSON and CSV: rates in [0, 1], `start` aware and local."""
+    return {"location": row.location, "start": row.start, **asdict(row.figures)}
+
+
+def as_csv(rows: Sequence[ComplianceRow]) -> str:
+    """Comma-separated values with a header, `\\n` between lines; no rate is an empty field."""
+    buffer = io.StringIO()
+    names = ("location", "start", *Figures.__slots__)
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**as_dict(row), "start": row.start.isoformat()})
+    return buffer.getvalue()

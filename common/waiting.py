@@ -1,0 +1,49 @@
+"""Waiting for the work to be done, with a bar to look at and a word when nothing moves."""
+
+from __future__ import annotations
+
+import time
+
+from common import ledger
+from common.console import note, progress
+from common.database import session_scope
+from common.queues import BrokerDownError, TaskName, send
+from common.settings import Settings
+
+#: Seconds without any change after which a person is told what may be missing.
+PATIENCE = 30.0
+
+
+def wait_for(settings: Settings, location: str | None = None) -> None:
+    """Return when no job of the location (or of all) has anything left to do and the summaries hold it all."""
+    before, changed_at, told = (-1, -1), time.monotonic(), False
+    asked_for_summary = False
+    with progress() as bar:
+        task = bar.add_task("analysing", total=None)
+        while True:
+            with session_scope() as session:
+                active, ended = ledger.progress(session, location)
+                marks = ledger.unsummarized(session, location)
+            bar.update(task, total=active + ended, completed=ended)
+            if not active and not marks:
+                return
+            if not active and not asked_for_summary:
+                asked_for_summary = True
+                _ask_for_summary()
+            if (active, marks) != before:
+                before, changed_at, told = (active, marks), time.monotonic(), False
+            elif not told and time.monotonic() - changed_at > PATIENCE:
+                told = True
+                note(
+                    f"nothing has moved for {PATIENCE:.0f} s; are a producer, a worker and an aggregator running? "
+                    "maskwatch status"
+                )
+            time.sleep(min(0.5, settings.dispatch.interval_seconds))
+
+
+def _ask_for_summary() -> None:
+    """The aggregator's next tick would do as well; this is sooner."""
+    try:
+        send(TaskName.SUMMARIZE, (), expires=60)
+    except BrokerDownError as error:
+        note(f"warning: {error}")

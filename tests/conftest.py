@@ -1,0 +1,71 @@
+"""What all tests share: one embedded Postgres, Redis and S3 server for the run, emptied before each test
+that asks for them, and the shared data set where it is present."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from tests.services import Bucket, Services, forget_settings, start_services
+
+
+@pytest.fixture(scope="session")
+def _services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    with start_services(tmp_path_factory.mktemp("stack")) as services:
+        yield services
+
+
+@pytest.fixture
+def services(_services: Services, monkeypatch: pytest.MonkeyPatch) -> Iterator[Services]:
+    """The running services, empty, and this process configured to use them."""
+    for name in [name for name in os.environ if name.startswith(("MASKWATCH_", "AWS_")) and name not in KEPT]:
+        monkeypatch.delenv(name)
+    for name, value in _services.environment.items():
+        monkeypatch.setenv(name, value)
+    forget_settings()
+    _services.empty()
+    yield _services
+    forget_settings()
+
+
+#: Variables that say something of the machine rather than of the deployment.
+KEPT = ("AWS_CA_BUNDLE", "MASKWATCH_TEST_DATA")
+
+
+@pytest.fixture
+def database_url(services: Services) -> str:
+    """A migrated, empty database, which the settings name, too."""
+    return services.environment["MASKWATCH_DATABASE__URL"]
+
+
+@pytest.fixture
+def session(database_url: str) -> Iterator[Session]:
+    """A session in the empty database; the test commits when others must see what it wrote."""
+    from common.database import engine
+
+    with Session(engine(), expire_on_commit=False) as session:
+        session.execute(text("SELECT 1"))
+        session.commit()
+        yield session
+        session.rollback()
+
+
+@pytest.fixture
+def bucket(services: Services) -> Bucket:
+    """A new bucket on the S3 server."""
+    return Bucket.create(f"test-{uuid.uuid4().hex[:12]}", services.environment["MASKWATCH_STORAGE__ENDPOINT_URL"])
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The shared data set. It is not part of the project; tests that need it skip without it."""
+    found = Path(os.environ.get("MASKWATCH_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not found.is_dir():
+        pytest.skip(f"the shared data set is not at {found} (set MASKWATCH_TEST_DATA to its folder)")
+    return found

@@ -1,0 +1,254 @@
+"""The state machine on a real Postgres: every transition, the fence, and what each promise rests on."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+
+import pytest
+from sqlalchemy.orm import Session
+
+from common import ledger
+from common.domain import JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
+from common.ledger import JobRef, StaleJobError
+from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
+from workers.recording import record_image
+
+SEEN = ObservedAt(NOON, ObservedAtSource.KEY_PATTERN)
+
+
+def test_registering_twice_changes_nothing(session: Session) -> None:
+    first = register(session, planned("a.jpg"), planned("b.jpg"))
+    second = register(session, planned("a.jpg"), planned("b.jpg"))
+    assert (first.new, first.known) == (2, 0)
+    assert (second.new, second.known) == (0, 2)
+    assert states(session) == {"pending": 2}
+
+
+def test_live_footage_goes_before_backfills(session: Session) -> None:
+    register(session, planned("old.jpg"))
+    register(session, planned("new.jpg"), lane=Lane.LIVE)
+    (first,) = claim(session, dispatch(session, 1))
+    assert first.key == "new.jpg"
+
+
+def test_two_dispatchers_share_the_work(session: Session) -> None:
+    register_many(session, 4)
+    with Session(session.bind) as other:
+        mine = ledger.take_pending(session, limit=2, alone=False, epoch="e")
+        theirs = ledger.take_pending(other, limit=9, alone=False, epoch="e")  # would hang if it waited for mine
+        assert len(mine) == len(theirs) == 2
+        assert not {job.ref.id for job in mine} & {job.ref.id for job in theirs}
+
+
+def test_a_message_runs_its_job_once(session: Session) -> None:
+    register_many(session, 2)
+    refs = dispatch(session)
+    assert len(claim(session, refs)) == 2
+    assert claim(session, refs) == []  # the same message, delivered again
+    assert claim(session, [JobRef(refs[0].id, uuid.uuid4()), JobRef(10**9, uuid.uuid4())]) == []  # a forged one
+
+
+def test_without_the_fence_a_message_runs_its_job_again(session: Session) -> None:
+    register_many(session, 2)
+    refs = dispatch(session)
+    assert len(claim(session, refs, fence=False)) == 2
+    assert len(claim(session, refs, fence=False)) == 2
+
+
+def test_success_writes_everything_in_one_transaction(session: Session) -> None:
+    register(session, planned("a.jpg"), zone="Asia/Kolkata")
+    (job,) = claim(session, dispatch(session))
+    record_image(session, job, [face(), face(MaskStatus.WITHOUT_MASK)], SEEN, fence=True)
+    assert scalar(session, "SELECT count(*) FROM faces") == 0  # rolled back by the reader's helper: nothing stays
+    assert states(session) == {"running": 1}
+    record_image(session, job, [face(), face(MaskStatus.WITHOUT_MASK)], SEEN, fence=True)
+    session.commit()
+    assert states(session) == {"succeeded": 1}
+    assert rows(session, "SELECT status, size_px FROM faces ORDER BY id") == [("with_mask", 50), ("without_mask", 50)]
+    # 12:00 UTC is 17:30 in Kolkata, whose hour began at 11:30 UTC.
+    half_past = NOON - timedelta(minutes=30)
+    assert rows(session, "SELECT hour, frames FROM frame_counts") == [(half_past, 1)]
+    assert rows(session, "SELECT hour FROM dirty_marks") == [(half_past,)]
+    assert rows(session, "SELECT attempt, outcome, worker FROM job_attempts") == [(1, "succeeded", "w/1")]
+
+
+def _commit_twice(session: Session, *, fence: bool) -> int:
+    """A worker is paused past its lease, another one does the job, then the first wakes up. Faces stored."""
+    register(session, planned("a.jpg"))
+    (paused,) = claim(session, dispatch(session), worker="paused/1", lease=-1)
+    assert ledger.recover_expired(session, max_lost_leases=10) == 1
+    session.commit()
+    (second,) = claim(session, dispatch(session, alone=True), worker="second/2")
+    record_image(session, second, [face()], SEEN, fence=fence)
+    session.commit()
+    try:
+        record_image(session, paused, [face()], SEEN, fence=fence)
+        session.commit()
+    except StaleJobError:
+        session.rollback()
+    count = scalar(session, "SELECT count(*) FROM faces")
+    assert isinstance(count, int)
+    return count
+
+
+def test_a_worker_paused_past_its_lease_cannot_commit(session: Session) -> None:
+    assert _commit_twice(session, fence=True) == 1
+
+
+def test_without_the_fence_its_rows_double(session: Session) -> None:
+    assert _commit_twice(session, fence=False) == 2
+
+
+@pytest.mark.parametrize("end", ["quarantine", "release", "retry", "renew", "changed"])
+def test_every_write_of_a_worker_is_fenced(session: Session, end: str) -> None:
+    register(session, planned("a.jpg"))
+    (job,) = claim(session, dispatch(session), lease=-1)
+    ledger.recover_expired(session, max_lost_leases=10)
+    session.commit()
+    if end == "renew":
+        assert ledger.renew(session, [job.ref], lease_seconds=60) == set()
+        return
+    with pytest.raises(StaleJobError):
+        match end:
+            case "quarantine":
+                ledger.quarantine(session, job, Reason.UNREADABLE_IMAGE, "no")
+            case "release":
+                ledger.release(session, job)
+            case "changed":
+                ledger.source_changed(session, job, "no")
+            case _:
+                ledger.retry_later(session, job, Reason.UNEXPECTED_ERROR, "no", max_attempts=3, base=1, cap=1)
+
+
+def test_a_heartbeat_keeps_the_lease(session: Session) -> None:
+    register(session, planned("a.jpg"), planned("b.jpg"))
+    kept, lost = claim(session, dispatch(session), lease=-1)
+    assert ledger.renew(session, [kept.ref], lease_seconds=60) == {kept.ref.id}
+    session.commit()
+    assert ledger.recover_expired(session, max_lost_leases=10) == 1
+    session.commit()
+    assert rows(session, "SELECT id FROM jobs WHERE state = 'pending'") == [(lost.ref.id,)]
+
+
+def test_transient_errors_wait_and_end_in_quarantine_with_the_last_reason(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    for attempt in (1, 2, 3):
+        (job,) = claim(session, dispatch(session))
+        assert job.attempt == attempt
+        state = ledger.retry_later(
+            session, job, Reason.STORAGE_UNAVAILABLE, f"try {attempt}", max_attempts=3, base=1000, cap=50
+        )
+        session.commit()
+        if attempt < 3:
+            assert state is JobState.RETRY_WAIT
+            wait = scalar(session, "SELECT extract(epoch FROM next_run_at - clock_timestamp()) FROM jobs")
+            assert -1 < wait <= 50
+            session.execute(ledger.text("UPDATE jobs SET next_run_at = clock_timestamp()"))
+            assert ledger.wake_retries(session) == 1
+            session.commit()
+    assert rows(session, "SELECT state, reason, detail FROM jobs") == [
+        ("quarantined", "storage_unavailable", "try 3 (given up after 3 tries)")
+    ]
+    assert [row[0] for row in rows(session, "SELECT outcome FROM job_attempts ORDER BY id")] == [
+        "retried",
+        "retried",
+        "quarantined",
+    ]
+
+
+def test_what_is_not_due_is_not_woken(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    (job,) = claim(session, dispatch(session))
+    ledger.retry_later(session, job, Reason.STORAGE_UNAVAILABLE, "", max_attempts=3, base=1e6, cap=1e6)
+    session.execute(ledger.text("UPDATE jobs SET next_run_at = clock_timestamp() + interval '1 hour'"))
+    session.commit()
+    assert ledger.wake_retries(session) == 0
+
+
+def test_a_released_job_gets_its_attempt_back(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    (job,) = claim(session, dispatch(session))
+    ledger.release(session, job)
+    session.commit()
+    assert rows(session, "SELECT state, attempt FROM jobs") == [("pending", 0)]
+
+
+def test_a_job_that_crashes_alone_ends_in_quarantine_and_innocents_do_not(session: Session) -> None:
+    register_many(session, 3)
+    claim(session, dispatch(session), worker="w/group")
+    assert ledger.report_crash(session, "%/group", max_crashes=3) == 3
+    session.commit()
+    # Who was to blame is not known yet: nobody is charged, each is sent alone from now on.
+    assert rows(session, "SELECT DISTINCT state, crashes, alone FROM jobs") == [("pending", 0, True)]
+    assert dispatch(session) == []
+    for expected in ("pending", "pending", "quarantined"):
+        (poison, *_) = ledger.take_pending(session, limit=1, alone=True, epoch="e")
+        claim(session, [poison.ref], worker="w/solo")
+        ledger.report_crash(session, "%/solo", max_crashes=3)
+        session.commit()
+        assert scalar(session, "SELECT state FROM jobs WHERE id = :id", id=poison.ref.id) == expected
+    assert scalar(session, "SELECT count(*) FROM jobs WHERE crashes = 0 AND state = 'pending'") == 2
+
+
+def test_leases_that_keep_running_out_end_in_quarantine(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    for alone in (False, True):
+        claim(session, dispatch(session, alone=alone), lease=-1)
+        ledger.recover_expired(session, max_lost_leases=2)
+        session.commit()
+    assert rows(session, "SELECT state, reason, crashes, lost_leases FROM jobs") == [
+        ("quarantined", "lease_expired", 0, 2)
+    ]
+
+
+def test_lost_messages_are_sent_again(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    dispatch(session)
+    lost = {"overdue_seconds": 0.0, "queue_empty": True}
+    assert ledger.recover_queued(session, epoch="epoch", overdue_seconds=3600, queue_empty=True) == 0
+    assert ledger.recover_queued(session, epoch="epoch", overdue_seconds=0, queue_empty=False) == 0
+    assert ledger.recover_queued(session, epoch="epoch", **lost) == 1
+    session.commit()
+    dispatch(session)
+    assert ledger.recover_queued(session, epoch="another", overdue_seconds=3600, queue_empty=False) == 1
+
+
+def test_a_newer_version_takes_the_place_of_the_older(session: Session) -> None:
+    register(session, planned("a.jpg"), planned("b.jpg"))
+    for job in claim(session, dispatch(session)):
+        record_image(session, job, [face()], SEEN, fence=True)
+    session.execute(ledger.text("DELETE FROM dirty_marks"))
+    session.commit()
+    result = register(session, planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1)))
+    assert (result.new, result.superseded) == (1, 1)
+    assert states(session) == {"cancelled": 1, "pending": 1, "succeeded": 1}
+    assert scalar(session, "SELECT count(*) FROM faces") == 1
+    assert scalar(session, "SELECT count(*) FROM frame_counts") == 1
+    assert rows(session, "SELECT hour FROM dirty_marks") == [(NOON,)]
+
+
+def test_an_older_version_does_not_replace_a_newer_one(session: Session) -> None:
+    register(session, planned("a.jpg", etag="e2", modified=NOON))
+    result = register(session, planned("a.jpg", etag="e1", modified=NOON - timedelta(hours=1)))
+    assert (result.new, result.superseded) == (0, 0)
+    assert states(session) == {"pending": 1}
+
+
+def test_a_worker_of_a_superseded_version_cannot_commit(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    (job,) = claim(session, dispatch(session))
+    register(session, planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1)))
+    with pytest.raises(StaleJobError):
+        record_image(session, job, [face()], SEEN, fence=True)
+
+
+def test_an_operator_retries_what_is_in_quarantine_and_nothing_else(session: Session) -> None:
+    register(session, planned("a.jpg"), planned("b.jpg"))
+    bad, good = claim(session, dispatch(session))
+    ledger.quarantine(session, bad, Reason.ACCESS_DENIED, "denied \0 and long " + "x" * 5000)
+    session.commit()
+    assert len(scalar(session, "SELECT detail FROM jobs WHERE state = 'quarantined'")) == ledger.DETAIL_LIMIT
+    assert ledger.retry(session, [bad.ref.id, good.ref.id]) == [bad.ref.id]
+    session.commit()
+    assert states(session) == {"pending": 1, "running": 1}

@@ -1,0 +1,70 @@
+"""Short ways to put planned objects into the ledger and to look at what it holds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from common import catalog, ledger
+from common.domain import Face, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
+from common.ledger import ClaimedJob, JobRef, Registered
+from common.planning import PlannedObject
+from common.settings import get_settings
+from common.storage import ObjectInfo
+
+NOON = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
+
+
+def planned(key: str, *, etag: str = "e1", at: datetime = NOON, modified: datetime = NOON) -> PlannedObject:
+    info = ObjectInfo("s3://footage", key, etag, 1000, modified)
+    return PlannedObject(info, MediaKind.IMAGE, ObservedAt(at, ObservedAtSource.KEY_PATTERN))
+
+
+def register(session: Session, *objects: PlannedObject, zone: str = "UTC", lane: Lane = Lane.BACKFILL) -> Registered:
+    location = catalog.add_location(session, "lobby", zone)
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    location.promoted_pipeline_id = pipeline.id
+    result = ledger.register(session, objects, location=location, camera=None, pipeline=pipeline, lane=lane)
+    session.commit()
+    return result
+
+
+def register_many(session: Session, count: int) -> None:
+    register(session, *(planned(f"{n:04}.jpg", at=NOON + timedelta(minutes=n)) for n in range(count)))
+
+
+def dispatch(session: Session, limit: int = 100, *, alone: bool = False) -> list[JobRef]:
+    refs = [job.ref for job in ledger.take_pending(session, limit=limit, alone=alone, epoch="epoch")]
+    session.commit()
+    return refs
+
+
+def claim(
+    session: Session, refs: list[JobRef], *, worker: str = "w/1", lease: float = 60, fence: bool = True
+) -> list[ClaimedJob]:
+    jobs = ledger.claim(session, refs, worker=worker, lease_seconds=lease, fence=fence)
+    session.commit()
+    return jobs
+
+
+def face(status: MaskStatus = MaskStatus.WITH_MASK) -> Face:
+    p_with = {MaskStatus.WITH_MASK: 0.9, MaskStatus.WITHOUT_MASK: 0.1, MaskStatus.UNCERTAIN: 0.5}[status]
+    return Face(10, 10, 50, 60, 0.8, p_with, 1 - p_with, status)
+
+
+def states(session: Session) -> dict[str, int]:
+    session.rollback()
+    return {row[0]: row[1] for row in session.execute(text("SELECT state, count(*) FROM jobs GROUP BY 1"))}
+
+
+def scalar(session: Session, query: str, **parameters: Any) -> Any:
+    session.rollback()
+    return session.execute(text(query), parameters).scalar()
+
+
+def rows(session: Session, query: str, **parameters: Any) -> list[Any]:
+    session.rollback()
+    return list(session.execute(text(query), parameters).all())

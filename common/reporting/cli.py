@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from common.console import json_option, note, print_json, print_table
+from common.console import json_option, note, print_json
 from common.domain import MaskwatchError
 from common.reporting.queries import Period
 
@@ -50,7 +50,7 @@ def summary(location: str | None, by: str, since: str | None, until: str | None,
     elif as_csv:
         click.echo(tables.as_csv(rows), nl=False)
     elif rows:
-        print_table("Compliance", *tables.compliance_table(rows, period))
+        click.echo(tables.as_text(rows, period))
     else:
         note(
             "no figures"

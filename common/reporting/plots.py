@@ -38,6 +38,9 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
 }
+#: Labels of ticks at years, months, days, hours, minutes and seconds; and at the first of each.
+_TICKS = ["%Y", "%b", "%d %b", "%H:%M", "%H:%M", "%H:%M:%S"]
+_DAY_TICKS = ["", "%Y", "%d %b", "%d %b", "%H:%M", "%H:%M"]
 #: Longer stretches of time are drawn by day.
 HOURLY_UP_TO = timedelta(days=14)
 LENGTH = {Period.HOUR: timedelta(hours=1), Period.DAY: timedelta(days=1), Period.WEEK: timedelta(days=7)}
@@ -60,7 +63,12 @@ def compliance_svg(rows: Sequence[ComplianceRow], by: Period) -> str:
         _draw_counts(counts, rows, by)
         locator = dates.AutoDateLocator(tz=rows[0].start.tzinfo, minticks=4, maxticks=12)
         counts.xaxis.set_major_locator(locator)
-        counts.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, tz=rows[0].start.tzinfo))
+        counts.xaxis.set_major_formatter(
+            dates.ConciseDateFormatter(
+                locator, tz=rows[0].start.tzinfo, formats=_TICKS, zero_formats=_DAY_TICKS, show_offset=False
+            )
+        )
+        counts.set_xlabel(f"{rows[0].start:%d %b %Y} – {rows[-1].start:%d %b %Y}, local time")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_page(buffer.getvalue())
@@ -77,7 +85,7 @@ def _draw_rates(axes: Axes, rows: Sequence[ComplianceRow], by: Period) -> None:
     axes.bar(starts, heights, width, bottom=lows, align="edge", color=WITH_MASK, alpha=0.25)
     values = [row.figures.rate or 0.0 for row in decided]
     axes.hlines(values, starts, [start + width for start in starts], color=WITH_MASK, linewidth=2.4)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("compliance rate")
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)

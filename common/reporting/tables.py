@@ -13,7 +13,7 @@ from common.reporting.queries import ComplianceRow, Figures, Period
 #: Shown where there is no figure.
 NONE = "–"
 
-COLUMNS = ("frames", "faces", "with mask", "without", "uncertain", "compliance", "95 % interval")
+COLUMNS = ("frames", "faces", "with mask", "without", "uncertain", "rate", "interval")
 
 
 def percent(share: float | None) -> str:
@@ -29,13 +29,14 @@ def interval(figures: Figures) -> str:
 
 
 def period_name(row: ComplianceRow, by: Period) -> str:
-    """When a row's period was, on the location's clock. An hour carries its offset: a clock may show it twice."""
+    """When a row's period was, on the location's clock; with its offset where the clock shows the hour twice."""
     if by is Period.HOUR:
-        return row.start.isoformat(sep=" ", timespec="minutes")
+        twice = row.start.replace(fold=0).utcoffset() != row.start.replace(fold=1).utcoffset()
+        return f"{row.start:%Y-%m-%d %H:%M}" + (row.start.isoformat()[-6:] if twice else "")
     if by is Period.DAY:
-        return row.start.strftime("%Y-%m-%d %a")
+        return f"{row.start:%Y-%m-%d %a}"
     year, week, _ = row.start.isocalendar()
-    return f"{year}-W{week:02} (from {row.start:%d %b})"
+    return f"{year}-W{week:02} ({row.start:%d %b})"
 
 
 def cells(figures: Figures) -> tuple[str, ...]:
@@ -45,9 +46,26 @@ def cells(figures: Figures) -> tuple[str, ...]:
 
 
 def compliance_table(rows: Sequence[ComplianceRow], by: Period) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column names and rows for `console.print_table`."""
-    columns = ("location", f"{by.value} (local time)", *COLUMNS)
+    """Column names and rows of text, for `console.print_table` or any other table."""
+    columns = ("location", by.value, *COLUMNS)
     return columns, [(row.location, period_name(row, by), *cells(row.figures)) for row in rows]
+
+
+def as_text(rows: Sequence[ComplianceRow], by: Period) -> str:
+    """The same table as plain text: a block per location, numbers to the right, within 80 columns, nothing cut off."""
+    columns, table = compliance_table(rows, by)
+    widths = [max(len(line[index]) for line in (columns, *table)) for index in range(len(columns))]
+    blocks: dict[str, list[str]] = {}
+    for row, line in zip(rows, table, strict=True):
+        heading = f"{row.location} ({row.start.tzinfo})"
+        block = blocks.setdefault(heading, [heading, _aligned(columns, widths)])
+        block.append(_aligned(line, widths))
+    return "\n\n".join("\n".join(block) for block in blocks.values())
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    numbers = (cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True))
+    return "  ".join(("", line[1].ljust(widths[1]), *numbers))
 
 
 def as_dict(row: ComplianceRow) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 #: Any constant that nothing else locks: "maskwatch partitions".
 PARTITION_LOCK = 0x6D77_7061
@@ -49,7 +49,14 @@ def split_default(engine: Engine) -> list[str]:
 
 def _exists(engine: Engine, month: datetime) -> bool:
     with engine.connect() as connection:
-        return connection.scalar(text("SELECT to_regclass(:name)"), {"name": partition_name(month)}) is not None
+        return _is_there(connection, partition_name(month))
+
+
+def _is_there(connection: Connection, name: str) -> bool:
+    # Read from pg_class as rows, because to_regclass() may answer from what this session remembers from
+    # before it waited for the lock.
+    query = "SELECT FROM pg_class WHERE relname = :name AND relnamespace = current_schema()::regnamespace"
+    return connection.execute(text(query), {"name": name}).first() is not None
 
 
 def _make(engine: Engine, month: datetime) -> list[str]:
@@ -58,7 +65,7 @@ def _make(engine: Engine, month: datetime) -> list[str]:
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL lock_timeout = '10s'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": PARTITION_LOCK})
-        if connection.scalar(text("SELECT to_regclass(:name)"), {"name": name}) is not None:
+        if _is_there(connection, name):
             return []
         # Filled first and attached then, because ATTACH refuses while the default holds rows of this month.
         connection.execute(text("LOCK TABLE faces_default IN ACCESS EXCLUSIVE MODE"))

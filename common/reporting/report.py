@@ -103,11 +103,11 @@ def render(session: Session, pictures: Sequence[Picture]) -> str:
 def _sections(session: Session) -> list[LocationSection]:
     covered = coverage(session)
     broken = quarantined(session, MAX_QUARANTINED)
+    # Locations without figures come last: a reader looks for figures first.
+    locations = sorted(totals(session), key=lambda location: location.first_hour is None)
     return [
-        _section(
-            session, location, covered.get(location.name), [job for job in broken if job.location == location.name]
-        )
-        for location in totals(session)
+        _section(session, place, covered.get(place.name), [job for job in broken if job.location == place.name])
+        for place in locations
     ]
 
 

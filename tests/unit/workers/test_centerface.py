@@ -112,11 +112,11 @@ def test_boxes_always_lie_inside_and_have_area(width: int, height: int, seed: in
 def test_it_finds_the_face_of_the_photograph(detector: CenterFace, photograph: NDArray[np.uint8]) -> None:
     found = detector.detect(photograph)
     assert len(found) == 1
-    assert found.scores[0] > 0.9
+    assert found.scores[0] > 0.8
     assert iou(found.boxes_xyxy, ASTRONAUT_FACE)[0, 0] > 0.8
 
 
-@pytest.mark.parametrize("size", [(2400, 2400), (300, 260), (128, 128)])
+@pytest.mark.parametrize("size", [(2400, 1800), (300, 260), (128, 128)])
 def test_boxes_are_in_pixels_of_the_original(
     detector: CenterFace, photograph: NDArray[np.uint8], size: tuple[int, int]
 ) -> None:

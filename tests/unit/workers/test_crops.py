@@ -64,7 +64,7 @@ def test_at_an_edge_only_the_picture_limits_it() -> None:
 
 @pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 5, 5, 9), (30, 30, 40, 40)])
 def test_a_box_without_pixels_is_refused(box: Box) -> None:
-    with pytest.raises(ValueError, match="no area|outside"):
+    with pytest.raises(ValueError, match=r"no area|outside"):
         widen_box(box, 20, 20, below_px=0, factor=1)
 
 

@@ -1,0 +1,57 @@
+"""The bars of the first classifier on the public test scenes, by the command a user would type."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DATA = Path(os.environ.get("MASKWATCH_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+SCENES = DATA / "scenes"
+
+pytestmark = [
+    pytest.mark.data,
+    pytest.mark.skipif(
+        not (SCENES / "annotations").is_dir(),
+        reason=f"no test scenes at {SCENES}: set MASKWATCH_TEST_DATA to the folder that holds scenes/",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    # The pipeline that a new installation has: without settings of whoever runs the tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASKWATCH_")}
+    result = subprocess.run(
+        [sys.executable, "-c", "from common.cli import main; main()", "evaluate", "scenes", str(SCENES), "--json"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    values: dict[str, Any] = json.loads(result.stdout)
+    return values
+
+
+def test_all_pictures_and_labels_are_counted(summary):
+    assert summary["images"] == len(list((SCENES / "images").iterdir()))
+    assert summary["unreadable"] == []
+    assert summary["labelled_faces"] == sum(
+        path.read_text().count("<object>") for path in (SCENES / "annotations").iterdir()
+    )
+
+
+def test_recall_reaches_its_bars(summary):
+    assert summary["sizes"]["16–32"]["recall"] >= 0.88
+    assert summary["sizes"]["≥32"]["recall"] >= 0.92
+
+
+def test_precision_reaches_its_bar(summary):
+    assert summary["precision"] >= 0.75
+
+
+def test_balanced_accuracy_reaches_its_bar(summary):
+    assert summary["judged"]["balanced_accuracy"] >= 0.92

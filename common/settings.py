@@ -51,7 +51,7 @@ class PipelineSettings(BaseModel):
     # Larger inputs cost memory: CenterFace takes about 0.27 kB per pixel, 0.7 GB for 1600 × 1600.
     shrink_above_px: int = Field(1600, ge=64)
     widen_below_px: int = Field(90, ge=0)
-    widen_factor: float = Field(1.5, ge=1)
+    widen_factor: float = Field(1.25, ge=1)
     uncertain_below: float = Field(0.6, ge=0.5, le=1)
 
     def spec(self) -> PipelineSpec:

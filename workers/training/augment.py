@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from common.settings import PipelineSettings
 from workers.classification import _ops
 from workers.training.dataset import Box, FaceSample
 
-#: Sides below this are widened in production, by this factor (defaults of `common.settings.PipelineSettings`).
-WIDEN_BELOW_PX = 90
-WIDEN_FACTOR = 1.5
+#: How production cuts crops: what training imitates, and validation does exactly.
+PRODUCTION = PipelineSettings()
 
 #: Faces are scaled down to as little as this, longer side of the box.
 SMALLEST_PX = 10.0
@@ -25,6 +25,10 @@ VALIDATION_SIZES_PX = (20.0, 32.0)
 
 Pixels = NDArray[np.uint8]
 
+#: A face set into other surroundings fades out from its box to this multiple of it: what a class folder's picture
+#: holds beyond the box (`FOLDER_MARGIN`), less a little.
+FADED_AT = 1.28
+
 #: Disposable, fabric and respirator masks as cameras see them, RGB.
 MASK_COLOURS = (
     (170, 210, 235), (130, 180, 220), (240, 240, 240), (215, 220, 225), (30, 30, 32), (60, 62, 66),
@@ -32,24 +36,61 @@ MASK_COLOURS = (
 )  # fmt: skip
 
 
-def random_crop(sample: FaceSample, rng: np.random.Generator, *, draw_mask: bool, draw_chin_mask: bool) -> Pixels:
+def random_crop(
+    sample: FaceSample,
+    rng: np.random.Generator,
+    *,
+    draw_mask: bool = False,
+    draw_chin_mask: bool = False,
+    surroundings: FaceSample | None = None,
+) -> Pixels:
     """A random view of the face, uint8 RGB of any size: size, surroundings, position, turn, light, blur, noise,
-    compression. `draw_mask` first draws a mask over nose and mouth, `draw_chin_mask` one that leaves both free.
+    compression.
+
+    `draw_mask` first draws a mask over nose and mouth, `draw_chin_mask` one that leaves both free. With
+    `surroundings` the face takes the place of that other face, so that hair, collars and crowds tell nothing.
     """
-    pixels = sample.pixels
+    pixels, box = sample.pixels, sample.box
     if draw_mask or draw_chin_mask:
-        pixels = with_drawn_mask(pixels, sample.box, rng, under_mouth=draw_chin_mask)
-    native_px = max(sample.box[2] - sample.box[0], sample.box[3] - sample.box[1])
-    # Half of all faces keep their size: scenes are small anyway, and large faces must not be forgotten.
+        pixels = with_drawn_mask(pixels, box, rng, under_mouth=draw_chin_mask)
+    if surroundings is not None:
+        pixels, box = placed_in(pixels, box, surroundings)
+    native_px = max(box[2] - box[0], box[3] - box[1])
+    # Many faces keep their size: scenes are small anyway, and large faces must not be forgotten.
     face_px = native_px if rng.random() < 0.4 else _log_uniform(rng, min(SMALLEST_PX, native_px), native_px)
-    context = WIDEN_FACTOR if face_px < WIDEN_BELOW_PX else 1.0
-    if rng.random() < 0.15:
-        context = float(rng.uniform(1.0, WIDEN_FACTOR))
-    crop = _cut(pixels, sample.box, context, rng)
+    context = PRODUCTION.widen_factor if face_px < PRODUCTION.widen_below_px else 1.0
+    if rng.random() < 0.25:
+        context = float(rng.uniform(1.0, 1.6))
+    crop = _cut(pixels, box, context, rng)
     crop = _scaled(crop, min(1.0, face_px / native_px), rng)
     if rng.random() < 0.5:
         crop = np.ascontiguousarray(crop[:, ::-1])
     return _degraded(crop, rng)
+
+
+def placed_in(pixels: Pixels, box: Box, surroundings: FaceSample) -> tuple[Pixels, Box]:
+    """The face in the place of the face of `surroundings`, which is scaled to fit; and its box there."""
+    x1, y1, x2, y2 = box
+    other_x1, other_y1, other_x2, other_y2 = surroundings.box
+    scale_x, scale_y = (x2 - x1) / (other_x2 - other_x1), (y2 - y1) / (other_y2 - other_y1)
+    other_h, other_w = surroundings.pixels.shape[:2]
+    size = (max(2, round(other_w * scale_x)), max(2, round(other_h * scale_y)))
+    interpolation = cv2.INTER_AREA if scale_x * scale_y < 1 else cv2.INTER_LINEAR
+    canvas = cv2.resize(surroundings.pixels, size, interpolation=interpolation)
+
+    shift_x, shift_y = round(other_x1 * scale_x - x1), round(other_y1 * scale_y - y1)
+    left, right = max(0, shift_x), min(size[0], pixels.shape[1] + shift_x)
+    top, bottom = max(0, shift_y), min(size[1], pixels.shape[0] + shift_y)
+    across = (np.arange(left, right) + 0.5 - shift_x - (x1 + x2) / 2) / ((x2 - x1) / 2)
+    down = (np.arange(top, bottom) + 0.5 - shift_y - (y1 + y2) / 2) / ((y2 - y1) / 2)
+    # A square with round corners: 1 on the edges of the box.
+    distance = (across[None, :] ** 4 + down[:, None] ** 4) ** 0.25
+    opacity = np.clip((FADED_AT - distance) / (FADED_AT - 1), 0, 1).astype(np.float32)[..., None]
+    face = pixels[top - shift_y : bottom - shift_y, left - shift_x : right - shift_x].astype(np.float32)
+    below = canvas[top:bottom, left:right]
+    canvas[top:bottom, left:right] = np.rint(below + opacity * (face - below)).astype(np.uint8)
+    placed = (x1 + shift_x, y1 + shift_y, x2 + shift_x, y2 + shift_y)
+    return np.asarray(canvas, dtype=np.uint8), placed
 
 
 def fixed_crop(sample: FaceSample, face_px: float | None) -> Pixels:
@@ -59,7 +100,9 @@ def fixed_crop(sample: FaceSample, face_px: float | None) -> Pixels:
     """
     pixels, box = sample.pixels, sample.box
     crop: Pixels = (
-        _ops.crop_for_classification(pixels, box, WIDEN_BELOW_PX, WIDEN_FACTOR) if sample.from_scene else pixels
+        _ops.crop_for_classification(pixels, box, PRODUCTION.widen_below_px, PRODUCTION.widen_factor)
+        if sample.from_scene
+        else pixels
     )
     native_px = max(box[2] - box[0], box[3] - box[1])
     if face_px is not None and face_px < native_px:

@@ -36,9 +36,13 @@ LABEL_SMOOTHING = 0.05
 
 #: Shares of a class that come from scenes, and of faces from class folders with a mask drawn on (over the mouth
 #: for with_mask, under it for without_mask). The rest are faces of class folders as they are.
-SCENE_SHARE = 0.4
+SCENE_SHARE = 0.35
 DRAWN_SHARE = 0.12
 CHIN_SHARE = 0.05
+
+#: Shares of faces that are set into the surroundings of a random face of a scene, whatever its class.
+FOLDER_PLACED_SHARE = 0.5
+SCENE_PLACED_SHARE = 0.2
 
 #: Faces of scenes below this don't judge epochs: their labels are guesses.
 JUDGED_FROM_PX = 16.0
@@ -88,6 +92,7 @@ class BatchSource:
             label: [at for at, s in enumerate(samples) if s.label == label and not s.from_scene] for label in (0, 1)
         }
         scene = {label: [at for at, s in enumerate(samples) if s.label == label and s.from_scene] for label in (0, 1)}
+        self._surroundings = [sample for sample in samples if sample.from_scene]
         bare = [at for at in folder[1] if not samples[at].worn_wrongly]
         with_mask = [(SCENE_SHARE, scene[0], False), (DRAWN_SHARE, bare, True)]
         without_mask = [(SCENE_SHARE, scene[1], False), (CHIN_SHARE, bare, True)]

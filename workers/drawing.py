@@ -82,7 +82,7 @@ def _draw_box(image: NDArray[np.uint8], face: Face, style: _Style) -> None:
         (round(face.x1), round(face.y1)),
         (min(round(face.x2), width - 1), min(round(face.y2), height - 1)),
     )
-    cv2.rectangle(image, *corners, COLOURS[face.status], style.line_px, cv2.LINE_AA)
+    cv2.rectangle(image, *corners, COLOURS[face.status], style.line_px)
 
 
 def _draw_label(image: NDArray[np.uint8], face: Face, style: _Style) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from skimage.data import astronaut
@@ -94,6 +94,7 @@ def test_boxes_move_from_the_hair_to_the_chin() -> None:
     assert moved.tolist() == [[10, 35, 60, 128]]
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32 - 1), st.floats(-2, 30))
 def test_boxes_always_lie_inside_and_have_area(width: int, height: int, seed: int, log_size: float) -> None:
     """Whatever the network says, also at the edges and at absurd sizes."""

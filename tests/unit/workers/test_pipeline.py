@@ -81,7 +81,7 @@ def test_a_picture_without_faces_costs_no_classification(picture: NDArray[np.uin
     assert classifier.calls == []
 
 
-@given(st.lists(st.floats(-1e-6, 1 + 1e-6, width=32), min_size=1, max_size=8))
+@given(st.lists(st.floats(-1e-6, 1 + 1e-6), min_size=1, max_size=8))
 def test_probabilities_are_floats_in_range_and_add_up(values: list[float]) -> None:
     boxes = [(float(i), 0.0, i + 10.0, 10.0) for i in range(len(values))]
     analyzer = Analyzer(SPEC, FixedDetector(*boxes), FixedClassifier(*values))

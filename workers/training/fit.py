@@ -112,8 +112,17 @@ class BatchSource:
         pools = self._pools[label]
         _, members, drawn = pools[int(rng.choice(len(pools), p=[share for share, _, _ in pools]))]
         sample = self._samples[members[int(rng.integers(len(members)))]]
-        crop = augment.random_crop(sample, rng, draw_mask=drawn and label == 0, draw_chin_mask=drawn and label == 1)
+        crop = augment.random_crop(
+            sample, rng, draw_mask=drawn and label == 0, draw_chin_mask=drawn and label == 1,
+            surroundings=self._random_surroundings(sample, rng),
+        )  # fmt: skip
         return _ops.prepare_crop(crop, self._side)
+
+    def _random_surroundings(self, sample: FaceSample, rng: np.random.Generator) -> FaceSample | None:
+        share = SCENE_PLACED_SHARE if sample.from_scene else FOLDER_PLACED_SHARE
+        if not self._surroundings or rng.random() >= share:
+            return None
+        return self._surroundings[int(rng.integers(len(self._surroundings)))]
 
 
 def _normalised(pools: list[tuple[float, list[int], bool]]) -> list[tuple[float, list[int], bool]]:

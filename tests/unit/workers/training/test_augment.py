@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from common.settings import PipelineSettings
 from workers.classification import _ops
 from workers.training import augment
 from workers.training.dataset import FaceSample
@@ -19,18 +22,14 @@ def face(native_px: int, *, from_scene: bool = True) -> FaceSample:
 def test_random_crops_reach_ten_pixels_and_never_enlarge():
     rng = np.random.default_rng(0)
     sample = face(120)
-    longer = [
-        max(augment.random_crop(sample, rng, draw_mask=False, draw_chin_mask=False).shape[:2]) for _ in range(400)
-    ]
+    longer = [max(augment.random_crop(sample, rng).shape[:2]) for _ in range(400)]
     # Widened by half at most, with jitter: a face of 10 px comes in a crop of about 15, one of 120 in one of about 120.
     assert min(longer) < 20
     assert 120 < max(longer) < 120 * 1.5 * 1.6
 
 
 def test_random_crops_are_the_same_for_the_same_seed():
-    crops = [
-        augment.random_crop(face(60), np.random.default_rng(5), draw_mask=True, draw_chin_mask=False) for _ in range(2)
-    ]
+    crops = [augment.random_crop(face(60), np.random.default_rng(5), draw_mask=True) for _ in range(2)]
     assert np.array_equal(*crops)
 
 
@@ -45,9 +44,32 @@ def test_every_random_crop_can_be_prepared(native_px):
 
 
 def test_scene_faces_are_validated_as_production_crops_them():
-    small, large = face(40), face(100)
-    assert augment.fixed_crop(small, None).shape[:2] == (60, 60)
-    assert augment.fixed_crop(large, None).shape[:2] == (100, 100)
+    production = PipelineSettings()
+    for native_px in (40, 100):
+        sample = face(native_px)
+        cut = _ops.crop_for_classification(
+            sample.pixels, sample.box, production.widen_below_px, production.widen_factor
+        )
+        assert np.array_equal(augment.fixed_crop(sample, None), cut)
+    assert augment.fixed_crop(face(100), None).shape[:2] == (100, 100)
+
+
+@pytest.mark.parametrize(("native_px", "other_px"), [(30, 100), (100, 30), (64, 64)])
+def test_a_face_in_other_surroundings_keeps_its_pixels_and_gets_theirs(native_px, other_px):
+    light, dark = (
+        replace(face(side), pixels=np.full_like(face(side).pixels, grey))
+        for side, grey in ((native_px, 200), (other_px, 50))
+    )
+    pixels, box = augment.placed_in(light.pixels, light.box, dark)
+    assert box[2] - box[0] == native_px
+    left, top, right, bottom = box
+    rows, columns = np.mgrid[: pixels.shape[0], : pixels.shape[1]] + 0.5
+    across, down = np.abs(columns - (left + right) / 2), np.abs(rows - (top + bottom) / 2)
+    # The box is the face's but for its round corners; from FADED_AT on nothing is.
+    assert (pixels[(across**2 + down**2) ** 0.5 <= native_px / 2] == 200).all()
+    assert (pixels[np.maximum(across, down) >= augment.FADED_AT * native_px / 2] == 50).all()
+    between = pixels[(down < 1) & (np.abs(across - native_px * 0.57) < 1)]
+    assert ((between > 60) & (between < 190)).all()
 
 
 def test_folder_faces_are_validated_whole_at_the_asked_size():

@@ -41,7 +41,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_only():
 def test_scenes_get_their_share_of_each_class(monkeypatch):
     drawn: list[FaceSample] = []
 
-    def remember(sample, rng, *, draw_mask, draw_chin_mask):
+    def remember(sample, rng, *, draw_mask, draw_chin_mask, surroundings):
         drawn.append(sample)
         return sample.pixels
 
@@ -56,7 +56,7 @@ def test_scenes_get_their_share_of_each_class(monkeypatch):
 def test_masks_are_drawn_on_bare_faces_only_and_change_the_label(monkeypatch):
     seen: list[tuple[int, bool, bool]] = []
 
-    def remember(sample, rng, *, draw_mask, draw_chin_mask):
+    def remember(sample, rng, *, draw_mask, draw_chin_mask, surroundings):
         seen.append((sample.label, draw_mask, draw_chin_mask))
         return np.full((32, 32, 3), 255 if draw_mask else 0, np.uint8)
 
@@ -66,6 +66,24 @@ def test_masks_are_drawn_on_bare_faces_only_and_change_the_label(monkeypatch):
     assert all(label == 1 for label, draw_mask, chin in seen if draw_mask or chin)
     masked = crops[:, 0, 0, 0] > 0
     assert (labels[masked, 0] == 1).all()
+
+
+def test_faces_of_both_classes_get_the_surroundings_of_any_scene(monkeypatch):
+    pairs: list[tuple[int, bool, int | None]] = []
+
+    def remember(sample, rng, *, draw_mask, draw_chin_mask, surroundings):
+        pairs.append((sample.label, sample.from_scene, None if surroundings is None else surroundings.label))
+        return sample.pixels
+
+    monkeypatch.setattr(fit.augment, "random_crop", remember)
+    source = fit.BatchSource(UNBALANCED, 32, seed=6)
+    for number in range(20):
+        source.batch(number)
+    for from_scene, share in ((True, fit.SCENE_PLACED_SHARE), (False, fit.FOLDER_PLACED_SHARE)):
+        placed = [other is not None for _, scene, other in pairs if scene == from_scene]
+        assert np.mean(placed) == pytest.approx(share, abs=0.05)
+    # A with_mask face amid what was around an unmasked one, and the other way round.
+    assert {(label, other) for label, _, other in pairs if other is not None} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 def test_one_kind_of_data_is_enough():

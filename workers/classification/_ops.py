@@ -55,9 +55,7 @@ def widen_box(
     return x1, y1, x2, y2
 
 
-def pixel_box(
-    box: tuple[float, float, float, float], image_w: int, image_h: int
-) -> tuple[int, int, int, int]:
+def pixel_box(box: tuple[float, float, float, float], image_w: int, image_h: int) -> tuple[int, int, int, int]:
     """The whole pixels a box touches: left, top, right, bottom to slice with, inside the picture."""
     left = min(max(0, int(np.floor(box[0]))), image_w - 1)
     top = min(max(0, int(np.floor(box[1]))), image_h - 1)

@@ -75,15 +75,17 @@ class Archive:
         place = {"location_id": location.id, "pipeline_id": pipeline.id, "camera_id": media.camera_id}
         hour = hour_of(instant, location.time_zone)
         self._add(FrameCount(job_id=job.id, hour=hour, frames=1, seconds=0, **place))
-        for status, count in zip(MaskStatus, faces, strict=True):
-            for _ in range(count):
-                p_mask = {"with_mask": 0.9, "without_mask": 0.1, "uncertain": 0.55}[status]
-                self._add(
-                    FaceRow(
-                        observed_at=instant, job_id=job.id, media_object_id=media.id, x1=10, y1=20, x2=50, y2=70,
-                        size_px=50, p_face=0.8, p_with_mask=p_mask, p_without_mask=1 - p_mask, status=status, **place,
-                    )
-                )  # fmt: skip
+        probabilities = {"with_mask": 0.9, "without_mask": 0.1, "uncertain": 0.55}
+        self.session.add_all(
+            FaceRow(
+                observed_at=instant, job_id=job.id, media_object_id=media.id, x1=10, y1=20, x2=50, y2=70, size_px=50,
+                p_face=0.8, p_with_mask=probabilities[status], p_without_mask=1 - probabilities[status],
+                status=status, **place,
+            )
+            for status, count in zip(MaskStatus, faces, strict=True)
+            for _ in range(count)
+        )  # fmt: skip
+        self.session.flush()
         if pipeline.id == location.promoted_pipeline_id:
             self.seen.append((location.name, instant, faces))
         return job

@@ -1,0 +1,48 @@
+# Everything a newcomer types. `make help` explains itself; every target does its own set-up.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## See it work: sample footage through the whole system (minutes, no configuration)
+	$(BIN)/maskwatch demo --out demo-output
+
+test: $(VENV)/.test  ## Run the tests, against a real Postgres, Redis and S3 server
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## Put the sources into the project's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.demo  ## Measure the whole road against the bare models; figures belong in docs/performance.md
+	$(BIN)/python -m benchmarks.road
+
+clean:  ## Stop and remove everything that the targets above made
+	-[ -x $(BIN)/maskwatch ] && MASKWATCH_STATE_DIR=demo-output/state $(BIN)/maskwatch local down --purge
+	-[ -x $(BIN)/maskwatch ] && $(BIN)/maskwatch local down --purge
+	rm -rf $(VENV) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Layers are installed once, and again when pyproject.toml changes. The demo needs neither TensorFlow nor torch.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[worker,local]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[dev,train]'
+	@touch $@ $(VENV)/.demo
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Maskwatch needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)

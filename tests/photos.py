@@ -1,0 +1,37 @@
+"""Small pictures for the tests: faces from the sample footage's photograph, and files that are none."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+from PIL import Image, ImageDraw
+
+
+@lru_cache
+def portrait(width: int = 256) -> Image.Image:
+    """A photograph with one face (Eileen Collins, NASA, public domain; ships in scikit-image)."""
+    from skimage import data
+
+    photo = Image.fromarray(data.astronaut())
+    return photo.resize((width, width), Image.Resampling.LANCZOS)
+
+
+def jpeg(picture: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+@lru_cache
+def face_jpeg(number: int = 0) -> bytes:
+    """A JPEG with one face; different bytes for different numbers."""
+    picture = portrait().copy()
+    ImageDraw.Draw(picture).rectangle((0, 0, 8, 8), fill=(number % 256, number // 256 % 256, 99))
+    return jpeg(picture)
+
+
+@lru_cache
+def empty_jpeg() -> bytes:
+    """A JPEG of nobody."""
+    return jpeg(Image.new("RGB", (160, 120), (90, 110, 130)))

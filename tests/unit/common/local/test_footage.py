@@ -47,8 +47,9 @@ def test_keys_and_instants_agree_with_the_local_time(footage: tuple[Path, Truth]
     _, truth = footage
     patterns = {(camera.location, camera.camera): camera.time_pattern for camera in truth.cameras}
     for picture in truth.pictures:
-        assert datetime.strptime(picture.key, patterns[picture.location, picture.camera]) == picture.local_time
         zone = ZoneInfo(TIME_ZONES[picture.location])
+        read = datetime.strptime(picture.key, patterns[picture.location, picture.camera]).replace(tzinfo=zone)
+        assert read == picture.observed_at
         assert picture.observed_at.astimezone(zone).replace(tzinfo=None) == picture.local_time
     offsets = {picture.local_time - picture.observed_at.replace(tzinfo=None) for picture in truth.pictures}
     assert offsets == {timedelta(hours=1), timedelta(hours=2), timedelta(hours=5.5)}

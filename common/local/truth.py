@@ -56,7 +56,7 @@ class TrueCamera:
     """A camera of the footage, and what `maskwatch backfill` has to be told about its keys."""
 
     location: str
-    camera: str
+    name: str
     time_zone: str
     prefix: str
     time_pattern: str

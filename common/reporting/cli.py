@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import click
 
 from common.console import json_option, note, print_json
 from common.domain import MaskwatchError
-from common.reporting.queries import Period
+from common.reporting.queries import ComplianceRow, Period
 
 
 @click.command()
@@ -50,7 +51,7 @@ def summary(location: str | None, by: str, since: str | None, until: str | None,
     elif as_csv:
         click.echo(tables.as_csv(rows), nl=False)
     elif rows:
-        click.echo(tables.as_text(rows, period))
+        print_compliance(rows, period)
     else:
         note(
             "no figures"
@@ -60,6 +61,13 @@ def summary(location: str | None, by: str, since: str | None, until: str | None,
         note("to analyse pictures: maskwatch run photos/ --location lobby")
     if lagging:
         note(f"{lagging} hours have newer results that are not in these figures yet: maskwatch summarize")
+
+
+def print_compliance(rows: Sequence[ComplianceRow], by: str, *, to_stderr: bool = False) -> None:
+    """The table for people; to standard error where standard output is kept for machines."""
+    from common.reporting.tables import as_text
+
+    click.echo(as_text(rows, Period(by)), err=to_stderr)
 
 
 def parse_bounds(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:

@@ -64,12 +64,14 @@ class Picture:
 
 
 def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ()) -> None:
-    """Write the report of all locations to `path`; of `pictures` (annotated examples) the first 12 go in.
+    """Write the report of all locations to `path`; of `pictures` (annotated examples) 12 go in, evenly picked.
 
     The file is replaced whole or not at all. Raises `MaskwatchError` for a path that can't be written and
     for a picture that can't be read.
     """
-    page = render(session, [_picture(picture) for picture in pictures[:MAX_PICTURES]])
+    step = max(1.0, len(pictures) / MAX_PICTURES)
+    chosen = [pictures[int(index * step)] for index in range(min(len(pictures), MAX_PICTURES))]
+    page = render(session, [_picture(picture) for picture in chosen])
     draft = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

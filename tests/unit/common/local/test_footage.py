@@ -39,13 +39,13 @@ def test_three_cameras_two_locations_two_days(footage: tuple[Path, Truth]) -> No
         pictures = [picture for picture in truth.pictures if picture.key.startswith(camera.prefix)]
         assert len(pictures) == PER_CAMERA
         assert {picture.local_time.date() for picture in pictures} == set(DAYS)
-        assert {(picture.location, picture.camera) for picture in pictures} == {(camera.location, camera.camera)}
+        assert {(picture.location, picture.camera) for picture in pictures} == {(camera.location, camera.name)}
     assert {camera.location for camera in truth.cameras} == set(TIME_ZONES)
 
 
 def test_keys_and_instants_agree_with_the_local_time(footage: tuple[Path, Truth]) -> None:
     _, truth = footage
-    patterns = {(camera.location, camera.camera): camera.time_pattern for camera in truth.cameras}
+    patterns = {(camera.location, camera.name): camera.time_pattern for camera in truth.cameras}
     for picture in truth.pictures:
         zone = ZoneInfo(TIME_ZONES[picture.location])
         read = datetime.strptime(picture.key, patterns[picture.location, picture.camera]).replace(tzinfo=zone)

@@ -186,6 +186,8 @@ class PipelineSpec:
     widen_factor: float
     #: A face whose larger probability is below this is `uncertain`.
     uncertain_below: float
+    #: Raised when a change of the code (not of a setting or a weight) changes what is found.
+    revision: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

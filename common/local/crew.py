@@ -21,27 +21,29 @@ STOP_SECONDS = 30
 
 
 @contextmanager
-def crew(workers: int, *, state_dir: Path | None) -> Iterator[None]:
+def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
     """Run a producer, an aggregator and `workers` workers against the deployment in the environment.
 
     With `state_dir` they belong to the embedded stack there, which also stops what a killed command leaves
-    behind; without it they are children of this process.
+    behind; without it they are children of this process. Yields their process ids.
     """
     commands = {"producer": ["producer"], "aggregator": ["aggregator"]}
     commands |= {f"worker-{number}": ["worker", "--name", f"worker-{number}"] for number in range(1, workers + 1)}
     # Processes × threads must not exceed the cores: oversubscribed, a forward pass is many times slower.
     threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // workers)
     environment = {"MASKWATCH_WORKER__THREADS": str(threads), "MASKWATCH_WORKER__PROCESSES": "1"}
+    pids: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
     stack = LocalStack(state_dir) if state_dir else None
     try:
         for name, arguments in commands.items():
             argv = maskwatch(*arguments)
             if stack:
-                stack.spawn(name, argv, environment)
+                pids.append(stack.spawn(name, argv, environment))
             else:
                 started.append(subprocess.Popen(argv, env={**os.environ, **environment}, start_new_session=True))
-        yield
+                pids.append(started[-1].pid)
+        yield pids
     finally:
         # The embedded stack stops what this process spawned in it when its session ends.
         _stop(started)

@@ -1,0 +1,183 @@
+"""What the road costs: the same pictures through the whole system and through a plain loop, in one run.
+
+The claim: at most 15 % more CPU time, of all processes (Postgres, Redis and the S3 server included), than a
+loop that reads, decodes, detects and classifies. Both sides are warm: models loaded, first pictures done.
+
+    python -m benchmarks.road [--pictures 200] [--rounds 3] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import psutil
+
+BUCKET = "benchmark"
+
+
+@click.command()
+@click.option("--pictures", default=200, show_default=True, help="Pictures per round.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds; the median counts.")
+@click.option("--workers", default=1, show_default=True, help="Worker processes, one thread each.")
+@click.option("--json", "as_json", is_flag=True)
+def main(pictures: int, rounds: int, workers: int, as_json: bool) -> None:
+    """Compare the road with a plain loop over the same pictures."""
+    folder = Path(tempfile.mkdtemp(prefix="maskwatch-bench-"))
+    os.environ["MASKWATCH_STATE_DIR"] = str(folder / "state")
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+        del os.environ[name]
+    try:
+        result = measure(folder, pictures, rounds, workers)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"pictures per round   {pictures}, {rounds} rounds, {workers} worker(s), 1 thread each")
+    print(f"plain loop           {result['loop_cpu_ms']:.1f} ms CPU per picture, {result['loop_per_s']:.1f} pictures/s")
+    print(f"whole road           {result['road_cpu_ms']:.1f} ms CPU per picture, {result['road_per_s']:.1f} pictures/s")
+    print(f"road / loop          {result['cpu_ratio']:.3f} of the CPU time (the claim: at most 1.15)")
+    for name, value in result["road_cpu_ms_by_part"].items():
+        print(f"  {name:<18} {value:.1f} ms CPU per picture")
+    print(f"largest worker       {result['worker_rss_mb']:.0f} MB resident, its child included (the claim: 900)")
+
+
+def measure(folder: Path, pictures: int, rounds: int, workers: int) -> dict:  # type: ignore[type-arg]
+    from common.deployment import deployment
+    from common.local.crew import crew
+    from common.local.stack import LocalStack
+
+    with deployment() as settings:
+        stack = LocalStack(settings.state_dir)
+        services = {service.name: service.pid for service in stack.status()}
+        prefixes = upload(folder, settings.storage.endpoint_url, pictures, rounds)
+        with crew(workers, state_dir=settings.state_dir) as pids:
+            parts = {"producer": pids[:1], "aggregator": pids[1:2], "workers": pids[2:]}
+            parts |= {name: [pid] for name, pid in services.items() if pid is not None}
+            enqueue_and_wait("warm-up/")
+            road = [through_the_road(prefix, parts, pictures) for prefix in prefixes]
+            resident = max(sum(p.memory_info().rss for p in family(pid)) for pid in pids[2:])
+        loop = through_a_loop(prefixes, pictures, services["s3"])
+    ratios = [r["total"] / single["cpu"] for r, single in zip(road, loop, strict=True)]
+    middle = sorted(range(rounds), key=ratios.__getitem__)[rounds // 2]
+    return {
+        "pictures": pictures,
+        "rounds": rounds,
+        "workers": workers,
+        "cpu_ratio": statistics.median(ratios),
+        "cpu_ratios": ratios,
+        "loop_cpu_ms": 1000 * loop[middle]["cpu"] / pictures,
+        "road_cpu_ms": 1000 * road[middle]["total"] / pictures,
+        "loop_per_s": pictures / loop[middle]["wall"],
+        "road_per_s": pictures / road[middle]["wall"],
+        "road_cpu_ms_by_part": {n: 1000 * v / pictures for n, v in road[middle].items() if n not in ("total", "wall")},
+        "worker_rss_mb": resident / 2**20,
+    }
+
+
+def upload(folder: Path, endpoint_url: str | None, pictures: int, rounds: int) -> list[str]:
+    """Sample footage, a prefix per round, and a few to warm up; returns the rounds' prefixes."""
+    import boto3
+
+    from common.local.footage import make_footage
+
+    make_footage(folder / "footage")
+    files = [path.read_bytes() for path in sorted((folder / "footage" / "bucket").rglob("*.jpg"))]
+    files = [content for content in files if content.endswith(b"\xff\xd9")]  # whole pictures only
+    client = boto3.client("s3", endpoint_url=endpoint_url)
+    client.create_bucket(Bucket=BUCKET)
+    prefixes = [f"round-{number}/" for number in range(rounds)]
+    for prefix, count in [("warm-up/", 32), *((prefix, pictures) for prefix in prefixes)]:
+        for number in range(count):
+            client.put_object(Bucket=BUCKET, Key=f"{prefix}{number:05}.jpg", Body=files[number % len(files)])
+    return prefixes
+
+
+def enqueue_and_wait(prefix: str) -> None:
+    from common import catalog
+    from common.database import session_scope
+    from common.settings import get_settings
+    from common.waiting import wait_for
+    from producer.cli import nudge
+    from producer.submit import submit
+
+    with session_scope() as session:
+        catalog.add_location(session, "benchmark", "UTC")
+    submit(get_settings(), f"s3://{BUCKET}/{prefix}", location_name="benchmark")
+    nudge()
+    wait_for(get_settings())
+
+
+def through_the_road(prefix: str, parts: dict[str, list[int]], pictures: int) -> dict[str, float]:
+    """CPU seconds by part, their total, and the wall time, of one round through the whole system."""
+    with cpu_of({**parts, "enqueueing": [os.getpid()]}) as spent:
+        started = time.perf_counter()
+        enqueue_and_wait(prefix)
+        wall = time.perf_counter() - started
+    return {**spent, "total": sum(spent.values()), "wall": wall}
+
+
+def through_a_loop(prefixes: Iterable[str], pictures: int, s3: int | None) -> list[dict[str, float]]:
+    """CPU seconds (of the S3 server, too) and wall time of each round in a plain loop with one thread."""
+    from common.settings import get_settings
+    from common.storage import open_source
+    from workers.decoding import decode_image
+    from workers.pipeline import load_analyzer
+
+    settings = get_settings()
+    analyzer = load_analyzer(settings.pipeline.spec(), threads=1)
+    found = []
+    for prefix in ["warm-up/", *prefixes]:
+        store, below = open_source(f"s3://{BUCKET}/{prefix}", settings)
+        with cpu_of({"loop": [os.getpid()], "s3": [s3] if s3 else []}) as spent:
+            started = time.perf_counter()
+            for page in store.list_pages(below):
+                for info in page:
+                    data = store.read(info.key, info.etag, settings.storage.max_object_bytes)
+                    analyzer.analyze(decode_image(data, max_pixels=settings.worker.max_image_pixels).rgb)
+            wall = time.perf_counter() - started
+        found.append({"cpu": sum(spent.values()), "wall": wall})
+    return found[1:]
+
+
+def family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+@contextmanager
+def cpu_of(parts: dict[str, list[int]]) -> Iterator[dict[str, float]]:
+    """CPU seconds (user and system) that processes and their descendants spend inside the block, by part.
+
+    Reaped children are counted through their parent, such as the backends of Postgres that have ended.
+    """
+
+    def now() -> dict[str, float]:
+        return {name: sum(seconds(pid) for pid in pids) for name, pids in parts.items()}
+
+    def seconds(pid: int) -> float:
+        own = psutil.Process(pid).cpu_times()
+        return (
+            own.children_user
+            + own.children_system
+            + sum(t.user + t.system for t in (process.cpu_times() for process in family(pid)))
+        )
+
+    before = now()
+    spent: dict[str, float] = {}
+    yield spent
+    after = now()
+    spent.update({name: after[name] - before[name] for name in parts})
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ Results go to standard output, everything else (notes, progress) to standard err
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from enum import Enum
@@ -23,7 +24,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-out = Console()
+#: Wide where no terminal sets a width: a log or a pipe should not cut cells off.
+out = Console(width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True)
 
 #: Decorator of every command that machines read.

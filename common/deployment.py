@@ -18,13 +18,14 @@ from common.settings import Settings, get_settings
 def uses_embedded_stack(settings: Settings) -> bool:
     """Whether the embedded stack is used: neither a database nor a broker is configured.
 
-    One without the other is a mistake (a queue here for a ledger there), and says so.
+    A database alone will do for those who only read; a queue here for a ledger elsewhere is a mistake.
     """
-    database, broker = settings.database.url is not None, settings.broker.url is not None
-    if database != broker:
-        missing = "MASKWATCH_BROKER__URL" if database else "MASKWATCH_DATABASE__URL"
-        raise MaskwatchError(f"{missing} is not set, its counterpart is: set both, or neither for the embedded stack")
-    return not database
+    if settings.broker.url is not None and settings.database.url is None:
+        raise MaskwatchError(
+            "MASKWATCH_BROKER__URL is set and MASKWATCH_DATABASE__URL is not: "
+            "set both, or neither for the embedded stack"
+        )
+    return settings.database.url is None
 
 
 #: Variables that choose an account or a server; others (a region, a CA bundle) only qualify that choice.

@@ -3,59 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 
 from common.console import json_option, note, print_json, progress
-from common.domain import MaskwatchError, TimeRange
+from common.options import source_options
 
 if TYPE_CHECKING:
     from producer.submit import BackfillReport
-
-
-def source_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what a source's pictures are; shared by `backfill` and `run`."""
-    for option in reversed(
-        [
-            click.argument("source"),
-            click.option("--location", required=True, help="Where the footage was taken."),
-            click.option("--camera", help="The camera it comes from."),
-            click.option(
-                "--time-pattern",
-                metavar="PATTERN",
-                help="How keys tell when a picture was taken, in the location's time zone: text, strptime "
-                "directives and * for any text, e.g. 'cam1/%Y/%m/%d/%H-%M-%S.jpg'. Without it: EXIF, "
-                "then LastModified.",
-            ),
-            click.option("--since", metavar="TIME", help="Only pictures from this time on (ISO 8601)."),
-            click.option("--until", metavar="TIME", help="Only pictures before this time (ISO 8601)."),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def parse_range(since: str | None, until: str | None) -> TimeRange:
-    """A half-open range of instants; times without an offset are UTC. Raises `MaskwatchError`."""
-
-    def parse(name: str, value: str | None) -> datetime | None:
-        if value is None:
-            return None
-        try:
-            instant = datetime.fromisoformat(value)
-        except ValueError:
-            raise MaskwatchError(
-                f"--{name} {value!r} is no time; expected e.g. 2026-03-01 or 2026-03-01T08:00+01:00"
-            ) from None
-        return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
-
-    try:
-        return TimeRange(parse("since", since), parse("until", until))
-    except ValueError as error:
-        raise MaskwatchError(str(error)) from error
 
 
 @click.command()
@@ -86,10 +42,11 @@ def backfill(
     from common import ledger
     from common.database import session_scope
     from common.deployment import deployment
+    from common.reporting.cli import parse_bounds
     from common.waiting import wait_for
     from producer.submit import submit
 
-    within = parse_range(since, until)
+    bounds = parse_bounds(since, until)
     with deployment() as settings:
         with progress() as bar:
             listing = bar.add_task("listing", total=None)
@@ -99,7 +56,7 @@ def backfill(
                 location_name=location,
                 camera_name=camera,
                 time_pattern=time_pattern,
-                within=within,
+                bounds=bounds,
                 on_page=lambda so_far: bar.update(listing, completed=so_far.listed),
             )
         nudge()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from sqlalchemy import func, update
 
@@ -12,7 +14,7 @@ from common import catalog, ledger
 from common.database import engine, session_scope
 from common.domain import Lane, MaskwatchError, Reason, TimeRange
 from common.partitions import ensure_partitions
-from common.planning import TimePattern, zone
+from common.planning import TimePattern, resolve_local, zone
 from common.settings import Settings
 from common.storage import ObjectStore, open_source
 from common.tables import Backfill
@@ -55,23 +57,25 @@ def submit(
     location_name: str,
     camera_name: str | None = None,
     time_pattern: str | None = None,
-    within: TimeRange | None = None,
+    bounds: tuple[datetime | None, datetime | None] = (None, None),
     on_page: Callable[[BackfillReport], None] = lambda report: None,
 ) -> BackfillReport:
-    """Register everything below `source`. Each page is one transaction: a crash keeps the pages before it.
+    """Register everything below `source` that was taken within `bounds` (half-open; naive: the location's
+    clock). Each page is one transaction: a crash keeps the pages before it.
 
     Raises `MaskwatchError` for an unknown location or camera, a source that can't be listed, and a time
     pattern that fits none of the first page's pictures (a typo must not quarantine an archive).
     """
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
-    within = within or TimeRange()
     with session_scope() as session:
         location = catalog.get_location(session, location_name)
         camera = catalog.get_camera(session, location, camera_name) if camera_name else None
         pipeline = catalog.ensure_pipeline(session, settings.pipeline.spec())
         session.flush()
-    pages = discover(store, prefix, pattern=pattern, where=zone(location.time_zone), within=within)
+    where = zone(location.time_zone)
+    within = _range(bounds, where)
+    pages = discover(store, prefix, pattern=pattern, where=where, within=within)
     # The first page is listed before anything is written: a bucket that isn't there leaves no trace.
     page = next(pages, None)
     if pattern and page and page.planned and all(p.reason is Reason.TIME_PATTERN_MISMATCH for p in page.planned):
@@ -118,6 +122,13 @@ def submit(
     with session_scope() as session:
         session.execute(update(Backfill).where(Backfill.id == report.id).values(finished_at=func.clock_timestamp()))
     return report
+
+
+def _range(bounds: tuple[datetime | None, datetime | None], where: ZoneInfo) -> TimeRange:
+    try:
+        return TimeRange(*(None if bound is None else resolve_local(bound, where)[0] for bound in bounds))
+    except ValueError as error:
+        raise MaskwatchError(f"--since and --until: {error}") from error
 
 
 def _add(report: BackfillReport, page: Page, registered: ledger.Registered, store: ObjectStore) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from tests.services import Bucket, Services, forget_settings, start_services
@@ -47,13 +47,12 @@ def database_url(services: Services) -> str:
 @pytest.fixture
 def session(database_url: str) -> Iterator[Session]:
     """A session in the empty database; the test commits when others must see what it wrote."""
-    from common.database import engine
-
-    with Session(engine(), expire_on_commit=False) as session:
-        session.execute(text("SELECT 1"))
-        session.commit()
+    # An engine of its own, because tests let this process forget the one of the settings.
+    engine = create_engine(database_url)
+    with Session(engine, expire_on_commit=False) as session:
         yield session
         session.rollback()
+    engine.dispose()
 
 
 @pytest.fixture

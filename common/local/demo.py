@@ -118,9 +118,9 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
             rows = queries.compliance(session, None, "day")
             failed = queries.quarantined(session, 100)
             jobs = {state.value: count for state, count in queries.job_counts(session).items() if count}
-            write_report(session, out_dir / "report.html", pictures=sorted((out_dir / "annotated").glob("*")))
+            write_report(session, out_dir / "report.html", pictures=sorted((out_dir / "annotated").glob("*.jpg")))
     note("5/5  done\n")
-    print_compliance(rows, "day", to_stderr=False)
+    print_compliance(rows, "day")
     print_table("Compared with the truth", ["", ""], report.table())
     print_table("Objects kept with a reason", ["object", "reason"], [(entry.uri, entry.reason) for entry in failed])
     return _summary(report, rows, failed, jobs)
@@ -129,10 +129,12 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
 def _summary(report: TruthReport, rows: Any, failed: Any, jobs: dict[str, int]) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from common.reporting.tables import as_dict
+
     return {
         "truth": report.as_dict(),
         "jobs": jobs,
-        "compliance_by_day": [asdict(row) for row in rows],
+        "compliance_by_day": [as_dict(row) for row in rows],
         "quarantined_objects": [asdict(entry) for entry in failed],
     }
 

@@ -14,16 +14,12 @@ import click
 
 from common.console import json_option, note, print_json
 from common.domain import MaskwatchError
+from common.options import source_options
 
 
 @click.command()
-@click.argument("source")
-@click.option("--location", required=True, help="Where the footage was taken; added if it is new.")
+@source_options
 @click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Of a new location.")
-@click.option("--camera", help="The camera it comes from; added if it is new.")
-@click.option("--time-pattern", metavar="PATTERN", help="How keys tell the time; see `maskwatch backfill --help`.")
-@click.option("--since", metavar="TIME", help="Only pictures from this time on (ISO 8601).")
-@click.option("--until", metavar="TIME", help="Only pictures before this time (ISO 8601).")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
 @click.option("--by", type=click.Choice(["hour", "day", "week"]), default="day", show_default=True)
 @json_option
@@ -41,7 +37,7 @@ def run(
 ) -> None:
     """From the pictures below SOURCE (a folder or s3://bucket/prefix) to a compliance table.
 
-    Starts a producer, an aggregator and workers, waits until everything is analysed and summarized, and stops
+    A location or camera that is new is added. Starts a producer, an aggregator and workers, waits until everything is analysed and summarized, and stops
     them. Results stay in the database; running it again adds nothing.
 
     \b
@@ -52,6 +48,7 @@ def run(
     from common.deployment import deployment, uses_embedded_stack
     from common.local.crew import crew, maskwatch
     from common.reporting import queries
+    from common.reporting.tables import as_dict
     from common.settings import get_settings
 
     state_dir = get_settings().state_dir if uses_embedded_stack(get_settings()) else None
@@ -75,7 +72,7 @@ def run(
         result = {
             **report,
             "analysed": report["jobs"].get("succeeded", 0),
-            "summary": [asdict(row) for row in rows],
+            "summary": [as_dict(row) for row in rows],
             "quarantined_objects": [asdict(entry) for entry in failed],
         }
         print_json(result)

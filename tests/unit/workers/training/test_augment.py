@@ -29,15 +29,18 @@ def test_random_crops_reach_ten_pixels_and_never_enlarge():
 
 
 def test_random_crops_are_the_same_for_the_same_seed():
-    crops = [augment.random_crop(face(60), np.random.default_rng(5), draw_mask=True) for _ in range(2)]
+    crops = [
+        augment.random_crop(face(60), np.random.default_rng(5), mask=augment.MaskPosition.OVER_NOSE) for _ in range(2)
+    ]
     assert np.array_equal(*crops)
 
 
 @pytest.mark.parametrize("native_px", [8, 9, 30, 89, 160])
 def test_every_random_crop_can_be_prepared(native_px):
     rng = np.random.default_rng(native_px)
+    masks = [None, *augment.MaskPosition]
     for turn in range(150):
-        crop = augment.random_crop(face(native_px), rng, draw_mask=turn % 3 == 0, draw_chin_mask=turn % 3 == 1)
+        crop = augment.random_crop(face(native_px), rng, mask=masks[turn % len(masks)])
         prepared = _ops.prepare_crop(crop, 64)
         assert prepared.shape == (64, 64, 3)
         assert np.abs(prepared).max() <= 1
@@ -78,22 +81,26 @@ def test_folder_faces_are_validated_whole_at_the_asked_size():
     assert augment.fixed_crop(sample, 20.0).shape[:2] == (48, 48)
 
 
-def changed_rows(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Which rows of the middle column changed."""
-    middle = before.shape[1] // 2
-    return np.abs(before[:, middle].astype(int) - after[:, middle]).sum(axis=1) > 0
-
-
-def test_a_drawn_mask_covers_nose_and_mouth_and_a_chin_mask_leaves_them_free():
+@pytest.mark.parametrize(
+    ("position", "covered", "free"),
+    [
+        ("over_nose", (0.58, 0.88), (0.0, 0.36)),
+        ("under_nose", (0.82, 0.98), (0.0, 0.66)),
+        ("at_chin", (0.96, 1.02), (0.0, 0.84)),
+    ],
+)
+def test_a_drawn_mask_covers_what_its_position_says(position, covered, free):
     sample = face(100)
-    top = sample.box[1]
+    left, top = sample.box[:2]
+    columns = slice(round(left + 35), round(left + 65))
+
+    def difference(drawn: np.ndarray, span: tuple[float, float]) -> np.ndarray:
+        rows = slice(round(top + 100 * span[0]), round(top + 100 * span[1]))
+        return np.abs(sample.pixels[rows, columns].astype(int) - drawn[rows, columns])
+
     for seed in range(20):
-        over = augment.with_drawn_mask(sample.pixels, sample.box, np.random.default_rng(seed), under_mouth=False)
-        under = augment.with_drawn_mask(sample.pixels, sample.box, np.random.default_rng(seed), under_mouth=True)
-        nose_and_mouth = slice(round(top + 58), round(top + 80))
-        assert changed_rows(sample.pixels, over)[nose_and_mouth].all()
+        mask = augment.MaskPosition(position)
+        drawn = augment.with_drawn_mask(sample.pixels, sample.box, np.random.default_rng(seed), mask)
+        assert (difference(drawn, covered).sum(axis=2).max(axis=1) > 10).all()
         # Cloth lets the face through by a blend of the whole picture, which rounds a value here and there.
-        difference = np.abs(sample.pixels[nose_and_mouth].astype(int) - under[nose_and_mouth])
-        inner = slice(round(sample.box[0] + 25), round(sample.box[0] + 75))
-        assert difference[:, inner].max() <= 1
-        assert changed_rows(sample.pixels, under)[round(top + 93) : round(top + 100)].all()
+        assert difference(drawn, free).max() <= 1

@@ -5,15 +5,16 @@ import pytest
 
 from common.domain import MaskwatchError
 from workers.training import fit
+from workers.training.augment import MaskPosition
 from workers.training.dataset import FaceSample
 
 
-def samples(label: int, from_scene: bool, count: int) -> list[FaceSample]:
+def samples(label: int, from_scene: bool, count: int, worn_wrongly: bool = False) -> list[FaceSample]:
     """Faces whose grey level says what they are."""
     grey = 40 + 120 * label + 40 * from_scene
     pixels = np.full((40, 40, 3), grey, np.uint8)
     return [
-        FaceSample(pixels, (8, 8, 32, 32), label, 24, from_scene, "flat", f"{label}{from_scene}{n}", f"{label}{n}")
+        FaceSample(pixels, (8, 8, 32, 32), label, 24, from_scene, "flat", f"{grey}/{n}", f"{grey}/{n}", worn_wrongly)
         for n in range(count)
     ]
 
@@ -41,7 +42,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_only():
 def test_scenes_get_their_share_of_each_class(monkeypatch):
     drawn: list[FaceSample] = []
 
-    def remember(sample, rng, *, draw_mask, draw_chin_mask, surroundings):
+    def remember(sample, rng, *, mask, surroundings):
         drawn.append(sample)
         return sample.pixels
 
@@ -53,25 +54,40 @@ def test_scenes_get_their_share_of_each_class(monkeypatch):
     assert share == pytest.approx(fit.SCENE_SHARE, abs=0.04)
 
 
-def test_masks_are_drawn_on_bare_faces_only_and_change_the_label(monkeypatch):
-    seen: list[tuple[int, bool, bool]] = []
+def test_masks_are_drawn_on_bare_faces_only_and_only_one_over_the_nose_makes_a_mask(monkeypatch):
+    def mark(sample, rng, *, mask, surroundings):
+        if mask is not None:
+            assert (sample.label, sample.from_scene, sample.worn_wrongly) == (1, False, False)
+        return np.full((32, 32, 3), 0 if mask is None else 1 + list(MaskPosition).index(mask), np.uint8)
 
-    def remember(sample, rng, *, draw_mask, draw_chin_mask, surroundings):
-        seen.append((sample.label, draw_mask, draw_chin_mask))
-        return np.full((32, 32, 3), 255 if draw_mask else 0, np.uint8)
+    monkeypatch.setattr(fit.augment, "random_crop", mark)
+    source = fit.BatchSource([*UNBALANCED, *samples(1, False, 2, worn_wrongly=True)], 32, seed=4)
+    labels_of: dict[int, set[int]] = {}
+    for number in range(10):
+        for crop, label in zip(*source.batch(number), strict=True):
+            labels_of.setdefault(round((crop[0, 0, 0] + 1) * 127.5), set()).add(int(label.argmax()))
+    assert labels_of == {0: {0, 1}, 1: {0}, 2: {1}, 3: {1}}
+
+
+def test_masks_worn_wrongly_are_seen_more_often_than_they_are(monkeypatch):
+    drawn: list[FaceSample] = []
+
+    def remember(sample, rng, *, mask, surroundings):
+        drawn.append(sample)
+        return sample.pixels
 
     monkeypatch.setattr(fit.augment, "random_crop", remember)
-    crops, labels = fit.BatchSource(UNBALANCED, 32, seed=4).batch(0)
-    assert any(draw_mask for _, draw_mask, _ in seen)
-    assert all(label == 1 for label, draw_mask, chin in seen if draw_mask or chin)
-    masked = crops[:, 0, 0, 0] > 0
-    assert (labels[masked, 0] == 1).all()
+    source = fit.BatchSource([*UNBALANCED, *samples(1, True, 1, worn_wrongly=True)], 32, seed=7)
+    for number in range(20):
+        source.batch(number)
+    share = np.mean([sample.worn_wrongly for sample in drawn if sample.label == 1])
+    assert share == pytest.approx(fit.WORN_WRONGLY_SHARE, abs=0.03)
 
 
 def test_faces_of_both_classes_get_the_surroundings_of_any_scene(monkeypatch):
     pairs: list[tuple[int, bool, int | None]] = []
 
-    def remember(sample, rng, *, draw_mask, draw_chin_mask, surroundings):
+    def remember(sample, rng, *, mask, surroundings):
         pairs.append((sample.label, sample.from_scene, None if surroundings is None else surroundings.label))
         return sample.pixels
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from common.domain import MaskwatchError
 from workers.classification import _ops
 from workers.training import augment
+from workers.training.augment import MaskPosition
 from workers.training.dataset import CLASS_NAMES, FaceSample
 
 #: One part in this many is held out.
@@ -34,11 +35,12 @@ WEIGHT_DECAY = 2e-3
 #: Labels of faces of a few pixels are sometimes wrong; a network that is never quite sure bears that better.
 LABEL_SMOOTHING = 0.05
 
-#: Shares of a class that come from scenes, and of faces from class folders with a mask drawn on (over the mouth
-#: for with_mask, under it for without_mask). The rest are faces of class folders as they are.
+#: Shares of a class: faces of scenes, faces of any kind whose mask is worn wrongly (rare, and the hardest), and
+#: unmasked faces of class folders with a mask drawn on. The rest are faces of class folders as they are.
 SCENE_SHARE = 0.35
 DRAWN_SHARE = 0.12
-CHIN_SHARE = 0.05
+WORN_WRONGLY_SHARE = 0.08
+DRAWN_WRONGLY_SHARE = 0.1
 
 #: Shares of faces that are set into the surroundings of a random face of a scene, whatever its class.
 FOLDER_PLACED_SHARE = 0.5
@@ -81,6 +83,15 @@ class ValidationView:
     samples: list[FaceSample]
 
 
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Faces of one kind: their share of their class, their indices, and the masks that may be drawn on them."""
+
+    share: float
+    members: list[int]
+    masks: tuple[MaskPosition, ...] = ()
+
+
 class BatchSource:
     """Random batches with equal classes; batch number n is the same in every run with the same seed."""
 
@@ -88,18 +99,27 @@ class BatchSource:
         self._samples = samples
         self._side = side
         self._seed = seed
-        folder = {
-            label: [at for at, s in enumerate(samples) if s.label == label and not s.from_scene] for label in (0, 1)
-        }
-        scene = {label: [at for at, s in enumerate(samples) if s.label == label and s.from_scene] for label in (0, 1)}
         self._surroundings = [sample for sample in samples if sample.from_scene]
-        bare = [at for at in folder[1] if not samples[at].worn_wrongly]
-        with_mask = [(SCENE_SHARE, scene[0], False), (DRAWN_SHARE, bare, True)]
-        without_mask = [(SCENE_SHARE, scene[1], False), (CHIN_SHARE, bare, True)]
-        self._pools = [
-            _normalised([*with_mask, (1 - SCENE_SHARE - DRAWN_SHARE, folder[0], False)]),
-            _normalised([*without_mask, (1 - SCENE_SHARE - CHIN_SHARE, folder[1], False)]),
-        ]
+
+        def members(label: int, *, from_scene: bool, worn_wrongly: bool = False) -> list[int]:
+            wanted = (label, from_scene, worn_wrongly)
+            return [at for at, s in enumerate(samples) if (s.label, s.from_scene, s.worn_wrongly) == wanted]
+
+        bare = members(1, from_scene=False)
+        worn_wrongly = [at for at, sample in enumerate(samples) if sample.worn_wrongly]
+        self._pools = (
+            _normalised(
+                _Pool(SCENE_SHARE, members(0, from_scene=True)),
+                _Pool(DRAWN_SHARE, bare, (MaskPosition.OVER_NOSE,)),
+                _Pool(1 - SCENE_SHARE - DRAWN_SHARE, members(0, from_scene=False)),
+            ),
+            _normalised(
+                _Pool(SCENE_SHARE, members(1, from_scene=True)),
+                _Pool(WORN_WRONGLY_SHARE, worn_wrongly),
+                _Pool(DRAWN_WRONGLY_SHARE, bare, (MaskPosition.UNDER_NOSE, MaskPosition.AT_CHIN)),
+                _Pool(1 - SCENE_SHARE - WORN_WRONGLY_SHARE - DRAWN_WRONGLY_SHARE, bare),
+            ),
+        )
 
     def batch(self, number: int) -> tuple[Crops, NDArray[np.float32]]:
         """Crops float32 (BATCH, side, side, 3) in [-1, 1] and one-hot labels float32 (BATCH, 2)."""
@@ -110,12 +130,10 @@ class BatchSource:
 
     def _crop(self, label: int, rng: np.random.Generator) -> Crops:
         pools = self._pools[label]
-        _, members, drawn = pools[int(rng.choice(len(pools), p=[share for share, _, _ in pools]))]
-        sample = self._samples[members[int(rng.integers(len(members)))]]
-        crop = augment.random_crop(
-            sample, rng, draw_mask=drawn and label == 0, draw_chin_mask=drawn and label == 1,
-            surroundings=self._random_surroundings(sample, rng),
-        )  # fmt: skip
+        pool = pools[int(rng.choice(len(pools), p=[pool.share for pool in pools]))]
+        sample = self._samples[pool.members[int(rng.integers(len(pool.members)))]]
+        mask = pool.masks[int(rng.integers(len(pool.masks)))] if pool.masks else None
+        crop = augment.random_crop(sample, rng, mask=mask, surroundings=self._random_surroundings(sample, rng))
         return _ops.prepare_crop(crop, self._side)
 
     def _random_surroundings(self, sample: FaceSample, rng: np.random.Generator) -> FaceSample | None:
@@ -125,11 +143,11 @@ class BatchSource:
         return self._surroundings[int(rng.integers(len(self._surroundings)))]
 
 
-def _normalised(pools: list[tuple[float, list[int], bool]]) -> list[tuple[float, list[int], bool]]:
+def _normalised(*pools: _Pool) -> list[_Pool]:
     """The pools that have members, with shares that sum to 1."""
-    filled = [(share, members, drawn) for share, members, drawn in pools if members]
-    total = sum(share for share, _, _ in filled)
-    return [(share / total, members, drawn) for share, members, drawn in filled]
+    filled = [pool for pool in pools if pool.members]
+    total = sum(pool.share for pool in filled)
+    return [replace(pool, share=pool.share / total) for pool in filled]
 
 
 def validation_views(samples: Sequence[FaceSample], side: int) -> list[ValidationView]:

@@ -243,9 +243,10 @@ class Postgres(Service):
             if not self.data.exists():
                 self._initialise()
             self._check_version()
-            # A stale lock file blocks the start once its pid belongs to any other process of this user. No process
-            # works in the data directory, so nobody holds it.
-            (self.data / "postmaster.pid").unlink(missing_ok=True)
+            # Stale lock files block the start where their pid belongs to any other process, even a zombie. No process
+            # works in the data directory, so nobody holds them.
+            for stale in (self.data / "postmaster.pid", Path(f"{self.address}.lock")):
+                stale.unlink(missing_ok=True)
             _write(self.data / "postgresql.conf", _CONFIGURATION.format(sockets=self.sockets), _account())
             # pg_ctl detaches the server, waits until it takes connections, and returns.
             self._run("pg_ctl", "start", "-D", str(self.data), "-t", str(int(START_SECONDS)))

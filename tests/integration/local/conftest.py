@@ -86,3 +86,17 @@ def start_python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             return process
 
         yield start
+
+
+@pytest.fixture
+def start_sleep() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a process that has nothing to do with us, killed at the end."""
+    with ExitStack() as processes:
+
+        def start(**options: Any) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(["sleep", "600"], **options)
+            processes.enter_context(process)
+            processes.callback(process.kill)
+            return process
+
+        yield start

@@ -29,6 +29,7 @@ from common.local.stack import Endpoints, LocalStack
 Query = Callable[..., list[tuple[Any, ...]]]
 ProcessesOf = Callable[[Path], list[psutil.Process]]
 StartPython = Callable[..., subprocess.Popen[str]]
+StartSleep = Callable[..., subprocess.Popen[bytes]]
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -252,18 +253,18 @@ def test_a_killed_service_comes_back(stack: LocalStack, query: Query, name: str)
     assert after == before, "the others are left alone"
 
 
-def test_a_lock_file_that_names_a_stranger_does_not_block_postgres(stack: LocalStack, query: Query) -> None:
+def test_a_lock_file_that_names_a_stranger_does_not_block_postgres(
+    stack: LocalStack, query: Query, start_sleep: StartSleep
+) -> None:
     query(stack.up(), "CREATE TABLE kept AS SELECT 42 AS answer")
     stack.down()
     data = Path(recorded(stack)["cluster"]) / "data"
     owner = data.stat().st_uid
-    as_owner = {"user": owner, "extra_groups": []} if os.geteuid() == 0 else {}
-    with subprocess.Popen(["sleep", "600"], **as_owner) as stranger:  # type: ignore[call-overload]
-        (data / "postmaster.pid").write_text(f"{stranger.pid}\n{data}\n1\n5432\n/nowhere\n\n")
-        shutil.chown(data / "postmaster.pid", owner)
-        assert query(stack.up(), "SELECT answer FROM kept") == [(42,)]
-        assert stranger.poll() is None
-        stranger.kill()
+    stranger = start_sleep(user=owner, extra_groups=[]) if os.geteuid() == 0 else start_sleep()
+    (data / "postmaster.pid").write_text(f"{stranger.pid}\n{data}\n1\n5432\n/nowhere\n\n")
+    shutil.chown(data / "postmaster.pid", owner)
+    assert query(stack.up(), "SELECT answer FROM kept") == [(42,)]
+    assert stranger.poll() is None
 
 
 UP = """
@@ -291,18 +292,18 @@ def test_concurrent_starts_make_one_stack(
     assert {process.pid for process in processes_of(stack.state_dir)} == set(pids(stack).values())
 
 
-def test_a_reused_pid_is_never_signalled(stack: LocalStack, processes_of: ProcessesOf) -> None:
+def test_a_reused_pid_is_never_signalled(stack: LocalStack, processes_of: ProcessesOf, start_sleep: StartSleep) -> None:
     stack.up()
     stack.spawn("worker", SLEEP, {})
     state = recorded(stack)
-    with subprocess.Popen(SLEEP) as stranger:
-        for process in (*state["services"].values(), state["workers"][0]["process"]):
-            process["pid"] = stranger.pid
-        (stack.state_dir / "state.json").write_text(json.dumps(state))
-        assert not any(service.running for service in stack.status())
-        stack.down()
-        assert stranger.poll() is None
-        stranger.kill()
+    time.sleep(0.1)  # start times are told apart by hundredths of a second
+    stranger = start_sleep()
+    for process in (*state["services"].values(), state["workers"][0]["process"]):
+        process["pid"] = stranger.pid
+    (stack.state_dir / "state.json").write_text(json.dumps(state))
+    assert not any(service.running for service in stack.status())
+    stack.down()
+    assert stranger.poll() is None
     assert processes_of(stack.state_dir) == [], "what was recorded wrongly is found by its tag"
 
 

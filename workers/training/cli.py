@@ -6,6 +6,9 @@ TensorFlow and the models are imported when a command runs, so that --help is qu
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,8 @@ def train(data: tuple[Path, ...], out: Path, epochs: int, side: int, seed: int, 
     views = fit.validation_views(validation, side)
     onnx_path = out / "compact.onnx"
     model.save_weights(out / "compact.weights.h5")
-    difference = export.export_onnx(model, side, onnx_path, views[0].crops)
+    with _native_chatter_off():
+        difference = export.export_onnx(model, side, onnx_path, views[0].crops)
     values = export.metrics(model, faces, training, views, settings, progress)
     values["onnx_difference"] = difference
     values["crops_per_second_one_thread"] = export.crops_per_second(onnx_path, side)
@@ -63,9 +67,24 @@ def _load_tensorflow() -> None:
     """Imports TensorFlow, without its chatter on the way; a missing one is reported by the command line itself."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    import tensorflow as tf
+    with _native_chatter_off():
+        import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")
+
+
+@contextmanager
+def _native_chatter_off() -> Iterator[None]:
+    """Drops what TensorFlow's C++ code writes to standard error: notes on how it was built, which no setting ends."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _fit(training: Any, validation: Any, settings: Any, out: Path) -> tuple[Any, Any]:
@@ -146,6 +165,42 @@ def scenes(folder: Path, as_json: bool) -> None:
         console.print_json({"folder": str(folder), "pipeline": spec.as_dict(), **summary})
     else:
         _print_scenes(folder, summary)
+
+
+@evaluate.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@console.json_option
+def faces(folder: Path, as_json: bool) -> None:
+    """Run the classifier alone on labelled faces: precision, recall, F1, balanced accuracy per face size.
+
+    FOLDER holds class folders (with_mask/, without_mask/, perhaps mask_weared_incorrect/), or images/ and annotations/,
+    whose faces are then cut by their labels.
+
+    \b
+    Example:
+      maskwatch evaluate faces test-faces/ --json
+    """
+    from common.settings import get_settings
+    from workers.classification.onnx_classifier import load_classifier
+    from workers.inference import threads_per_process
+    from workers.training import dataset
+    from workers.training.evaluate import evaluate_faces
+
+    spec = get_settings().pipeline.spec()
+    read = dataset.load([folder])
+    _note_unreadable(read.unreadable)
+    figures = evaluate_faces(read.samples, load_classifier(spec, threads_per_process(1)).classify)
+    report = figures.pop("report_text")
+    if as_json:
+        unreadable = [{"file": name, "reason": reason} for name, reason in read.unreadable]
+        console.print_json({"folder": str(folder), "pipeline": spec.as_dict(), "unreadable": unreadable, **figures})
+        return
+    click.echo(report)
+    console.print_table(
+        f"Balanced accuracy {_percent(figures['all']['balanced_accuracy'])}",
+        ("size in px", "faces", "balanced accuracy"),
+        [(name, row["faces"], _percent(row["balanced_accuracy"])) for name, row in figures["sizes"].items()],
+    )
 
 
 def _print_scenes(folder: Path, summary: dict[str, Any]) -> None:

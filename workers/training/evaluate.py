@@ -1,4 +1,5 @@
-"""Measures the pipeline on labelled scenes: what it finds, per face size, and how often it labels that right.
+"""Measures the pipeline on labelled scenes (what it finds, per face size, and how often it labels that right) and the
+classifier alone on labelled faces.
 
 Knows neither click nor a console; `cli` prints what is computed here. Also home of the size bins and of balanced
 accuracy, for whoever reports figures per face size.
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.domain import Face, MaskStatus, PermanentJobError
-from workers.training.dataset import CLASS_NAMES, Box, LabelledBox, read_voc, scene_pairs
+from workers.training.augment import fixed_crop
+from workers.training.dataset import CLASS_NAMES, Box, FaceSample, LabelledBox, read_voc, scene_pairs
 
 #: A detection and a labelled face are the same if they overlap at least this much (Pascal VOC).
 MATCH_IOU = 0.5
@@ -154,7 +157,7 @@ def _confusion(matched: Sequence[Outcome]) -> list[list[int]]:
 
 def evaluate_scenes(
     folder: Path,
-    analyze: Callable[[np.ndarray[Any, np.dtype[np.uint8]]], list[Face]],
+    analyze: Callable[[NDArray[np.uint8]], list[Face]],
     max_pixels: int,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> SceneResults:
@@ -176,6 +179,40 @@ def evaluate_scenes(
             results.add(read_voc(annotation_path, width, height), analyze(image_rgb))
         on_image(done, len(pairs))
     return results
+
+
+def evaluate_faces(
+    samples: Sequence[FaceSample],
+    classify: Callable[[Sequence[NDArray[np.uint8]]], NDArray[np.float32]],
+) -> dict[str, Any]:
+    """Figures of a classifier on labelled faces, ready for JSON: scikit-learn's report and one row per face size.
+
+    Needs both classes among the samples. A face of a class folder is its whole picture, one of a scene is cut as
+    production cuts it.
+    """
+    from sklearn.metrics import classification_report
+
+    probabilities = classify([fixed_crop(sample, None) for sample in samples])
+    labels = np.array([sample.label for sample in samples])
+    predicted = probabilities.argmax(axis=1)
+    bins = np.array([size_bin(sample.size_px) for sample in samples])
+    names = {"target_names": CLASS_NAMES, "labels": [0, 1], "zero_division": 0}
+    return {
+        "all": label_figures(labels, predicted),
+        "sizes": {
+            name: label_figures(labels[bins == name], predicted[bins == name])
+            for name in SIZE_BINS
+            if (bins == name).any()
+        },
+        "report": classification_report(labels, predicted, output_dict=True, **names),
+        "report_text": classification_report(labels, predicted, digits=3, **names),
+    }
+
+
+def label_figures(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str, Any]:
+    """How many faces, balanced accuracy and confusion (rows: truth) of predicted class indices."""
+    confusion = [[int(((labels == true) & (predicted == said)).sum()) for said in (0, 1)] for true in (0, 1)]
+    return {"faces": len(labels), "balanced_accuracy": balanced_accuracy(confusion), "confusion": confusion}
 
 
 def confusion_rows(summary: dict[str, Any]) -> list[list[Any]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
 from workers.training.dataset import CLASS_NAMES, FaceSample, FaceSet
-from workers.training.evaluate import SIZE_BINS, balanced_accuracy, size_bin
+from workers.training.evaluate import SIZE_BINS, label_figures, size_bin
 from workers.training.fit import FitSettings, Progress, ValidationView
 
 #: ONNX operator set: old enough for every ONNX Runtime this project supports.
@@ -131,18 +131,13 @@ def metrics(
 
 def _view_figures(model: Any, view: ValidationView) -> dict[str, Any]:
     predicted = model.predict(view.crops, batch_size=256, verbose=0).argmax(axis=1)
-    figures: dict[str, Any] = {"all": _figures(view.labels, predicted)}
+    figures: dict[str, Any] = {"all": label_figures(view.labels, predicted)}
     if view.name == "scenes":
         bins = np.array([size_bin(sample.size_px) for sample in view.samples])
         for name in SIZE_BINS:
             if (bins == name).any():
-                figures[name] = _figures(view.labels[bins == name], predicted[bins == name])
+                figures[name] = label_figures(view.labels[bins == name], predicted[bins == name])
     return figures
-
-
-def _figures(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str, Any]:
-    confusion = [[int(((labels == true) & (predicted == said)).sum()) for said in (0, 1)] for true in (0, 1)]
-    return {"faces": len(labels), "balanced_accuracy": balanced_accuracy(confusion), "confusion": confusion}
 
 
 def write_metrics(path: Path, values: dict[str, Any]) -> None:

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from common.domain import Face, MaskStatus, MaskwatchError
-from workers.training.dataset import Box, LabelledBox
-from workers.training.evaluate import SceneResults, balanced_accuracy, evaluate_scenes, iou, match, size_bin
+from workers.training.dataset import Box, LabelledBox, load
+from workers.training.evaluate import (
+    SceneResults,
+    balanced_accuracy,
+    evaluate_faces,
+    evaluate_scenes,
+    iou,
+    match,
+    size_bin,
+)
 
 
 def found(box: Box, p_face: float = 0.9, p_with_mask: float = 0.9) -> Face:
@@ -120,7 +128,30 @@ def test_a_folder_that_is_no_scene_folder_is_one_line(tmp_path):
         evaluate_scenes(tmp_path, lambda image_rgb: [], 10**6)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate scenes"])
+def test_figures_of_a_classifier_alone(tmp_path, write_faces, write_scene):
+    pytest.importorskip("sklearn", reason="the `train` layer is not installed")
+    write_faces(tmp_path / "faces", {"with_mask": 3, "without_mask": 2})
+    write_scene(
+        tmp_path / "scenes", "a", [("without_mask", (10, 10, 30, 30)), ("mask_weared_incorrect", (60, 10, 84, 36))]
+    )
+    samples = load([tmp_path / "faces", tmp_path / "scenes"]).samples
+    sizes: list[tuple[int, ...]] = []
+
+    def always_with_mask(crops):
+        sizes.extend(crop.shape[:2] for crop in crops)
+        return np.tile(np.float32([0.9, 0.1]), (len(crops), 1))
+
+    figures = evaluate_faces(samples, always_with_mask)
+    # Pictures of class folders whole, faces of scenes widened by a quarter, to whole pixels.
+    assert sizes == [(48, 40)] * 5 + [(26, 26), (34, 30)]
+    assert figures["all"] == {"faces": 7, "balanced_accuracy": 0.5, "confusion": [[3, 0], [4, 0]]}
+    assert figures["sizes"]["16–24"] == {"faces": 1, "balanced_accuracy": None, "confusion": [[0, 0], [1, 0]]}
+    assert figures["report"]["with_mask"]["precision"] == pytest.approx(3 / 7)
+    assert "without_mask" in figures["report_text"]
+    json.dumps(figures)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate scenes", "evaluate faces"])
 def test_help_loads_no_model_runtime(command):
     code = (
         "import sys; from common.cli import cli; "

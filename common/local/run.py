@@ -37,8 +37,8 @@ def run(
 ) -> None:
     """From the pictures below SOURCE (a folder or s3://bucket/prefix) to a compliance table.
 
-    A location or camera that is new is added. Starts a producer, an aggregator and workers, waits until everything is analysed and summarized, and stops
-    them. Results stay in the database; running it again adds nothing.
+    A location or camera that is new is added. Starts a producer, an aggregator and workers, waits until
+    everything is analysed and summarized, and stops them. Results stay in the database; running it again adds nothing.
 
     \b
     Example:

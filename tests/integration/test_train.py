@@ -51,7 +51,7 @@ def command(data: Path, out: Path, epochs: int) -> list[str]:
 
 def test_a_killed_training_goes_on_and_its_onnx_file_agrees(data, tmp_path):
     out = tmp_path / "trained"
-    first = subprocess.Popen(command(data, out, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command(data, out, 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(1200):
             if (out / "progress.json").exists() or first.poll() is not None:
@@ -62,21 +62,22 @@ def test_a_killed_training_goes_on_and_its_onnx_file_agrees(data, tmp_path):
         first.send_signal(signal.SIGKILL)
         first.wait()
     before = json.loads((out / "progress.json").read_text())
-    assert before["epochs_done"] < 3
+    assert before["epochs_done"] == 1
 
-    second = subprocess.run(command(data, out, 3), capture_output=True, text=True, check=False)
+    second = subprocess.run(command(data, out, 2), capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
     values = json.loads(second.stdout)
-    assert f"epoch {before['epochs_done']} of 3" not in second.stderr, "it began again"
+    assert f"epoch {before['epochs_done']} of 2" not in second.stderr, "it began again"
     assert values["history"][: before["epochs_done"]] == before["history"]
-    assert [figures["epoch"] for figures in values["history"]] == [1, 2, 3]
+    assert [figures["epoch"] for figures in values["history"]] == [1, 2]
 
     assert values["data"]["faces"] == {"with_mask": 60, "without_mask": 60}
+    assert json.loads((out / "metrics.json").read_text()) == values
     assert [entry["file"] for entry in values["data"]["unreadable"]] == ["with_mask/torn.jpg"]
     assert "with_mask/torn.jpg" in second.stderr
     assert values["onnx_difference"] < 1e-4
     assert sorted(path.name for path in out.iterdir()) == [
-        "compact.md", "compact.onnx", "compact.weights.h5", "metrics.json", "progress.json",
+        "compact.md", "compact.onnx", "compact.weights.h5", "metrics.json",
     ]  # fmt: skip
     assert onnx_input_shape(out / "compact.onnx")[1:] == [SIDE, SIDE, 3]
 
@@ -134,13 +135,27 @@ def test_an_onnx_file_that_differs_is_not_written(network, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_training_is_not_overwritten(data, tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    result = subprocess.run(command(data, tmp_path, 1), capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path} holds a finished training; choose another folder or remove it\n"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(data, tmp_path):
+    (tmp_path / "file").touch()
+    result = subprocess.run(command(data, tmp_path / "file" / "out", 1), capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path / 'file' / 'out'} can't be made: Not a directory\n"
+
+
 def test_another_training_in_the_same_folder_is_refused_in_one_line(data, tmp_path):
     out = tmp_path / "trained"
     out.mkdir()
     (out / "progress.json").write_text('{"fingerprint": "of something else"}')
     result = subprocess.run(command(data, out, 1), capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {out} holds a training with other data")
+    assert result.stderr.splitlines()[-1].startswith(f"error: {out} holds a training with other data")
     assert not (out / "compact.onnx").exists()
 
 

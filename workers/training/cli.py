@@ -36,6 +36,7 @@ def train(data: tuple[Path, ...], out: Path, epochs: int, side: int, seed: int, 
     Example:
       maskwatch train faces/ scenes_train/ --out trained/
     """
+    _prepare_folder(out)
     _load_tensorflow()
     from workers.training import dataset, export, fit
 
@@ -54,13 +55,26 @@ def train(data: tuple[Path, ...], out: Path, epochs: int, side: int, seed: int, 
     values = export.metrics(model, faces, training, views, settings, progress)
     values["onnx_difference"] = difference
     values["crops_per_second_one_thread"] = export.crops_per_second(onnx_path, side)
-    export.write_metrics(out / "metrics.json", values)
     (out / "compact.md").write_text(export.model_card(onnx_path, values), encoding="utf-8")
-    fit.remove_checkpoints(out, progress)
+    # Last: where metrics.json lies, a training is finished.
+    export.write_metrics(out / "metrics.json", values)
+    fit.remove_checkpoints(out)
     if as_json:
         console.print_json(values)
     else:
         _print_training(out, values)
+
+
+def _prepare_folder(out: Path) -> None:
+    """Makes the folder before any work is done, for a missing right to write should not show after an epoch."""
+    if (out / "metrics.json").exists():
+        raise MaskwatchError(f"{out} holds a finished training; choose another folder or remove it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MaskwatchError(f"{out} can't be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise MaskwatchError(f"{out} can't be written to")
 
 
 def _load_tensorflow() -> None:

@@ -303,7 +303,6 @@ def _model_to_go_on_with(out: Path, progress: Progress, settings: FitSettings, s
 
 def _save(out: Path, model: Any, progress: Progress) -> None:
     """Checkpoint first, then the progress that names it, then the old files: a kill in between loses nothing."""
-    out.mkdir(parents=True, exist_ok=True)
     model.save(_checkpoint(out, progress.epochs_done))
     if progress.best_epoch == progress.epochs_done:
         model.save_weights(_best_weights(out, progress))
@@ -316,7 +315,7 @@ def _save(out: Path, model: Any, progress: Progress) -> None:
             old.unlink()
 
 
-def remove_checkpoints(out: Path, progress: Progress) -> None:
-    """Leaves what a training is for and drops what only resuming needed."""
-    for path in (_checkpoint(out, progress.epochs_done), _best_weights(out, progress)):
+def remove_checkpoints(out: Path) -> None:
+    """Leaves what a training is for and drops what only going on with it needed."""
+    for path in [*out.glob("checkpoint-*.keras"), *out.glob("best-*.weights.h5"), out / "progress.json"]:
         path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,9 +64,13 @@ def measure(folder: Path, pictures: int, rounds: int, workers: int) -> dict:  # 
             parts = {"producer": pids[:1], "aggregator": pids[1:2], "workers": pids[2:]}
             parts |= {name: [pid] for name, pid in services.items() if pid is not None}
             enqueue_and_wait("warm-up/")
-            road = [through_the_road(prefix, parts, pictures) for prefix in prefixes]
+            through_a_loop("warm-up/", services["s3"])
+            road, loop = [], []
+            # In turn, so that whatever else the machine does weighs on both.
+            for prefix in prefixes:
+                road.append(through_the_road(prefix, parts))
+                loop.append(through_a_loop(prefix, services["s3"]))
             resident = max(sum(p.memory_info().rss for p in family(pid)) for pid in pids[2:])
-        loop = through_a_loop(prefixes, pictures, services["s3"])
     ratios = [r["total"] / single["cpu"] for r, single in zip(road, loop, strict=True)]
     middle = sorted(range(rounds), key=ratios.__getitem__)[rounds // 2]
     return {
@@ -117,7 +121,7 @@ def enqueue_and_wait(prefix: str) -> None:
     wait_for(get_settings())
 
 
-def through_the_road(prefix: str, parts: dict[str, list[int]], pictures: int) -> dict[str, float]:
+def through_the_road(prefix: str, parts: dict[str, list[int]]) -> dict[str, float]:
     """CPU seconds by part, their total, and the wall time, of one round through the whole system."""
     with cpu_of(parts) as spent:
         before = time.process_time()
@@ -130,8 +134,8 @@ def through_the_road(prefix: str, parts: dict[str, list[int]], pictures: int) ->
     return {**spent, "total": sum(spent.values()), "wall": wall}
 
 
-def through_a_loop(prefixes: Iterable[str], pictures: int, s3: int | None) -> list[dict[str, float]]:
-    """CPU seconds (of the S3 server, too) and wall time of each round in a plain loop with one thread."""
+def through_a_loop(prefix: str, s3: int | None) -> dict[str, float]:
+    """CPU seconds (of the S3 server, too) and wall time of one round in a plain loop with one thread."""
     from common.settings import get_settings
     from common.storage import open_source
     from workers.decoding import decode_image
@@ -139,18 +143,15 @@ def through_a_loop(prefixes: Iterable[str], pictures: int, s3: int | None) -> li
 
     settings = get_settings()
     analyzer = load_analyzer(settings.pipeline.spec(), threads=1)
-    found = []
-    for prefix in ["warm-up/", *prefixes]:
-        store, below = open_source(f"s3://{BUCKET}/{prefix}", settings)
-        with cpu_of({"s3": [s3] if s3 else []}) as spent:
-            before, started = time.process_time(), time.perf_counter()
-            for page in store.list_pages(below):
-                for info in page:
-                    data = store.read(info.key, info.etag, settings.storage.max_object_bytes)
-                    analyzer.analyze(decode_image(data, max_pixels=settings.worker.max_image_pixels).rgb)
-            wall, own = time.perf_counter() - started, time.process_time() - before
-        found.append({"cpu": own + spent["s3"], "wall": wall})
-    return found[1:]
+    store, below = open_source(f"s3://{BUCKET}/{prefix}", settings)
+    with cpu_of({"s3": [s3] if s3 else []}) as spent:
+        before, started = time.process_time(), time.perf_counter()
+        for page in store.list_pages(below):
+            for info in page:
+                data = store.read(info.key, info.etag, settings.storage.max_object_bytes)
+                analyzer.analyze(decode_image(data, max_pixels=settings.worker.max_image_pixels).rgb)
+        wall, own = time.perf_counter() - started, time.process_time() - before
+    return {"cpu": own + spent["s3"], "wall": wall}
 
 
 def family(pid: int) -> list[psutil.Process]:

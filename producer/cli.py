@@ -115,16 +115,14 @@ def producer() -> None:
     from common.deployment import deployment
 
     with deployment():
-        from celery.beat import EmbeddedService
+        from celery.beat import EmbeddedService, Scheduler
 
         from common.celery_app import app, serve
         from common.queues import Queue
         from producer.tasks import schedule
 
-        # In memory: what is due follows from the ledger, so a restarted beat needs to remember nothing.
-        app.conf.beat_scheduler = "celery.beat:Scheduler"
-        app.conf.beat_max_loop_interval = 1
         schedule()
-        EmbeddedService(app, thread=True).start()
+        # In memory: what is due follows from the ledger, so a restarted beat needs to remember nothing.
+        EmbeddedService(app, thread=True, scheduler_cls=Scheduler).start()
         # solo: one task at a time, in this process; the database bounds its statements' time.
         serve(Queue.PRODUCER, f"producer-{os.getpid()}", pool="solo", tasks="producer.tasks")

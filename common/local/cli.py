@@ -65,6 +65,9 @@ def up(show_env: bool, as_json: bool) -> None:
 def down(purge: bool) -> None:
     """Stop everything that runs in the state directory, whoever uses it.
 
+    To get rid of a state directory, purge it rather than delete it: for root, Postgres keeps its data outside, in
+    /var/lib/maskwatch, because it has to run as another user.
+
     \b
     maskwatch local down
     maskwatch local down --purge

@@ -93,6 +93,7 @@ def make_cluster(state_dir: Path) -> Path:
         _public_folder(cluster.parent)
         shutil.rmtree(cluster, ignore_errors=True)
         cluster.mkdir(mode=0o700)
+        (cluster / "belongs-to").write_text(f"{state_dir}\n")  # for a person who wonders
         os.chown(cluster, account.uid, account.gid)
     return cluster
 
@@ -107,6 +108,7 @@ def move_cluster(cluster: Path, state_dir: Path) -> Path:
         if cluster.exists():  # else an interrupted start has moved it already
             shutil.rmtree(target, ignore_errors=True)
             cluster.rename(target)
+            (target / "belongs-to").write_text(f"{state_dir}\n")
     return target
 
 

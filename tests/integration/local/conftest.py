@@ -13,8 +13,17 @@ import psutil
 import psycopg
 import pytest
 
+from common.local.postgres import make_cluster, remove_cluster
 from common.local.processes import TAG
 from common.local.stack import Endpoints, LocalStack
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_the_copied_binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For root: the binaries are not copied anew for every test, as long as one cluster is there."""
+    cluster = make_cluster(tmp_path_factory.mktemp("placeholder"))
+    yield
+    remove_cluster(cluster)
 
 
 @pytest.fixture

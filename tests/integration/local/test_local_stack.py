@@ -509,17 +509,17 @@ class TestAsRoot:
         self, stack: LocalStack, start_python: StartPython, query: Query, tmp_path: Path
     ) -> None:
         user = postgres.UNPRIVILEGED
-        able = subprocess.run(
-            [sys.executable, "-c", "import common.local.stack"], user=user, extra_groups=[], stderr=subprocess.PIPE
-        )
-        if able.returncode:
-            pytest.skip(f"this Python can't be run by {user}: it is installed in a private folder")
+        python = [sys.executable, "-c", "import common.local.stack"]
+        try:
+            subprocess.run(python, user=user, extra_groups=[], stderr=subprocess.DEVNULL, cwd="/", check=True)
+        except (PermissionError, subprocess.CalledProcessError):
+            pytest.skip(f"{user} can't run this Python: it is installed in a private folder")
         endpoints = stack.up()
         theirs = Path("/var/tmp") / f"maskwatch-test-{os.getpid()}"
         theirs.mkdir(mode=0o700)
         shutil.chown(theirs, user)
         try:
-            other = start_python(UP, theirs / "state", user=user, extra_groups=[], cwd="/", env={"PATH": os.defpath})
+            other = start_python(UP, theirs / "state", user=user, extra_groups=[], cwd="/")
             assert "MASKWATCH_DATABASE__URL" in other.communicate("\n", timeout=120)[0]
             assert query(endpoints, "SELECT 1") == [(1,)]
             assert start_python(PURGE, theirs / "state", user=user, extra_groups=[], cwd="/").wait(120) == 0

@@ -40,7 +40,9 @@ def local() -> None:
 @click.option("--show-env", is_flag=True, help="Print `export` lines for other tools. They hold the password.")
 @json_option
 def up(show_env: bool, as_json: bool) -> None:
-    """Start what isn't running, and keep it until `maskwatch local down`.
+    """Start the services and keep them running.
+
+    What runs already is left as it is. Stop them with `maskwatch local down`.
 
     \b
     maskwatch local up

@@ -2,7 +2,8 @@
 
 Postgres refuses to run as root. Where we are root it runs as `nobody`, who may neither enter our folders (a
 checkout under /root) nor execute what lies there; and opening the folders above to everybody is not ours to do. So
-root gets a copy of the binaries and the data in a folder of its own outside, and the state names it.
+root gets a copy of the binaries and the data in a folder of its own outside, and the state names it. What else runs
+as `nobody` could read these data: on a machine with such neighbours, run Maskwatch as an ordinary user.
 """
 
 from __future__ import annotations
@@ -302,6 +303,7 @@ class Postgres(Service):
                 "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-instructions",
                 # Unicode's rules without depending on which locales the system has.
                 "--locale", "C", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8",
+                "--no-sync",  # seconds on a busy disk; a power cut in its first half minute may cost a new database
             )  # fmt: skip
         finally:
             password_file.unlink()

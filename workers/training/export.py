@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 KNOWN_SOURCES = {
     "chandrika": "chandrikadeb7/Face-Mask-Detection (repository MIT; photos collected from the web)",
     "karim12k": "Kaggle face-mask-12k (CC0 as published; its unmasked half is CelebA: non-commercial research)",
-    "prajnasb": "prajnasb/observations (masks pasted on photos; the repository names no licence)",
+    "prajnasb": "prajnasb/observations (masks pasted on photos; no licence recorded)",
     "scenes_train": "Kaggle andrewmvd/face-mask-detection (CC0 as published; press photos)",
 }
 

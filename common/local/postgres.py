@@ -49,6 +49,7 @@ PORT = 5432  # part of the socket's name; nothing listens on it
 #: Where root keeps what Postgres' own user must reach.
 ROOT_FOLDER = Path("/var/lib/maskwatch")
 OUTSIDE = "clusters"
+TEMPORARY = ("/tmp", "/var/tmp")
 UNPRIVILEGED = "nobody"
 
 #: `fast` shutdown first, then `immediate`, which leaves a recovery to the next start.
@@ -92,10 +93,11 @@ def make_cluster(state_dir: Path) -> Path:
     with _locked(base):
         cluster = _outside(base, state_dir)
         _public_folder(cluster.parent)
-        shutil.rmtree(cluster, ignore_errors=True)
+        _remove_vanished(cluster.parent)
+        _remove(cluster)
         cluster.mkdir(mode=0o700)
-        (cluster / "belongs-to").write_text(f"{state_dir}\n")  # for a person who wonders
         os.chown(cluster, account.uid, account.gid)
+        _label(cluster).write_text(str(state_dir))
     return cluster
 
 
@@ -107,9 +109,10 @@ def move_cluster(cluster: Path, state_dir: Path) -> Path:
     with _locked(base):
         target = _outside(base, state_dir)
         if cluster.exists():  # else an interrupted start has moved it already
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
+            _label(cluster).unlink(missing_ok=True)
+            _label(target).write_text(str(state_dir))
             cluster.rename(target)
-            (target / "belongs-to").write_text(f"{state_dir}\n")
     return target
 
 
@@ -120,7 +123,7 @@ def remove_cluster(cluster: Path) -> None:
         shutil.rmtree(cluster, ignore_errors=True)
     elif cluster.parent.is_dir():
         with _locked(base):
-            shutil.rmtree(cluster, ignore_errors=True)
+            _remove(cluster)
             if not any(cluster.parent.iterdir()):
                 shutil.rmtree(base, ignore_errors=True)
 
@@ -135,6 +138,26 @@ def remove_abandoned_cluster(state_dir: Path) -> None:
 def _outside(base: Path, state_dir: Path) -> Path:
     """The folder of a state directory's data under root's folder."""
     return base / OUTSIDE / hashlib.sha256(str(state_dir).encode()).hexdigest()[:16]
+
+
+def _label(cluster: Path) -> Path:
+    """A file that names the state directory. Beside the folder, not in it: the account could put a link there."""
+    return cluster.with_name(f"{cluster.name}.belongs-to")
+
+
+def _remove(cluster: Path) -> None:
+    shutil.rmtree(cluster, ignore_errors=True)
+    _label(cluster).unlink(missing_ok=True)
+
+
+def _remove_vanished(clusters: Path) -> None:
+    """Remove the data of state directories that lay under a temporary folder and were deleted by hand, as scratch
+    folders are. Elsewhere a directory that isn't there may come back: it was moved, or its disk isn't mounted."""
+    for label in clusters.glob("*.belongs-to"):
+        state_dir, cluster = Path(label.read_text()), label.with_suffix("")
+        temporary = any(state_dir.is_relative_to(folder) for folder in TEMPORARY)
+        if temporary and not state_dir.exists() and not working_in(cluster / "data", "postgres"):
+            _remove(cluster)
 
 
 def open_to_postgres(sockets: Path) -> None:

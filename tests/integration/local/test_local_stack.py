@@ -505,6 +505,22 @@ class TestAsRoot:
             os.umask(before)
             above.rmdir()
 
+    def test_data_of_deleted_scratch_folders_are_removed(
+        self, make_stack: Callable[[str], LocalStack], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deleted, moved = make_stack("deleted"), make_stack("moved")
+        clusters = []
+        for stack in (deleted, moved):
+            stack.up()
+            clusters.append(Path(recorded(stack)["cluster"]))
+            stack.down()
+        shutil.rmtree(deleted.state_dir)
+        monkeypatch.setattr(postgres, "TEMPORARY", (str(deleted.state_dir),))
+        moved.state_dir.rename(moved.state_dir.with_name("elsewhere"))
+        make_stack("new").up()
+        assert [cluster.exists() for cluster in clusters] == [False, True], "what may come back stays"
+        moved.state_dir.with_name("elsewhere").rename(moved.state_dir)
+
     def test_two_users_at_once(
         self, stack: LocalStack, start_python: StartPython, query: Query, tmp_path: Path
     ) -> None:

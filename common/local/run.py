@@ -50,9 +50,11 @@ def run(
     from common.reporting import queries
     from common.reporting.tables import as_dict
     from common.settings import get_settings
+    from common.storage import open_source
 
     state_dir = get_settings().state_dir if uses_embedded_stack(get_settings()) else None
-    with deployment():
+    with deployment() as settings:
+        open_source(source, settings)  # a source that can't be meant leaves no location behind
         _register(location, time_zone, camera)
         options = {"--location": location, "--camera": camera, "--time-pattern": time_pattern}
         options |= {"--since": since, "--until": until}

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+from types import FrameType
 
 import click
 
@@ -77,8 +79,15 @@ def cli() -> None:
     """
 
 
+def _stop(signum: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
 def main() -> None:
     """Entry point: errors a person can put right become one line and a non-zero exit."""
+    # Whoever is asked to stop stops what it has started first. (Workers replace these by Celery's handlers.)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     try:
         cli(standalone_mode=True)
     except MaskwatchError as error:

@@ -398,7 +398,8 @@ def succeed(session: Session, job: ClaimedJob, seen: ObservedAt, *, fence: bool 
     Raises `StaleJobError` when the job is no longer the caller's. `fence=False` as in `claim`.
     """
     _end(session, job.ref, "state = 'succeeded', reason = NULL, detail = NULL", AttemptOutcome.SUCCEEDED, fence=fence)
-    _set_observed_at(session, job.media_object_id, seen)
+    if seen != job.observed_at:
+        _set_observed_at(session, job.media_object_id, seen)
 
 
 def retry_later(

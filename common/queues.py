@@ -34,6 +34,7 @@ class TaskName(StrEnum):
     ANALYZE_IMAGES = "workers.analyze_images"
     DISPATCH = "producer.dispatch"
     RECONCILE = "producer.reconcile"
+    REQUEST_SUMMARY = "producer.request_summary"
     SUMMARIZE = "workers.summarize"
 
 
@@ -42,6 +43,7 @@ ROUTES: Mapping[TaskName, Queue] = {
     TaskName.ANALYZE_IMAGES: Queue.IMAGES,
     TaskName.DISPATCH: Queue.PRODUCER,
     TaskName.RECONCILE: Queue.PRODUCER,
+    TaskName.REQUEST_SUMMARY: Queue.PRODUCER,
     TaskName.SUMMARIZE: Queue.AGGREGATION,
 }
 

@@ -21,6 +21,7 @@ def wait_for(settings: Settings, location: str | None = None) -> None:
     with progress() as bar:
         task = bar.add_task("analysing", total=None)
         while True:
+            asked_at = time.monotonic()
             with session_scope() as session:
                 active, ended = ledger.progress(session, location)
                 marks = ledger.unsummarized(session, location)
@@ -38,7 +39,8 @@ def wait_for(settings: Settings, location: str | None = None) -> None:
                     f"nothing has moved for {PATIENCE:.0f} s; are a producer, a worker and an aggregator running? "
                     "maskwatch status"
                 )
-            time.sleep(min(0.5, settings.dispatch.interval_seconds))
+            # Counting a large ledger takes a while: never more than a tenth of the time.
+            time.sleep(max(min(0.5, settings.dispatch.interval_seconds), 9 * (time.monotonic() - asked_at)))
 
 
 def _ask_for_summary() -> None:

@@ -70,3 +70,17 @@ def reconcile(settings: Settings) -> dict[str, int]:
     if any(found.values()):
         log.warning("reconciled", **found)
     return found
+
+
+def request_summary() -> bool:
+    """Ask the aggregator to work off the dirty marks, unless there are none or it has been asked already:
+    while no aggregator runs, one message waits for it and not one per tick. Whether it was asked."""
+    with session_scope() as session:
+        waiting = ledger.unsummarized(session)
+    if not waiting:
+        return False
+    with redis_client() as client:
+        if queue_length(client, Queue.AGGREGATION):
+            return False
+    send(TaskName.SUMMARIZE, ())
+    return True

@@ -20,16 +20,19 @@ def reconcile_jobs() -> None:
     dispatch.reconcile(get_settings())
 
 
-def schedule() -> None:
-    """Let beat tick the dispatcher, the reconciler and the aggregator.
+@app.task(name=TaskName.REQUEST_SUMMARY.value)
+def request_summary() -> None:
+    """Have the aggregator work, if there is something to summarize."""
+    dispatch.request_summary()
 
-    A tick expires before the next is due: while a consumer is away, ticks don't pile up.
-    """
+
+def schedule() -> None:
+    """Let beat tick this producer's own tasks. A tick that was not worked off before the next is due expires."""
     settings = get_settings().dispatch
     for task, seconds in (
         (TaskName.DISPATCH, settings.interval_seconds),
         (TaskName.RECONCILE, settings.reconcile_seconds),
-        (TaskName.SUMMARIZE, settings.summarize_seconds),
+        (TaskName.REQUEST_SUMMARY, settings.summarize_seconds),
     ):
         app.add_periodic_task(
             seconds, app.signature(task.value), name=task.value, queue=ROUTES[task].value, expires=seconds

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from types import TracebackType
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from common import ledger
 from common.database import DatabaseDownError, session_scope
@@ -100,7 +100,7 @@ def _finish(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> b
             _plan_new_version(job, str(error), settings)
         except TransientJobError as error:
             _retry_later(job, error.reason, error.detail, settings)
-        except (StaleJobError, DatabaseDownError, DBAPIError):
+        except (StaleJobError, DatabaseDownError, InterfaceError, OperationalError):
             # Without the database there is no ledger to tell: the lease runs out, and the job is found.
             raise
         except MaskwatchError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.services import maskwatch
+from tests.services import maskwatch, running, wait_until
 
 
 @pytest.fixture
@@ -101,3 +102,14 @@ def test_run_says_why_it_failed(newcomer: Path) -> None:
     done = maskwatch("run", "s3://nowhere/", "--location", "x", "--time-zone", "Mars/Olympus", cwd=newcomer)
     assert done.returncode == 1 and "Mars/Olympus" in done.stderr and "Traceback" not in done.stderr
     assert processes_of(newcomer) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_demo_that_is_asked_to_stop_leaves_no_process(newcomer: Path, number: int) -> None:
+    log = newcomer / "demo.log"
+    with running("demo", "--out", str(newcomer / "out"), log=log) as demo:
+        wait_until(lambda: "workers analyse them" in log.read_text(), seconds=120, what="the middle of the demo")
+        assert len(processes_of(newcomer)) > 3
+        demo.send_signal(number)
+        assert demo.wait(60) != 0
+        assert processes_of(newcomer) == []

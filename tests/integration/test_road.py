@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common.queues import Queue, TaskName, encode_refs, queue_length, redis_client, send
@@ -219,3 +220,13 @@ def test_redis_holds_a_bounded_number_of_messages(
     with redis_client() as client:
         assert queue_length(client, Queue.IMAGES) == 3
     assert sent == [6, 0, 0] and states(session) == {"pending": 14, "queued": 6}
+
+
+def test_one_request_waits_for_an_aggregator_that_is_away(services: Services, session: Session, bucket: Bucket) -> None:
+    assert dispatch.request_summary() is False
+    _enqueue(session, bucket, 1)
+    session.execute(text("INSERT INTO dirty_marks (location_id, pipeline_id, hour) SELECT 1, 1, now()"))
+    session.commit()
+    assert [dispatch.request_summary() for _ in range(3)] == [True, False, False]
+    with redis_client() as client:
+        assert queue_length(client, Queue.AGGREGATION) == 1

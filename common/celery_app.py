@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from celery import Celery
+from typing import Any
+
+from celery import Celery, signals
 
 from common.domain import MaskwatchError
 from common.settings import get_settings
+from common.telemetry import configure_logging
 
 
 def broker_url() -> str:
@@ -88,6 +91,12 @@ app.conf.update(
     enable_utc=True,
     timezone="UTC",
 )
+
+
+@signals.setup_logging.connect
+def _logging(**_: Any) -> None:
+    """Ours instead of Celery's, in the workers and in their children."""
+    configure_logging()
 
 
 def serve(queue: str, name: str, *, pool: str, tasks: str) -> None:

@@ -20,7 +20,7 @@ from common import ledger
 from common.database import session_scope
 from common.queues import TaskName
 from common.settings import get_settings
-from common.telemetry import configure_logging, get_logger
+from common.telemetry import get_logger
 
 log = get_logger(__name__)
 
@@ -44,11 +44,6 @@ def draining() -> bool:
 def worker_name(hostname: str | None, task_id: str | None) -> str:
     """What `jobs.worker` holds: which worker, and which of its messages."""
     return f"{hostname}/{task_id}"
-
-
-@signals.setup_logging.connect
-def _logging(**_: Any) -> None:
-    configure_logging()
 
 
 @signals.worker_ready.connect

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,8 @@ def _register(truth: Truth) -> None:
 
 def _say_how_to_go_on(out_dir: Path) -> None:
     shown = os.path.relpath(out_dir)
+    # Not on the PATH where `make` called it from the project's own environment.
+    command = "maskwatch" if shutil.which("maskwatch") else os.path.relpath(Path(sys.executable).with_name("maskwatch"))
     note(
         f"""
 Look at    {shown}/report.html     a plot per location
@@ -182,11 +185,11 @@ Look at    {shown}/report.html     a plot per location
 
 Go on with SQL:
   export MASKWATCH_STATE_DIR={shown}/state
-  maskwatch local up
-  maskwatch local psql -c "SELECT * FROM compliance_by_day ORDER BY location, day"
-  maskwatch local psql -c "SELECT camera, status, count(*) FROM face_results GROUP BY 1, 2 ORDER BY 1, 2"
-  maskwatch local down
+  {command} local psql -c "SELECT * FROM compliance_by_day ORDER BY location, day"
+  {command} local psql -c "SELECT camera, status, count(*) FROM face_results GROUP BY 1, 2 ORDER BY 1, 2"
+  {command} jobs list --state quarantined
+  unset MASKWATCH_STATE_DIR
 
 Your own pictures:
-  maskwatch run photos/ --location lobby --time-zone Europe/Berlin"""
+  {command} run photos/ --location lobby --time-zone Europe/Berlin"""
     )

@@ -44,7 +44,7 @@ MODELS: dict[str, ModelFile] = {
             kind="classifier",
             package="workers.classification",
             path="weights/compact.onnx",
-            sha256="933f43f28e51c422c9eddd512064343e41417678ff59b4ce409aa64e8d31724f",
+            sha256="c4cccdf28844a6bea857218c3ab48c9938f25cd66f77ce8e2072709a546aae7a",
             licence="Apache-2.0",
             source="trained by `maskwatch train`; see workers/classification/weights/compact.md",
         ),

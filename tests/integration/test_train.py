@@ -123,6 +123,21 @@ def test_onnx_and_keras_agree_in_batches_of_any_size(network, tmp_path):
     assert parameter_count(tmp_path / "random.onnx") == pytest.approx(network.count_params(), rel=0.05)
 
 
+def test_the_mirrored_network_answers_with_the_mean_and_has_no_more_weights(network, tmp_path):
+    from workers.training.export import export_onnx, parameter_count
+    from workers.training.network import mirrored
+
+    coarse = np.random.default_rng(3).uniform(-1, 1, (5, 2, 2, 3)).astype(np.float32)
+    crops = coarse.repeat(SIDE // 2, axis=1).repeat(SIDE // 2, axis=2)
+    turned = crops[:, :, ::-1]
+    mean = (network.predict(crops, verbose=0) + network.predict(turned, verbose=0)) / 2
+    both = mirrored(network)
+    assert both.predict(crops, verbose=0) == pytest.approx(mean, abs=1e-6)
+    assert np.abs(mean - network.predict(crops, verbose=0)).max() > 0.01, "the mirror image should say something else"
+    export_onnx(both, SIDE, tmp_path / "mirrored.onnx", crops)
+    assert parameter_count(tmp_path / "mirrored.onnx") == pytest.approx(network.count_params(), rel=0.05)
+
+
 def test_an_onnx_file_that_differs_is_not_written(network, tmp_path, monkeypatch):
     from common.domain import MaskwatchError
     from workers.training.export import export_onnx

@@ -39,6 +39,7 @@ def train(data: tuple[Path, ...], out: Path, epochs: int, side: int, seed: int, 
     _prepare_folder(out)
     _load_tensorflow()
     from workers.training import dataset, export, fit
+    from workers.training.network import mirrored
 
     settings = fit.FitSettings(epochs=epochs, side=side, seed=seed)
     faces = dataset.load(data)
@@ -50,9 +51,10 @@ def train(data: tuple[Path, ...], out: Path, epochs: int, side: int, seed: int, 
     views = fit.validation_views(validation, side)
     onnx_path = out / "compact.onnx"
     model.save_weights(out / "compact.weights.h5")
+    shipped = mirrored(model)
     with _native_chatter_off():
-        difference = export.export_onnx(model, side, onnx_path, views[0].crops)
-    values = export.metrics(model, faces, training, views, settings, progress)
+        difference = export.export_onnx(shipped, side, onnx_path, views[0].crops)
+    values = export.metrics(shipped, faces, training, views, settings, progress)
     values["onnx_difference"] = difference
     values["crops_per_second_one_thread"] = export.crops_per_second(onnx_path, side)
     (out / "compact.md").write_text(export.model_card(onnx_path, values), encoding="utf-8")

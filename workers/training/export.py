@@ -150,7 +150,10 @@ def model_card(onnx_path: Path, values: dict[str, Any]) -> str:
 
     # Markdown, not HTML: nothing to escape. The values are our own figures and names of files.
     environment = Environment(
-        loader=PackageLoader("workers.training", "."), undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("workers.training", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
     environment.filters["thousands"] = lambda value: f"{value:,.0f}"

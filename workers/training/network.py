@@ -36,3 +36,18 @@ def build_compact(side: int) -> Any:
     x = layers.Dropout(0.3)(x)
     outputs = layers.Dense(2, activation="softmax", name="probabilities")(x)
     return keras.Model(inputs, outputs, name="compact")
+
+
+def mirrored(model: Any) -> Any:
+    """The network that workers run: the mean of what `model` says of each crop and of its mirror image.
+
+    Both go through in one batch, so that the weights are there once. On held-out faces this lowered the loss by a
+    tenth, at twice the time per crop.
+    """
+    import keras
+    from keras import ops
+
+    inputs = keras.Input(model.input_shape[1:], name="crops")
+    both = model(ops.concatenate([inputs, ops.flip(inputs, axis=2)], axis=0))
+    outputs = ops.mean(ops.stack(ops.split(both, 2, axis=0)), axis=0)
+    return keras.Model(inputs, outputs, name=f"{model.name}_mirrored")

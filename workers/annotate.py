@@ -157,7 +157,7 @@ def picture_name(info: ObjectInfo) -> str:
     hash of the whole URI tells equal ones apart.
     """
     last = info.key.rstrip("/").rpartition("/")[2]
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", last.rpartition(".")[0] or last)[:80].strip("_")
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", last.rpartition(".")[0] or last)[:80].strip("_-")
     digest = hashlib.sha256(info.uri.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return f"{stem or 'picture'}-{digest}.jpg"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from skimage.data import astronaut
@@ -152,6 +152,8 @@ KEYS = st.text(min_size=1) | st.sampled_from(
 
 
 @given(KEYS)
+@example("-")
+@example("../../-rf")
 def test_no_key_leaves_the_folder(key: str) -> None:
     name = picture_name(info(key))
     assert name == Path(name).name

@@ -15,8 +15,7 @@ def add_location(session: Session, name: str, time_zone: str) -> Location:
     """Register a location. Adding it again with the same zone changes nothing; another zone is refused,
     because figures of the old one would move to other hours."""
     zone(time_zone)
-    if not name.strip():
-        raise MaskwatchError("a location needs a name")
+    _check_name("location", name)
     session.execute(insert(Location).values(name=name, time_zone=time_zone).on_conflict_do_nothing())
     location = session.scalars(select(Location).where(Location.name == name)).one()
     if location.time_zone != time_zone:
@@ -37,8 +36,7 @@ def get_location(session: Session, name: str) -> Location:
 
 def add_camera(session: Session, location: Location, name: str) -> Camera:
     """Register a camera of a location; adding it again changes nothing."""
-    if not name.strip():
-        raise MaskwatchError("a camera needs a name")
+    _check_name("camera", name)
     session.execute(insert(Camera).values(location_id=location.id, name=name).on_conflict_do_nothing())
     return session.scalars(select(Camera).where(Camera.location_id == location.id, Camera.name == name)).one()
 
@@ -67,6 +65,11 @@ def ensure_pipeline(session: Session, spec: PipelineSpec) -> Pipeline:
         .on_conflict_do_nothing()
     )
     return session.scalars(select(Pipeline).where(Pipeline.fingerprint == spec.fingerprint)).one()
+
+
+def _check_name(what: str, name: str) -> None:
+    if not name.strip() or not name.isprintable() or len(name) > 200:
+        raise MaskwatchError(f"a {what} needs a name of 1 to 200 printable characters, not {name!r}")
 
 
 def promote(session: Session, location: Location, pipeline: Pipeline) -> None:

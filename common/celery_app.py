@@ -19,7 +19,11 @@ def broker_url() -> str:
             "no broker is configured: set MASKWATCH_BROKER__URL, or install the embedded one "
             "(pip install 'maskwatch[local]')"
         )
-    return url.get_secret_value()
+    value = url.get_secret_value()
+    if not value.startswith(("redis://", "rediss://", "redis+socket://")):
+        # Not shown: it may hold a password.
+        raise MaskwatchError("MASKWATCH_BROKER__URL is no URL of the form redis://:password@host:6379/0")
+    return value
 
 
 def redis_url() -> str:

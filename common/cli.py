@@ -106,6 +106,32 @@ def main() -> None:
         # The reader (head, less) has gone. Python would complain again while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        sentence = _explain(error)
+        if sentence is None:
+            raise
+        click.echo(f"error: {sentence}", err=True)
+        sys.exit(1)
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for errors of libraries that a person can put right; None for faults of ours."""
+    library = type(error).__module__.partition(".")[0]
+    if library in ("pydantic", "pydantic_core"):
+        import pydantic
+
+        if isinstance(error, pydantic.ValidationError):
+            # Without the values: they may be secrets.
+            wrong = [(".".join(map(str, entry["loc"])), entry["msg"]) for entry in error.errors()]
+            return "; ".join(f"MASKWATCH_{name.upper().replace('.', '__')}: {message}" for name, message in wrong)
+    if library == "sqlalchemy":
+        from sqlalchemy.exc import DBAPIError
+
+        from common.database import first_line
+
+        if isinstance(error, DBAPIError):
+            return f"the database refused: {first_line(error)}"
+    return None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ jobs, status and doctor. Each opens the transaction and leaves the work to the m
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import sys
@@ -12,6 +13,9 @@ import click
 
 from common.console import json_option, note, print_json, print_table
 from common.domain import JobState, MaskwatchError
+
+#: What the ledger's ids can be.
+JOB_ID = click.IntRange(1, 2**63 - 1)
 
 
 @click.group()
@@ -187,7 +191,12 @@ def list_pipelines(as_json: bool) -> None:
 
 @pipelines.command("promote")
 @click.option("--location", required=True, help="The location whose views change.")
-@click.option("--pipeline", "pipeline_id", type=int, help="Its id (default: the one the settings describe).")
+@click.option(
+    "--pipeline",
+    "pipeline_id",
+    type=click.IntRange(1, 2**31 - 1),
+    help="Its id (default: the one the settings describe).",
+)
 def promote_pipeline(location: str, pipeline_id: int | None) -> None:
     """Let a location's views show another pipeline; prints how many hours each of the two covers.
 
@@ -277,7 +286,7 @@ def list_jobs(state: str | None, limit: int, as_json: bool) -> None:
 
 
 @jobs.command("show")
-@click.argument("job_id", type=int)
+@click.argument("job_id", type=JOB_ID)
 @json_option
 def show_job(job_id: int, as_json: bool) -> None:
     """Show one job: its object, its state, and every attempt.
@@ -336,7 +345,7 @@ def show_job(job_id: int, as_json: bool) -> None:
 
 
 @jobs.command("retry")
-@click.argument("job_ids", type=int, nargs=-1)
+@click.argument("job_ids", type=JOB_ID, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every job in quarantine.")
 @json_option
 def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> None:
@@ -361,7 +370,10 @@ def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> Non
     else:
         note(f"{len(moved)} job(s) will be tried again")
     if skipped:
-        raise MaskwatchError(f"not in quarantine, left as they are: {', '.join(map(str, skipped))}")
+        raise MaskwatchError(
+            f"left as they are, because they are not in quarantine or need a time pattern that fits "
+            f"(maskwatch backfill --time-pattern): {', '.join(map(str, skipped))}"
+        )
 
 
 @click.command()
@@ -456,9 +468,8 @@ def _examine() -> list[tuple[str, bool | None, str]]:
     for model in MODELS.values():
         ok: bool | None = None
         try:
-            from workers.inference import read_model
-
-            read_model(model.ref)
+            # By name, as the command line does: this side knows the other's commands and not its code.
+            importlib.import_module("workers.inference").read_model(model.ref)
             ok, detail = True, f"{model.kind}, {model.sha256[:12]}"
         except ModuleNotFoundError as error:
             detail = f"{error.name} is not installed: only workers need it (pip install 'maskwatch[worker]')"

@@ -40,9 +40,14 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form here")
 
 
+def as_json(value: Any) -> str:
+    """A JSON document; datetimes as ISO 8601."""
+    return json.dumps(value, default=_plain, indent=2, ensure_ascii=False)
+
+
 def print_json(value: Any) -> None:
-    """One JSON document on standard output; datetimes as ISO 8601."""
-    click.echo(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+    """One JSON document on standard output."""
+    click.echo(as_json(value))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import psycopg
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from common.domain import MaskwatchError
@@ -21,7 +21,7 @@ SCHEMA_REVISION = "0001"
 NOT_MIGRATED = "the database is not migrated (found {found}, need {need}): run `maskwatch db upgrade`"
 
 
-def make_engine(settings: DatabaseSettings, *, application: str = "maskwatch") -> Engine:
+def make_engine(settings: DatabaseSettings) -> Engine:
     """An engine for this process; never share one across a fork.
 
     Timeouts live in the connection, so that no statement of ours can hang for ever.
@@ -31,16 +31,30 @@ def make_engine(settings: DatabaseSettings, *, application: str = "maskwatch") -
             "no database is configured: set MASKWATCH_DATABASE__URL, or install the embedded one "
             "(pip install 'maskwatch[local]')"
         )
+    try:
+        url = make_url(settings.url.get_secret_value())
+    except ArgumentError:
+        url = None
+    if url is None or url.drivername != "postgresql+psycopg":
+        # Not shown: it may hold a password.
+        raise MaskwatchError(
+            "MASKWATCH_DATABASE__URL is no URL of the form postgresql+psycopg://user:password@host/name"
+        )
     statement_ms = int(settings.statement_timeout_seconds * 1000)
     return create_engine(
-        settings.url.get_secret_value(),
+        url,
         pool_size=settings.pool_size,
         max_overflow=2,
         # A connection that a restarted Postgres dropped is noticed before it is used.
         pool_pre_ping=True,
         connect_args={
             "connect_timeout": settings.connect_timeout_seconds,
-            "application_name": application,
+            "application_name": "maskwatch",
+            # The statement timeout is the server's; these notice that the server, or the way to it, is gone.
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
             "options": f"-c statement_timeout={statement_ms} -c idle_in_transaction_session_timeout=60000"
             " -c timezone=UTC",
         },
@@ -65,25 +79,36 @@ def explained() -> Iterator[None]:
     """Turn what a person can put right (unreachable, not migrated) into one clear sentence."""
     try:
         yield
-    except OperationalError as error:
-        if isinstance(error.orig, psycopg.OperationalError) and error.connection_invalidated is False:
-            first_line = str(error.orig).strip().splitlines()[0]
-            if is_unreachable(error):
-                raise DatabaseDownError(f"the database does not answer ({first_line}): is Postgres running?") from error
-        raise
     except ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.UndefinedTable):
             raise MaskwatchError(NOT_MIGRATED.format(found="no tables", need=SCHEMA_REVISION)) from error
         raise
+    except DBAPIError as error:
+        if is_lost(error):
+            raise DatabaseDownError(
+                f"the database does not answer ({first_line(error)}): is Postgres running?"
+            ) from error
+        raise
 
 
 class DatabaseDownError(MaskwatchError):
-    """Postgres can't be reached."""
+    """Postgres can't be reached, or has dropped the connection."""
 
 
-def is_unreachable(error: DBAPIError) -> bool:
-    """Whether no connection could be made at all (the driver then has no SQLSTATE to report)."""
-    return getattr(error.orig, "sqlstate", None) is None or str(getattr(error.orig, "sqlstate", "")).startswith("08")
+def is_lost(error: DBAPIError) -> bool:
+    """Whether an error means that the database is away, rather than that it refused a statement.
+
+    No SQLSTATE: no connection was made. 08: connection exceptions; 53: out of resources, connections among
+    them; 57P: shut down, crashed, starting up (PostgreSQL's Appendix A, "Error Codes").
+    """
+    state = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or state is None or state.startswith(("08", "53", "57P"))
+
+
+def first_line(error: DBAPIError) -> str:
+    """What the server said, without the statement and its parameters."""
+    lines = str(error.orig).strip().splitlines()
+    return lines[0] if lines else type(error.orig).__name__
 
 
 def schema_revision(session: Session) -> str | None:

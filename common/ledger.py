@@ -13,8 +13,8 @@ Every transition changes `token`. Every write of a worker names id and token and
 `running`: a worker that was paused past its lease, or whose job was cancelled, gets `StaleJobError` and its
 transaction rolls back. That is the fence. Leases are judged by the database's clock alone.
 
-Every function receives a session and leaves the commit to its caller. Rows are locked in the order of their
-ids, so that two of these statements can't deadlock on jobs.
+Every function receives a session and leaves the commit to its caller. Media objects are locked before their
+jobs, and rows of one table in the order of their ids, so that no two of these transactions deadlock.
 """
 
 from __future__ import annotations
@@ -43,10 +43,15 @@ from common.domain import (
     Reason,
 )
 from common.planning import PlannedObject
+from common.storage import FILE_BUCKET
 from common.tables import Camera, DirtyMark, Job, Location, MediaObject, Pipeline
 
 #: How much of an error's text is kept.
 DETAIL_LIMIT = 2000
+
+
+#: Reasons of objects whose time is unknown: only a pattern that fits can help them.
+UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME)
 
 
 class StaleJobError(Exception):
@@ -113,19 +118,26 @@ def register(
     pipeline: Pipeline,
     lane: Lane,
     backfill_id: int | None = None,
+    newest: bool = False,
 ) -> Registered:
     """Put planned objects of one bucket into the ledger: one media object and one job each.
 
     Whatever is known already stays as it is, so registering twice changes nothing. A newer version of a key
-    takes the place of the older one: its jobs are cancelled, its rows deleted, its hours marked. An object
-    that an earlier pattern could not place in time gets its second chance when the new one can.
+    takes the place of the older one: its jobs are cancelled, its rows deleted, its hours marked. Bytes that
+    come back after another version are analysed again. An object that an earlier pattern could not place in
+    time gets its second chance when the new one can.
+
+    `newest` says that the objects were just looked at, whatever their times say; without it a version that was
+    modified before the current one is taken for a listing that another producer has overtaken.
     """
     result = Registered()
     if not planned:
         return result
     bucket = planned[0].info.bucket
     by_key = {item.info.key: item for item in planned}
-    result.superseded = _supersede_older(session, bucket, by_key)
+    # The time of a local file is whatever its writer set, so it tells nothing of the order.
+    result.superseded = _supersede_older(session, bucket, by_key, newest=newest or bucket == FILE_BUCKET)
+    result.new += _revive(session, bucket, by_key)
     session.execute(
         insert(MediaObject)
         .values([_media_values(item, location, camera) for item in by_key.values()])
@@ -147,10 +159,11 @@ def register(
     made: Sequence[Any] = ()
     if jobs:
         made = session.execute(insert(Job).values(jobs).on_conflict_do_nothing().returning(Job.id, Job.state)).all()
-    result.new = len(made)
+    result.new += len(made)
     result.quarantined = sum(state is JobState.QUARANTINED for _, state in made)
     result.known = len(planned) - result.new
-    _replan(session, bucket, [item for item in by_key.values() if item.reason is None and item.observed_at])
+    placed = [item for item in by_key.values() if item.reason is None and item.observed_at]
+    _replan(session, bucket, placed, location, camera)
     return result
 
 
@@ -188,7 +201,7 @@ def _job_values(
     }
 
 
-def _supersede_older(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> int:
+def _supersede_older(session: Session, bucket: str, by_key: dict[str, PlannedObject], *, newest: bool) -> int:
     current = session.execute(
         select(MediaObject.id, MediaObject.key, MediaObject.revision, MediaObject.last_modified)
         .where(MediaObject.bucket == bucket, MediaObject.key.in_(list(by_key)), MediaObject.superseded_at.is_(None))
@@ -198,7 +211,7 @@ def _supersede_older(session: Session, bucket: str, by_key: dict[str, PlannedObj
     older = [
         media_id
         for media_id, key, revision, modified in current
-        if revision != by_key[key].info.etag and modified <= by_key[key].info.last_modified
+        if revision != by_key[key].info.etag and (newest or modified <= by_key[key].info.last_modified)
     ]
     if older:
         session.execute(
@@ -206,6 +219,34 @@ def _supersede_older(session: Session, bucket: str, by_key: dict[str, PlannedObj
         )
         _withdraw(session, older, "a newer version of the key was registered")
     return len(older)
+
+
+def _revive(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> int:
+    """Bytes that were replaced and are back: their media object is current again, its jobs start over.
+
+    Only a key without a current version is concerned, which is one that `_supersede_older` has just dealt with.
+    """
+    rows = session.execute(
+        text(
+            "WITH back AS (UPDATE media_objects m SET superseded_at = NULL, last_modified = seen.modified"
+            " FROM unnest(CAST(:keys AS text[]), CAST(:etags AS text[]), CAST(:times AS timestamptz[]))"
+            " AS seen (key, etag, modified) WHERE m.bucket = :bucket AND m.key = seen.key AND m.revision = seen.etag"
+            " AND m.superseded_at IS NOT NULL AND NOT EXISTS (SELECT FROM media_objects c WHERE c.bucket = m.bucket"
+            " AND c.key = m.key AND c.superseded_at IS NULL) RETURNING m.id"
+            "), again AS (SELECT j.id FROM jobs j JOIN back ON back.id = j.media_object_id"
+            " WHERE j.state IN ('cancelled', 'source_changed') ORDER BY j.id FOR UPDATE OF j"
+            ") UPDATE jobs SET state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0,"
+            " lost_leases = 0, finished_at = NULL, reason = NULL, detail = NULL"
+            " FROM again WHERE jobs.id = again.id RETURNING jobs.id"
+        ),
+        {
+            "bucket": bucket,
+            "keys": list(by_key),
+            "etags": [item.info.etag for item in by_key.values()],
+            "times": [item.info.last_modified for item in by_key.values()],
+        },
+    )
+    return len(rows.all())
 
 
 def _withdraw(session: Session, media_ids: Sequence[int], detail: str) -> None:
@@ -217,8 +258,11 @@ def _withdraw(session: Session, media_ids: Sequence[int], detail: str) -> None:
     session.execute(
         text(
             "WITH stopped AS ("
-            " SELECT id FROM jobs WHERE media_object_id = ANY(:ids) AND state NOT IN ('cancelled', 'source_changed')"
-            " ORDER BY id FOR UPDATE"
+            " SELECT id, state, attempt, worker, started_at FROM jobs WHERE media_object_id = ANY(:ids)"
+            " AND state NOT IN ('cancelled', 'source_changed') ORDER BY id FOR UPDATE"
+            "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
+            " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
+            " WHERE state = 'running'"
             ") UPDATE jobs SET state = 'cancelled', token = gen_random_uuid(), lease_until = NULL,"
             " finished_at = clock_timestamp(), reason = :reason, detail = :detail"
             " FROM stopped WHERE jobs.id = stopped.id"
@@ -239,8 +283,13 @@ def _withdraw(session: Session, media_ids: Sequence[int], detail: str) -> None:
     )
 
 
-def _replan(session: Session, bucket: str, placed: Sequence[PlannedObject]) -> None:
-    """Give objects that no pattern could place in time, and now one can, their time and their turn."""
+def _replan(
+    session: Session, bucket: str, placed: Sequence[PlannedObject], location: Location, camera: Camera | None
+) -> None:
+    """Give objects that no pattern could place in time, and now one can, their time and their turn.
+
+    Only those of this location and camera: another's zone would read the key as another time.
+    """
     if not placed:
         return
     stuck = session.execute(
@@ -250,11 +299,13 @@ def _replan(session: Session, bucket: str, placed: Sequence[PlannedObject]) -> N
             MediaObject.bucket == bucket,
             MediaObject.key.in_([item.info.key for item in placed]),
             MediaObject.superseded_at.is_(None),
+            MediaObject.location_id == location.id,
+            MediaObject.camera_id.is_not_distinct_from(camera.id if camera else None),
             Job.state == JobState.QUARANTINED,
-            Job.reason.in_([Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME]),
+            Job.reason.in_(UNPLACED),
         )
-        .order_by(Job.id)
-        .with_for_update()
+        .order_by(MediaObject.id)
+        .with_for_update(of=MediaObject)
     ).all()
     by_key = {item.info.key: item for item in placed}
     for job_id, media_id, key in stuck:
@@ -295,13 +346,14 @@ def take_pending(session: Session, *, limit: int, alone: bool, epoch: str) -> li
     rows = session.execute(
         text(
             "WITH picked AS ("
-            " SELECT id FROM jobs WHERE state = 'pending' AND alone = :alone AND kind = 'image'"
+            # A literal and not a parameter, so that every plan can use the index of its half.
+            f" SELECT id FROM jobs WHERE state = 'pending' AND {'alone' if alone else 'NOT alone'} AND kind = 'image'"
             " ORDER BY lane, id LIMIT :limit FOR UPDATE SKIP LOCKED"
             ") UPDATE jobs SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(),"
             " epoch = :epoch FROM picked WHERE jobs.id = picked.id"
             " RETURNING jobs.id, jobs.token, jobs.kind, jobs.pipeline_id, jobs.lane"
         ),
-        {"alone": alone, "limit": limit, "epoch": epoch},
+        {"limit": limit, "epoch": epoch},
     ).all()
     rows = sorted(rows, key=lambda row: (row.lane, row.id))
     return [DispatchedJob(JobRef(row.id, row.token), JobKind(row.kind), row.pipeline_id) for row in rows]
@@ -397,9 +449,9 @@ def succeed(session: Session, job: ClaimedJob, seen: ObservedAt, *, fence: bool 
 
     Raises `StaleJobError` when the job is no longer the caller's. `fence=False` as in `claim`.
     """
-    _end(session, job.ref, "state = 'succeeded', reason = NULL, detail = NULL", AttemptOutcome.SUCCEEDED, fence=fence)
     if seen != job.observed_at:
         _set_observed_at(session, job.media_object_id, seen)
+    _end(session, job.ref, "state = 'succeeded', reason = NULL, detail = NULL", AttemptOutcome.SUCCEEDED, fence=fence)
 
 
 def retry_later(
@@ -443,6 +495,7 @@ def quarantine(session: Session, job: ClaimedJob, reason: Reason, detail: str) -
 
 def source_changed(session: Session, job: ClaimedJob, detail: str) -> None:
     """running → source_changed: the object is no longer the planned one. The caller registers the new version."""
+    session.execute(select(MediaObject.id).where(MediaObject.id == job.media_object_id).with_for_update())
     _end(session, job.ref, "state = 'source_changed'", AttemptOutcome.SOURCE_CHANGED, Reason.SOURCE_CHANGED, detail)
 
 
@@ -574,16 +627,20 @@ def recover_queued(session: Session, *, epoch: str, overdue_seconds: float, queu
 
 
 def retry(session: Session, job_ids: Sequence[int] | None = None) -> list[int]:
-    """quarantined → pending, counters reset, for these jobs or for all; returns the ids that moved."""
+    """quarantined → pending, counters reset, for these jobs or for all; returns the ids that moved.
+
+    Not those that no pattern could place in time: without one they would count under their upload time.
+    """
     only = "AND id = ANY(:ids)" if job_ids is not None else ""
     rows = session.execute(
         text(
-            f"WITH chosen AS (SELECT id FROM jobs WHERE state = 'quarantined' {only} ORDER BY id FOR UPDATE)"
+            f"WITH chosen AS (SELECT id FROM jobs WHERE state = 'quarantined' {only} AND reason <> ALL(:unplaced)"
+            " ORDER BY id FOR UPDATE)"
             " UPDATE jobs SET state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0,"
             " lost_leases = 0, finished_at = NULL, reason = NULL, detail = NULL FROM chosen"
             " WHERE jobs.id = chosen.id RETURNING jobs.id"
         ),
-        {"ids": list(job_ids)} if job_ids is not None else {},
+        {"unplaced": list(UNPLACED), **({"ids": list(job_ids)} if job_ids is not None else {})},
     )
     return sorted(rows.scalars())
 
@@ -595,6 +652,22 @@ def counts_by_state(session: Session, backfill_id: int | None = None) -> dict[Jo
         query = query.where(Job.backfill_id == backfill_id)
     found = {state: count for state, count in session.execute(query).tuples()}  # noqa: C416 - keeps the types
     return {state: found.get(state, 0) for state in JobState}
+
+
+def any_active(session: Session, location: str | None = None) -> bool:
+    """Whether a job of a location, or any, has something left to do. Quick, however large the ledger is."""
+    for state in ACTIVE_STATES:
+        # State by state, because each has its partial index.
+        query = select(Job.id).where(text(f"jobs.state = '{state.value}'")).limit(1)
+        if location is not None:
+            query = (
+                query.join(MediaObject, MediaObject.id == Job.media_object_id)
+                .join(Location, Location.id == MediaObject.location_id)
+                .where(Location.name == location)
+            )
+        if session.scalar(query) is not None:
+            return True
+    return False
 
 
 def progress(session: Session, location: str | None = None) -> tuple[int, int]:

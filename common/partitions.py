@@ -2,7 +2,7 @@
 
 Each is made in a transaction of its own under an advisory lock: made concurrently, or inside a writer's
 transaction, they fail or deadlock. Rows that arrived before their partition wait in `faces_default`
-and are moved when it is made.
+and are moved when it is made. While somebody reads `faces` for long, that is put off: nothing is lost by it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+import psycopg
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from common.telemetry import get_logger
+
+log = get_logger(__name__)
 
 #: Any constant that nothing else locks: "maskwatch partitions".
 PARTITION_LOCK = 0x6D77_7061
@@ -30,12 +36,20 @@ def partition_name(month: datetime) -> str:
 
 
 def ensure_partitions(engine: Engine, instants: Iterable[datetime]) -> list[str]:
-    """Make the partitions that these instants fall into; returns the names of the new ones."""
+    """Make the partitions that these instants fall into; returns the names of the new ones.
+
+    One whose lock can't be had within two seconds is left for the next call.
+    """
     wanted = {month_of(instant) for instant in instants}
     made = []
     for month in sorted(wanted):
         if not _exists(engine, month):
-            made += _make(engine, month)
+            try:
+                made += _make(engine, month)
+            except OperationalError as error:
+                if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                    raise
+                log.warning("partition put off: its table is being read", partition=partition_name(month))
     return made
 
 
@@ -63,7 +77,7 @@ def _make(engine: Engine, month: datetime) -> list[str]:
     name = partition_name(month)  # digits only: safe to put into DDL, which takes no parameters
     start, end = month.isoformat(), next_month(month).isoformat()
     with engine.begin() as connection:
-        connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+        connection.execute(text("SET LOCAL lock_timeout = '2s'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": PARTITION_LOCK})
         if _is_there(connection, name):
             return []

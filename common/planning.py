@@ -16,6 +16,9 @@ from common.storage import ObjectInfo
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
 
+#: A key that seems to name another year was not written by a camera.
+PLAUSIBLE_YEARS = range(1970, 2200)
+
 #: strptime directive → what it matches.
 _DIRECTIVES = {
     "Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{1,2}", "d": r"\d{1,2}", "H": r"\d{1,2}", "I": r"\d{1,2}",
@@ -25,7 +28,7 @@ _DIRECTIVES = {
 
 
 class LocalTimeError(ValueError):
-    """A local time that its zone skips (clocks set forward)."""
+    """A local time that its zone skips (clocks set forward), or that no calendar reaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,9 @@ def zone(name: str) -> ZoneInfo:
 
     Remembered, because the list of names is read from the disk each time (5 ms).
     """
-    if name not in available_timezones():
-        close = [known for known in sorted(available_timezones()) if name.lower() in known.lower()][:3]
+    # "CET" and its like mean other things to Postgres than to Python: only places, and UTC.
+    if name not in available_timezones() or ("/" not in name and name != "UTC"):
+        close = [known for known in sorted(available_timezones()) if f"/{name.lower()}" in known.lower()][:3]
         hint = ", ".join(close) if close else "Europe/Berlin, Asia/Kolkata, UTC"
         raise MaskwatchError(f"unknown time zone {name!r}; expected an IANA name such as {hint}")
     return ZoneInfo(name)
@@ -109,11 +113,15 @@ def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
 
     An aware datetime is converted as it is. Raises `LocalTimeError` for a time the clocks skipped.
     """
-    if local.tzinfo is not None:
-        return local.astimezone(UTC), False
-    first = local.replace(tzinfo=where, fold=0)
-    instant = first.astimezone(UTC)
-    if instant.astimezone(where).replace(tzinfo=None) != local:
+    try:
+        if local.tzinfo is not None:
+            return local.astimezone(UTC), False
+        first = local.replace(tzinfo=where, fold=0)
+        instant = first.astimezone(UTC)
+        back = instant.astimezone(where).replace(tzinfo=None)
+    except OverflowError as error:
+        raise LocalTimeError(f"the time {local.isoformat(sep=' ')} is out of range") from error
+    if back != local:
         raise LocalTimeError(f"the local time {local.isoformat(sep=' ')} does not exist in {where.key}")
     second = local.replace(tzinfo=where, fold=1)
     return instant, second.utcoffset() != first.utcoffset()
@@ -133,6 +141,9 @@ def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) 
     if pattern is None:
         return PlannedObject(info, kind, None)
     local = pattern.match(info.key)
+    if local is not None and local.year not in PLAUSIBLE_YEARS:
+        detail = f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names the year {local.year}"
+        return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
     if local is None:
         detail = f"the key {info.key!r} does not match the time pattern {pattern.pattern!r}"
         return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
@@ -156,7 +167,7 @@ def observed_from_file(
     if taken_at is not None:
         try:
             instant, ambiguous = resolve_local(taken_at, where)
-        except (LocalTimeError, OverflowError):
+        except LocalTimeError:
             return ObservedAt(last_modified, ObservedAtSource.LAST_MODIFIED)
         if instant <= last_modified + timedelta(days=1):
             return ObservedAt(instant, ObservedAtSource.EXIF, ambiguous)

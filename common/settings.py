@@ -81,7 +81,7 @@ class LedgerSettings(BaseModel):
     lease_seconds: float = Field(60.0, gt=0)
     heartbeat_seconds: float = Field(15.0, gt=0, description="how often a lease is renewed; well under a third of it")
     stall_seconds: float = Field(300.0, gt=0, description="without progress for this long, the lease is not renewed")
-    max_attempts: int = Field(5, ge=1, description="tries at a transient error before quarantine")
+    max_attempts: int = Field(10, ge=1, description="tries at a transient error before quarantine")
     max_crashes: int = Field(3, ge=1, description="crashes while the job ran alone before quarantine")
     max_lost_leases: int = Field(10, ge=1, description="expired leases of unknown cause before quarantine")
     retry_base_seconds: float = Field(2.0, gt=0)

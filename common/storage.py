@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 FILE_BUCKET = "file://"
 
+#: A third of a Postgres page, what an index entry may take, holds the bucket and the revision, too.
+MAX_KEY_BYTES = 2000
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -72,15 +75,30 @@ def open_source(source: str, settings: Settings) -> tuple[ObjectStore, str]:
 
     Raises `MaskwatchError` for another scheme and for a path that isn't there.
     """
+    if not is_storable(source):
+        raise MaskwatchError(f"can't read {source!r}: its name is no UTF-8, or too long")
     if "://" not in source:
-        path = Path(source).expanduser().absolute()
-        source = f"{FILE_BUCKET}{Path(os.path.normpath(path))}"
+        source = f"{FILE_BUCKET}{Path(source).expanduser().absolute()}"
     if not source.startswith(("s3://", FILE_BUCKET)):
         raise MaskwatchError(f"can't read {source!r}; expected s3://bucket/prefix or a folder")
     bucket, prefix = split_uri(source)
-    if bucket == FILE_BUCKET and not Path("/", prefix).exists():
-        raise MaskwatchError(f"there is no folder or file /{prefix}")
+    if bucket == FILE_BUCKET:
+        # One file, one key: however the way to it was written.
+        prefix = os.path.normpath(f"/{prefix}").lstrip("/")
+        try:
+            Path("/", prefix).stat()
+        except OSError as error:
+            raise MaskwatchError(f"there is no folder or file /{prefix} ({error.strerror})") from error
     return _open(bucket, settings.storage), prefix
+
+
+def is_storable(key: str) -> bool:
+    """Whether the ledger can hold this key: UTF-8 without NUL, short enough for an index. (File systems allow
+    more; S3 keys have at most 1,024 bytes.)"""
+    try:
+        return "\0" not in key and 0 < len(key.encode("utf-8")) <= MAX_KEY_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 @lru_cache(maxsize=32)
@@ -120,21 +138,23 @@ class FileStore:
             yield page
 
     def _walk(self, root: Path) -> Iterator[Path]:
-        if root.is_file():
-            yield root
-            return
-        try:
-            entries = sorted(root.iterdir(), key=lambda entry: f"{entry}/" if entry.is_dir() else str(entry))
-        except PermissionError as error:
-            raise MaskwatchError(f"may not list {root}: {error.strerror}") from error
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
+        """All files below a folder in the order of their keys, hidden ones left out."""
+        # Reversed, so that the first is popped first; a stack of ours, because folders may nest deeper than calls.
+        stack = [root]
+        while stack:
+            path = stack.pop()
             # Links to folders are not followed: they may lead back up.
-            if entry.is_dir() and not entry.is_symlink():
-                yield from self._walk(entry)
-            elif entry.is_file():
-                yield entry
+            if path.is_dir() and (path == root or not path.is_symlink()):
+                try:
+                    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+                except FileNotFoundError:
+                    continue  # deleted while we listed
+                except OSError as error:
+                    raise MaskwatchError(f"may not list {path}: {error.strerror}") from error
+                entries.sort(key=lambda entry: f"{entry}/" if entry.is_dir() else str(entry), reverse=True)
+                stack += entries
+            elif path.is_file():
+                yield path
 
     def stat(self, key: str) -> ObjectInfo:
         with _file_errors(key):
@@ -224,18 +244,19 @@ class S3Store:
 def _client(endpoint_url: str | None, connect_timeout: float, read_timeout: float) -> S3Client:
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
 
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint_url,
-        config=Config(
-            # "standard" adds jitter and retries throttling; what still fails after it goes to the ledger.
-            retries={"mode": "standard", "total_max_attempts": 4},
-            connect_timeout=connect_timeout,
-            read_timeout=read_timeout,
-            max_pool_connections=16,
-        ),
+    config = Config(
+        # "standard" adds jitter and retries throttling; what still fails after it goes to the ledger.
+        retries={"mode": "standard", "total_max_attempts": 4},
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
+        max_pool_connections=16,
     )
+    try:
+        return boto3.client("s3", endpoint_url=endpoint_url, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise MaskwatchError(f"the S3 configuration can't be used: {_one_line(error)}") from error
 
 
 def _error_code(error: Any) -> str:
@@ -254,13 +275,17 @@ def _listing_errors(uri: str) -> Iterator[None]:
             raise MaskwatchError(f"the bucket of {uri} does not exist; check the name and the endpoint") from error
         if code in _DENIED:
             raise MaskwatchError(f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys") from error
-        raise MaskwatchError(f"listing {uri} failed: {error}") from error
+        raise MaskwatchError(f"listing {uri} failed: {_one_line(error)}") from error
     except NoCredentialsError as error:
         raise MaskwatchError(
             f"no AWS credentials for {uri}: set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from error
     except BotoCoreError as error:
-        raise MaskwatchError(f"listing {uri} failed: {error}") from error
+        raise MaskwatchError(f"listing {uri} failed: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 _DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled"}

@@ -163,7 +163,8 @@ class Job(Base):
         # A media object is planned once per pipeline and range.
         UniqueConstraint("media_object_id", "pipeline_id", "kind", "range_start_ms", "range_end_ms"),
         CheckConstraint("range_start_ms >= 0 AND range_end_ms >= range_start_ms", name="range"),
-        Index("ix_jobs_pending", "lane", "id", postgresql_where=text("state = 'pending'")),
+        Index("ix_jobs_pending", "lane", "id", postgresql_where=text("state = 'pending' AND NOT alone")),
+        Index("ix_jobs_pending_alone", "lane", "id", postgresql_where=text("state = 'pending' AND alone")),
         Index("ix_jobs_retry_wait", "next_run_at", postgresql_where=text("state = 'retry_wait'")),
         Index("ix_jobs_queued", "queued_at", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_running", "lease_until", postgresql_where=text("state = 'running'")),

@@ -17,30 +17,34 @@ PATIENCE = 30.0
 def wait_for(settings: Settings, location: str | None = None) -> None:
     """Return when no job of the location (or of all) has anything left to do and the summaries hold it all."""
     before, changed_at, told = (-1, -1), time.monotonic(), False
-    asked_for_summary = False
+    asked_for_summary, count_again_at = False, 0.0
     with progress() as bar:
         task = bar.add_task("analysing", total=None)
         while True:
-            asked_at = time.monotonic()
             with session_scope() as session:
-                active, ended = ledger.progress(session, location)
+                active = ledger.any_active(session, location)
                 marks = ledger.unsummarized(session, location)
-            bar.update(task, total=active + ended, completed=ended)
+            if time.monotonic() >= count_again_at or not active:
+                asked_at = time.monotonic()
+                with session_scope() as session:
+                    left, ended = ledger.progress(session, location)
+                # Counting a large ledger takes a while: never more than a tenth of the time.
+                count_again_at = time.monotonic() + 9 * (time.monotonic() - asked_at)
+                bar.update(task, total=left + ended, completed=ended)
+                if (left, marks) != before:
+                    before, changed_at, told = (left, marks), time.monotonic(), False
             if not active and not marks:
                 return
             if not active and not asked_for_summary:
                 asked_for_summary = True
                 _ask_for_summary()
-            if (active, marks) != before:
-                before, changed_at, told = (active, marks), time.monotonic(), False
-            elif not told and time.monotonic() - changed_at > PATIENCE:
+            if not told and time.monotonic() - changed_at > PATIENCE:
                 told = True
                 note(
                     f"nothing has moved for {PATIENCE:.0f} s; are a producer, a worker and an aggregator running? "
                     "maskwatch status"
                 )
-            # Counting a large ledger takes a while: never more than a tenth of the time.
-            time.sleep(max(min(0.5, settings.dispatch.interval_seconds), 9 * (time.monotonic() - asked_at)))
+            time.sleep(min(0.5, settings.dispatch.interval_seconds))
 
 
 def _ask_for_summary() -> None:

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 
 from common.domain import TimeRange
 from common.planning import PlannedObject, TimePattern, plan_object
-from common.storage import ObjectInfo, ObjectStore
+from common.storage import ObjectInfo, ObjectStore, is_storable
 
 #: How many objects that are not analysed are named in a report.
 NAMED = 5
@@ -32,8 +32,11 @@ def discover(
     for objects in store.list_pages(prefix):
         page = Page()
         for info in objects:
+            if not is_storable(info.key):
+                page.others.append(info)
+                continue
             page.last_key = info.key
-            item = plan_object(info, pattern, where) if is_storable(info.key) else None
+            item = plan_object(info, pattern, where)
             if item is None:
                 page.others.append(info)
             elif item.best_known_time not in within:
@@ -41,11 +44,3 @@ def discover(
             else:
                 page.planned.append(item)
         yield page
-
-
-def is_storable(key: str) -> bool:
-    """Whether Postgres can hold this key: UTF-8 without NUL. (File systems allow more.)"""
-    try:
-        return "\0" not in key and bool(key.encode("utf-8"))
-    except UnicodeEncodeError:
-        return False

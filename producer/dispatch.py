@@ -59,7 +59,6 @@ def reconcile(settings: Settings) -> dict[str, int]:
     # First what needs no Redis, so that expired leases are recovered while it is away.
     with session_scope() as session:
         found = {"expired_leases": ledger.recover_expired(session, max_lost_leases=limits.max_lost_leases)}
-    found["partitions"] = len(split_default(engine()))
     with redis_client() as client:
         epoch = ensure_epoch(client)
         empty = queue_length(client, Queue.IMAGES) == 0
@@ -67,6 +66,7 @@ def reconcile(settings: Settings) -> dict[str, int]:
         found["lost_messages"] = ledger.recover_queued(
             session, epoch=epoch, overdue_seconds=limits.overdue_seconds, queue_empty=empty
         )
+    found["partitions"] = len(split_default(engine()))
     if any(found.values()):
         log.warning("reconciled", **found)
     return found

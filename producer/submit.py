@@ -16,7 +16,7 @@ from common.domain import Lane, MaskwatchError, Reason, TimeRange
 from common.partitions import ensure_partitions
 from common.planning import TimePattern, resolve_local, zone
 from common.settings import Settings
-from common.storage import ObjectStore, open_source
+from common.storage import open_source
 from common.tables import Backfill
 from producer.discover import NAMED, Page, discover
 
@@ -64,7 +64,7 @@ def submit(
     clock). Each page is one transaction: a crash keeps the pages before it.
 
     Raises `MaskwatchError` for an unknown location or camera, a source that can't be listed, and a time
-    pattern that fits none of the first page's pictures (a typo must not quarantine an archive).
+    pattern that fits none of the first page of pictures (a typo must not quarantine an archive).
     """
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
@@ -76,8 +76,13 @@ def submit(
     where = zone(location.time_zone)
     within = _range(bounds, where)
     pages = discover(store, prefix, pattern=pattern, where=where, within=within)
-    # The first page is listed before anything is written: a bucket that isn't there leaves no trace.
+    # Listed before anything is written, up to the first picture: a bucket that isn't there leaves no trace, and
+    # a pattern that fits nothing is noticed.
+    report = BackfillReport(0, source, location_name, camera_name)
     page = next(pages, None)
+    while page is not None and not page.planned:
+        _add(report, page, ledger.Registered())
+        page = next(pages, None)
     if pattern and page and page.planned and all(p.reason is Reason.TIME_PATTERN_MISMATCH for p in page.planned):
         raise MaskwatchError(
             f"the time pattern {time_pattern!r} matches none of the first {len(page.planned)} pictures below "
@@ -98,9 +103,7 @@ def submit(
         current = catalog.get_location(session, location_name)
         if current.promoted_pipeline_id is None:
             catalog.promote(session, current, pipeline)
-        report = BackfillReport(
-            row.id, source, location_name, camera_name, shown=current.promoted_pipeline_id == pipeline.id
-        )
+        report.id, report.shown = row.id, current.promoted_pipeline_id == pipeline.id
     while page is not None:
         ensure_partitions(engine(), (item.best_known_time for item in page.planned))
         with session_scope() as session:
@@ -113,14 +116,18 @@ def submit(
                 lane=Lane.BACKFILL,
                 backfill_id=report.id,
             )
-            _add(report, page, registered, store)
+            _add(report, page, registered)
             session.execute(
                 update(Backfill).where(Backfill.id == report.id).values(counts=report.counts(), cursor=page.last_key)
             )
         on_page(report)
         page = next(pages, None)
     with session_scope() as session:
-        session.execute(update(Backfill).where(Backfill.id == report.id).values(finished_at=func.clock_timestamp()))
+        session.execute(
+            update(Backfill)
+            .where(Backfill.id == report.id)
+            .values(finished_at=func.clock_timestamp(), counts=report.counts())
+        )
     return report
 
 
@@ -131,7 +138,7 @@ def _range(bounds: tuple[datetime | None, datetime | None], where: ZoneInfo) -> 
         raise MaskwatchError(f"--since and --until: {error}") from error
 
 
-def _add(report: BackfillReport, page: Page, registered: ledger.Registered, store: ObjectStore) -> None:
+def _add(report: BackfillReport, page: Page, registered: ledger.Registered) -> None:
     report.listed += len(page.planned) + len(page.others) + page.outside_range
     report.new += registered.new
     report.known += registered.known

@@ -6,7 +6,9 @@ changed. One aggregator at a time holds the lock: two that deleted marks side by
 
 from __future__ import annotations
 
+import psycopg
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from common.database import session_scope
@@ -59,12 +61,19 @@ ON CONFLICT (location_id, pipeline_id, hour) DO UPDATE SET
 
 def summarize() -> int:
     """Work off all dirty marks; returns how many hours were recomputed."""
-    hours = 0
+    hours, limit = 0, BATCH
     while True:
-        with session_scope() as session:
-            taken, recomputed = summarize_batch(session, BATCH)
+        try:
+            with session_scope() as session:
+                taken, recomputed = summarize_batch(session, limit)
+        except OperationalError as error:
+            # Too much for the statement timeout: less at a time, down to one mark, before giving up.
+            if not isinstance(error.orig, psycopg.errors.QueryCanceled) or limit == 1:
+                raise
+            limit = max(1, limit // 4)
+            continue
         hours += recomputed
-        if taken < BATCH:
+        if taken < limit:
             return hours
 
 

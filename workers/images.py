@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from types import TracebackType
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from common import ledger
-from common.database import DatabaseDownError, session_scope
+from common.database import DatabaseDownError, is_lost, session_scope
 from common.domain import (
     Face,
     MaskwatchError,
@@ -55,6 +55,12 @@ def analyze_group(
         jobs = ledger.claim(session, refs, worker=worker, lease_seconds=limits.lease_seconds, fence=limits.fence)
     if len(jobs) < len(refs):
         log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))
+    try:
+        for spec in {job.spec for job in jobs}:
+            analyzer(spec, threads(settings))
+    except (MaskwatchError, PermanentJobError, ImportError) as error:
+        _release(iter(jobs))
+        raise UnfitWorkerError(str(error)) from error
     analysed = 0
     # Looked at between pictures: Celery's soft limit would raise in the middle of whatever runs just then.
     deadline = time.monotonic() + settings.worker.soft_time_limit_seconds
@@ -100,12 +106,12 @@ def _finish(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> b
             _plan_new_version(job, str(error), settings)
         except TransientJobError as error:
             _retry_later(job, error.reason, error.detail, settings)
-        except (StaleJobError, DatabaseDownError, InterfaceError, OperationalError):
+        except (StaleJobError, DatabaseDownError):
             # Without the database there is no ledger to tell: the lease runs out, and the job is found.
             raise
-        except MaskwatchError as error:
-            _retry_later(job, Reason.MODEL_MISMATCH, str(error), settings)
         except Exception as error:
+            if isinstance(error, DBAPIError) and is_lost(error):
+                raise
             # A fault of ours or of a library: tried again, then kept for a person to look at.
             log.exception("unexpected error", job=job.ref.id, uri=job.uri)
             _retry_later(job, Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}", settings)
@@ -117,9 +123,13 @@ def _finish(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> b
 def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[list[Face], ObservedAt]:
     """The faces in these bytes, and when the camera saw them."""
     image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
-    threads = settings.worker.threads or threads_per_process(settings.worker.processes)
-    faces = analyzer(job.spec, threads).analyze(image.rgb)
+    faces = analyzer(job.spec, threads(settings)).analyze(image.rgb)
     return faces, observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
+
+
+def threads(settings: Settings) -> int:
+    """Threads per model runtime, so that processes × threads do not exceed the cores."""
+    return settings.worker.threads or threads_per_process(settings.worker.processes)
 
 
 @lru_cache(maxsize=2)
@@ -162,7 +172,7 @@ def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
         camera = session.get_one(Camera, job.camera_id) if job.camera_id is not None else None
         pipeline = session.get_one(Pipeline, job.pipeline_id)
         ledger.source_changed(session, job, f"{job.uri}: {detail}")
-        ledger.register(
+        registered = ledger.register(
             session,
             [PlannedObject(found, MediaKind.IMAGE, job.observed_at)],
             location=location,
@@ -170,8 +180,9 @@ def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
             pipeline=pipeline,
             lane=job.lane,
             backfill_id=job.backfill_id,
+            newest=True,
         )
-    log.info("source changed; planned the new version", job=job.ref.id, uri=job.uri)
+    log.info("source changed", job=job.ref.id, uri=job.uri, planned=registered.new)
 
 
 def read_ahead(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:
@@ -201,6 +212,10 @@ def _has_room(ahead: Sequence[ClaimedJob], following: ClaimedJob, settings: Sett
 
 def _read(job: ClaimedJob, settings: Settings) -> bytes:
     return open_bucket(job.bucket).read(job.key, job.etag, settings.storage.max_object_bytes)
+
+
+class UnfitWorkerError(Exception):
+    """This worker can't load what its jobs are pinned to; others may. It must stop, not fail them one by one."""
 
 
 class Heartbeat:
@@ -242,7 +257,7 @@ class Heartbeat:
                 stalled = time.monotonic() - self._progress_at > self._limits.stall_seconds
             if stalled:
                 log.error("no progress: leases are left to run out", jobs=sorted(held))
-                return
+                continue
             try:
                 with session_scope() as session:
                     mine = ledger.renew(session, list(held.values()), lease_seconds=self._limits.lease_seconds)

@@ -7,6 +7,7 @@ they have not begun and finish. A file, because a spawned child shares no memory
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -27,12 +28,12 @@ log = get_logger(__name__)
 _DRAIN_FILE = "MASKWATCH_DRAIN_FILE"
 
 
-def prepare_drain() -> Path:
-    """Choose the file that says "stop" to this worker's children. Called before they are spawned."""
-    path = Path(tempfile.gettempdir(), f"maskwatch-drain-{os.getpid()}")
-    path.unlink(missing_ok=True)
-    os.environ[_DRAIN_FILE] = str(path)
-    return path
+def prepare_drain() -> None:
+    """Choose the file that says "stop" to this worker's children. Called before they are spawned.
+
+    In a folder of its own that nobody else may write to: whoever makes the file stops the worker.
+    """
+    os.environ[_DRAIN_FILE] = str(Path(tempfile.mkdtemp(prefix="maskwatch-worker-"), "drain"))
 
 
 def draining() -> bool:
@@ -60,9 +61,15 @@ def _watch_for_stop(**_: Any) -> None:
         signal.signal(number, stop)
 
 
+def stop_worker() -> None:
+    """In a child: ask the worker it belongs to to stop."""
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
 @signals.worker_shutdown.connect
 def _clean_up(**_: Any) -> None:
-    Path(os.environ.get(_DRAIN_FILE, "/nonexistent")).unlink(missing_ok=True)
+    if _DRAIN_FILE in os.environ:
+        shutil.rmtree(Path(os.environ[_DRAIN_FILE]).parent, ignore_errors=True)
 
 
 @signals.task_failure.connect

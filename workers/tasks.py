@@ -9,7 +9,7 @@ from common.queues import TaskName, decode_refs
 from common.settings import get_settings
 from common.telemetry import get_logger
 from workers import aggregation
-from workers.lifecycle import draining, worker_name
+from workers.lifecycle import draining, stop_worker, worker_name
 
 log = get_logger(__name__)
 
@@ -18,7 +18,7 @@ log = get_logger(__name__)
 def analyze_images(self: Any, message: Any) -> None:
     """Analyse the image jobs that a message names."""
     # Imported here: a worker that only aggregates loads neither decoders nor a model runtime.
-    from workers.images import analyze_group
+    from workers.images import UnfitWorkerError, analyze_group
 
     try:
         refs = decode_refs(message)
@@ -27,7 +27,11 @@ def analyze_images(self: Any, message: Any) -> None:
         log.error("dropped a message that names no jobs", detail=str(error))
         return
     name = worker_name(self.request.hostname, self.request.id)
-    analyze_group(refs, worker=name, settings=get_settings(), draining=draining)
+    try:
+        analyze_group(refs, worker=name, settings=get_settings(), draining=draining)
+    except UnfitWorkerError as error:
+        log.critical("this worker can't do its jobs and stops; the jobs were given back", detail=str(error))
+        stop_worker()
 
 
 @app.task(name=TaskName.SUMMARIZE.value)

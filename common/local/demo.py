@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console import note, print_json, print_table
+from common import console
+from common.console import json_option, note, print_json, print_table
 from common.domain import MaskwatchError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _OWN = ("footage", "annotated", "state", "summary.json", "report.html")
     "--out", "out_dir", default="demo-output", show_default=True, type=click.Path(path_type=Path, file_okay=False)
 )
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
-@click.option("--json", "as_json", is_flag=True, help="Print summary.json.")
+@json_option
 def demo(out_dir: Path, workers: int, as_json: bool) -> None:
     """See Maskwatch work, on this machine alone: needs no configuration, no network and no GPU.
 
@@ -63,7 +64,7 @@ def demo(out_dir: Path, workers: int, as_json: bool) -> None:
 
     get_settings.cache_clear()
     summary = _run(out_dir, state_dir, workers)
-    (out_dir / "summary.json").write_text(_json(summary), encoding="utf-8")
+    (out_dir / "summary.json").write_text(console.as_json(summary) + "\n", encoding="utf-8")
     if as_json:
         print_json(summary)
     else:
@@ -88,6 +89,7 @@ def _clear(out_dir: Path, stack: Any) -> None:
 
 
 def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
+    from common import ledger
     from common.database import session_scope
     from common.deployment import deployment
     from common.local.crew import call, crew
@@ -118,7 +120,7 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
             report = compare_with_truth(stored_faces(session, f"s3://{BUCKET}"), truth)
             rows = queries.compliance(session, None, "day")
             failed = queries.quarantined(session, 100)
-            jobs = {state.value: count for state, count in queries.job_counts(session).items() if count}
+            jobs = {state.value: count for state, count in ledger.counts_by_state(session).items() if count}
             write_report(session, out_dir / "report.html", pictures=sorted((out_dir / "annotated").glob("*.jpg")))
     note("5/5  done\n")
     print_compliance(rows, "day")
@@ -138,18 +140,6 @@ def _summary(report: TruthReport, rows: Any, failed: Any, jobs: dict[str, int]) 
         "compliance_by_day": [as_dict(row) for row in rows],
         "quarantined_objects": [asdict(entry) for entry in failed],
     }
-
-
-def _json(value: Any) -> str:
-    import json
-    from datetime import datetime
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, datetime):
-            return item.isoformat()
-        raise TypeError(type(item).__name__)
-
-    return json.dumps(value, default=plain, indent=2) + "\n"
 
 
 def _upload(folder: Path, endpoint_url: str | None) -> int:

@@ -20,7 +20,7 @@ def exclusive(path: Path, seconds: float) -> Iterator[None]:
     file = _take(path, fcntl.LOCK_EX, seconds)
     try:
         file.truncate(0)
-        file.write(f"{' '.join(sys.argv)[:200]} (pid {os.getpid()})")
+        file.write(f"{ascii(' '.join(sys.argv))[1:-1][:200]} (pid {os.getpid()})")
         file.flush()
         yield
     finally:

@@ -47,14 +47,19 @@ def run(
     from common.database import session_scope
     from common.deployment import deployment, uses_embedded_stack
     from common.local.crew import crew, maskwatch
+    from common.planning import TimePattern
     from common.reporting import queries
+    from common.reporting.cli import parse_bounds, print_compliance
     from common.reporting.tables import as_dict
     from common.settings import get_settings
     from common.storage import open_source
 
+    # What can't be meant leaves no location behind.
+    parse_bounds(since, until)
+    TimePattern(time_pattern or "%Y%m%d")
     state_dir = get_settings().state_dir if uses_embedded_stack(get_settings()) else None
     with deployment() as settings:
-        open_source(source, settings)  # a source that can't be meant leaves no location behind
+        open_source(source, settings)
         _register(location, time_zone, camera)
         options = {"--location": location, "--camera": camera, "--time-pattern": time_pattern}
         options |= {"--since": since, "--until": until}
@@ -69,7 +74,7 @@ def run(
         report: dict[str, Any] = json.loads(done.stdout)
         with session_scope() as session:
             rows = queries.compliance(session, location, by)
-            failed = [entry for entry in queries.quarantined(session, 1000) if entry.location == location]
+            failed = queries.quarantined(session, 1000, location)
     if as_json:
         result = {
             **report,
@@ -79,8 +84,6 @@ def run(
         }
         print_json(result)
         return
-    from common.reporting.cli import print_compliance
-
     note(f"{report['listed']} objects: {report['new']} new, {report['known']} known already")
     if report["others"]:
         note(f"{report['others']} are no pictures and were left out: {', '.join(report['others_named'])}")

@@ -15,7 +15,6 @@ from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
 from common.catalog import get_location
-from common.domain import JobState
 
 
 class Period(StrEnum):
@@ -181,14 +180,6 @@ def _location_totals(row: Row[Any]) -> LocationTotals:
     )
 
 
-def job_counts(session: Session) -> dict[JobState, int]:
-    """How many jobs stand in each state; every state is there."""
-    found = {
-        row.state: row.jobs for row in session.execute(text("SELECT state, count(*) AS jobs FROM jobs GROUP BY 1"))
-    }
-    return {state: found.get(state.value, 0) for state in JobState}
-
-
 def coverage(session: Session) -> dict[str, Coverage]:
     """The coverage of every location with media, by its name, for its promoted pipeline."""
     statement = """
@@ -224,16 +215,17 @@ def hours_to_summarize(session: Session) -> int:
     return int(session.execute(text(marks)).scalar_one())
 
 
-def quarantined(session: Session, limit: int) -> list[Quarantined]:
-    """The newest quarantined jobs, at most `limit`, in order of location and object."""
+def quarantined(session: Session, limit: int, location: str | None = None) -> list[Quarantined]:
+    """The newest quarantined jobs of one location, or of all, at most `limit`, in order of location and object."""
     statement = """
         SELECT * FROM (
             SELECT j.id AS job_id, l.name AS location, m.bucket || '/' || m.key AS uri,
                    coalesce(j.reason, '') AS reason, coalesce(j.detail, '') AS detail, j.attempt AS attempts,
                    j.finished_at
             FROM jobs j JOIN media_objects m ON m.id = j.media_object_id JOIN locations l ON l.id = m.location_id
-            WHERE j.state = 'quarantined' ORDER BY j.id DESC LIMIT :limit
+            WHERE j.state = 'quarantined' AND (CAST(:location AS text) IS NULL OR l.name = :location)
+            ORDER BY j.id DESC LIMIT :limit
         ) AS newest ORDER BY location, uri, job_id
     """
-    rows = session.execute(text(statement), {"limit": limit})
+    rows = session.execute(text(statement), {"limit": limit, "location": location})
     return [Quarantined(*(getattr(row, name) for name in Quarantined.__slots__)) for row in rows]

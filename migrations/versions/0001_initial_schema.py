@@ -344,7 +344,18 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_jobs_backfill_id"), "jobs", ["backfill_id"], unique=False)
     op.create_index(
-        "ix_jobs_pending", "jobs", ["lane", "id"], unique=False, postgresql_where=sa.text("state = 'pending'")
+        "ix_jobs_pending",
+        "jobs",
+        ["lane", "id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'pending' AND NOT alone"),
+    )
+    op.create_index(
+        "ix_jobs_pending_alone",
+        "jobs",
+        ["lane", "id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'pending' AND alone"),
     )
     op.create_index(
         "ix_jobs_quarantined", "jobs", ["id"], unique=False, postgresql_where=sa.text("state = 'quarantined'")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from common import ledger
+from common import catalog, ledger
 from common.domain import JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
 from common.ledger import JobRef, StaleJobError
+from common.planning import PlannedObject
+from common.settings import get_settings
+from common.storage import FILE_BUCKET
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
+from tests.services import wait_until
 from workers.recording import record_image
 
 SEEN = ObservedAt(NOON, ObservedAtSource.KEY_PATTERN)
@@ -252,3 +260,122 @@ def test_an_operator_retries_what_is_in_quarantine_and_nothing_else(session: Ses
     assert ledger.retry(session, [bad.ref.id, good.ref.id]) == [bad.ref.id]
     session.commit()
     assert states(session) == {"pending": 1, "running": 1}
+
+
+def test_bytes_that_come_back_are_analysed_again(session: Session) -> None:
+    hours = [NOON + timedelta(hours=n) for n in range(3)]
+    for etag, modified in zip(("e1", "e2", "e1"), hours, strict=True):
+        assert register(session, planned("a.jpg", etag=etag, modified=modified)).new == 1
+        (job,) = claim(session, dispatch(session))
+        assert job.etag == etag
+        record_image(session, job, [face()], SEEN, fence=True)
+        session.commit()
+    assert rows(session, "SELECT etag, superseded_at IS NULL FROM media_objects ORDER BY id") == [
+        ("e1", True),
+        ("e2", False),
+    ]
+    assert scalar(session, "SELECT count(*) FROM faces") == scalar(session, "SELECT count(*) FROM frame_counts") == 1
+    assert register(session, planned("a.jpg", etag="e1", modified=hours[2])).known == 1
+
+
+def test_a_local_file_is_what_it_is_now_whatever_its_time_says(session: Session) -> None:
+    def local(etag: str, hour: int) -> PlannedObject:
+        item = planned("a.jpg", etag=etag, modified=NOON + timedelta(hours=hour))
+        return replace(item, info=replace(item.info, bucket=FILE_BUCKET))
+
+    register(session, local("e1", 5))
+    result = register(session, local("e2", 1))  # as `mv` and `cp -p` leave it
+    assert (result.new, result.superseded) == (1, 1)
+
+
+def test_a_commit_and_a_newer_version_do_not_deadlock(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both lock the media object first. A commit that has done one of its two writes meets a newer version:
+    with the job first, Postgres ends one of the two as a deadlock."""
+    register(session, planned("a.jpg"))
+    (job,) = claim(session, dispatch(session))
+    failed: list[BaseException] = []
+
+    def replace_it() -> None:
+        try:
+            with Session(session.bind) as other:
+                register(other, planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1)))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=replace_it)
+    writes: list[str] = []
+
+    def between_writes(name: str) -> None:
+        real = getattr(ledger, name)
+
+        def write(*args: Any, **options: Any) -> None:
+            writes.append(name)
+            if len(writes) == 2:
+                thread.start()
+                with Session(session.bind) as watcher:
+                    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+                    wait_until(lambda: scalar(watcher, waiting), what="the newer version's wait")
+            real(*args, **options)
+
+        monkeypatch.setattr(ledger, name, write)
+
+    between_writes("_end")
+    between_writes("_set_observed_at")
+    ledger.succeed(session, job, ObservedAt(NOON - timedelta(hours=1), ObservedAtSource.EXIF))
+    session.commit()
+    thread.join(30)
+    assert len(writes) == 2 and failed == []
+    assert states(session) == {"cancelled": 1, "pending": 1}
+
+
+def test_what_no_pattern_could_place_waits_for_one_that_can(session: Session) -> None:
+    lost = replace(planned("a.jpg"), observed_at=None, reason=Reason.TIME_PATTERN_MISMATCH, detail="no")
+    register(session, lost)
+    assert ledger.retry(session) == []  # it would count under its upload time
+    location = catalog.add_location(session, "tokyo", "Asia/Tokyo")
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    ledger.register(
+        session, [planned("a.jpg")], location=location, camera=None, pipeline=pipeline, lane=Lane.BACKFILL
+    )  # another location's clock must not place it
+    session.commit()
+    assert states(session) == {"quarantined": 1}
+    register(session, planned("a.jpg"))
+    assert states(session) == {"pending": 1}
+
+
+def test_a_cancelled_attempt_is_told(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    claim(session, dispatch(session))
+    register(session, planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1)))
+    assert rows(session, "SELECT outcome, reason, worker FROM job_attempts") == [("cancelled", "superseded", "w/1")]
+
+
+def test_the_work_left_is_seen_without_counting(session: Session) -> None:
+    assert not ledger.any_active(session)
+    register(session, planned("a.jpg"))
+    assert ledger.any_active(session) and ledger.any_active(session, "lobby")
+    assert not ledger.any_active(session, "elsewhere")
+    (job,) = claim(session, dispatch(session))
+    assert ledger.any_active(session)
+    ledger.quarantine(session, job, Reason.EMPTY_FILE, "")
+    session.commit()
+    assert not ledger.any_active(session)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_dispatch_reads_only_what_is_pending(session: Session, alone: bool) -> None:
+    """However many jobs are done: the plan uses the partial index of its half."""
+    register_many(session, 3)
+    seen: list[str] = []
+
+    def watch(conn: object, cursor: object, statement: str, *rest: object) -> None:
+        seen.append(statement)
+
+    event.listen(session.get_bind(), "before_cursor_execute", watch)
+    ledger.take_pending(session, limit=1, alone=alone, epoch="e")
+    event.remove(session.get_bind(), "before_cursor_execute", watch)
+    session.rollback()
+    session.execute(ledger.text("SET LOCAL enable_seqscan = off"))
+    (statement,) = (text for text in seen if "picked" in text)
+    plan = session.connection().exec_driver_sql(f"EXPLAIN {statement}", {"epoch": "e", "limit": 1}).scalars().all()
+    assert any(("ix_jobs_pending_alone" if alone else "ix_jobs_pending ") in line for line in plan), plan

@@ -286,9 +286,26 @@ def test_redis_that_is_down_loses_nothing(services: Services, session: Session, 
     assert states(session) == {"succeeded": 1}
 
 
-def test_one_half_of_a_configuration_is_refused(services: Services) -> None:
-    done = maskwatch("status", env={"MASKWATCH_BROKER__URL": ""})
-    assert done.returncode == 1
+def test_one_half_of_a_configuration_is_refused(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASKWATCH_DATABASE__URL")
+    for command in (("status",), ("summary",), ("locations", "list")):
+        done = maskwatch(*command)
+        assert done.returncode == 1 and done.stdout == ""
+        assert "MASKWATCH_BROKER__URL is set and MASKWATCH_DATABASE__URL is not: set both" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_database_alone_will_do_for_those_who_only_read(
+    services: Services, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    locate()
+    monkeypatch.delenv("MASKWATCH_BROKER__URL")
+    # Where an embedded stack would leave its state, were one started in place of the configured database.
+    monkeypatch.setenv("MASKWATCH_STATE_DIR", str(tmp_path / "state"))
+    listed = maskwatch("locations", "list")
+    assert listed.returncode == 0 and "lobby" in listed.stdout
+    assert maskwatch("summary").returncode == 0
+    assert not (tmp_path / "state").exists()
 
 
 def test_jobs_that_are_not_there_or_not_in_quarantine(services: Services, session: Session) -> None:

@@ -67,7 +67,7 @@ def _exists(engine: Engine, month: datetime) -> bool:
 
 
 def _is_there(connection: Connection, name: str) -> bool:
-    # Read from pg_class as rows, because to_regclass() may answer from what this session remembers from
+    # Read from pg_class as rows, because to_regclass() may answer from what this connection remembers from
     # before it waited for the lock.
     query = "SELECT FROM pg_class WHERE relname = :name AND relnamespace = current_schema()::regnamespace"
     return connection.execute(text(query), {"name": name}).first() is not None

@@ -15,26 +15,17 @@ from sqlalchemy.orm import Session
 from common.local.stack import LocalStack
 from tests.ledger_rows import scalar, states
 from tests.photos import face_jpeg
-from tests.services import Bucket, Services, forget_settings, maskwatch, running, start_services, wait_until
+from tests.services import QUICK, Bucket, Services, forget_settings, maskwatch, running, start_services, wait_until
 
-QUICK = {
-    "MASKWATCH_DISPATCH__INTERVAL_SECONDS": "0.3",
-    "MASKWATCH_DISPATCH__RECONCILE_SECONDS": "0.5",
-    "MASKWATCH_DISPATCH__SUMMARIZE_SECONDS": "0.5",
-    "MASKWATCH_LEDGER__LEASE_SECONDS": "3",
-    "MASKWATCH_LEDGER__HEARTBEAT_SECONDS": "0.5",
-    "MASKWATCH_LEDGER__OVERDUE_SECONDS": "3",
-    "MASKWATCH_WORKER__GROUP_SIZE": "4",
-    "MASKWATCH_WORKER__THREADS": "1",
-    "MASKWATCH_BROKER__SOCKET_TIMEOUT_SECONDS": "2",
-}
+#: Small groups, and a broker that is not waited for.
+NIMBLE = {"MASKWATCH_WORKER__GROUP_SIZE": "4", "MASKWATCH_BROKER__SOCKET_TIMEOUT_SECONDS": "2"}
 
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Services]:
     """A stack of this test's own, to break."""
     with start_services(tmp_path) as services:
-        for name, value in {**services.environment, **QUICK}.items():
+        for name, value in {**services.environment, **QUICK, **NIMBLE}.items():
             monkeypatch.setenv(name, value)
         forget_settings()
         yield services

@@ -20,19 +20,7 @@ from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states
 from tests.photos import empty_jpeg, face_jpeg
-from tests.services import Bucket, Services, forget_settings, kill_tree, maskwatch, running, wait_until
-
-#: So that a test sees in seconds what a deployment sees in minutes.
-QUICK = {
-    "MASKWATCH_DISPATCH__INTERVAL_SECONDS": "0.3",
-    "MASKWATCH_DISPATCH__RECONCILE_SECONDS": "0.5",
-    "MASKWATCH_DISPATCH__SUMMARIZE_SECONDS": "0.5",
-    "MASKWATCH_LEDGER__LEASE_SECONDS": "3",
-    "MASKWATCH_LEDGER__HEARTBEAT_SECONDS": "0.5",
-    "MASKWATCH_LEDGER__OVERDUE_SECONDS": "3",
-    "MASKWATCH_LEDGER__RETRY_BASE_SECONDS": "0.1",
-    "MASKWATCH_WORKER__THREADS": "1",
-}
+from tests.services import QUICK, Bucket, Services, forget_settings, kill_tree, maskwatch, running, wait_until
 
 
 @pytest.fixture

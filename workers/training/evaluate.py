@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import Face, MaskStatus, PermanentJobError
+from workers.detection._ops import iou
 from workers.training.augment import fixed_crop
-from workers.training.dataset import CLASS_NAMES, Box, FaceSample, LabelledBox, read_voc, scene_pairs
+from workers.training.dataset import CLASS_NAMES, FaceSample, LabelledBox, read_voc, scene_pairs
 
 #: A detection and a labelled face are the same if they overlap at least this much (Pascal VOC).
 MATCH_IOU = 0.5
@@ -39,16 +40,6 @@ def size_bin(size_px: float) -> str:
     return next(name for name, (low, high) in SIZE_BINS.items() if low <= size_px < high)
 
 
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two xyxy boxes, in [0, 1]."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
 def match(labelled: Sequence[LabelledBox], faces: Sequence[Face]) -> list[int | None]:
     """For each labelled box the index of its detection, or None.
 
@@ -56,15 +47,17 @@ def match(labelled: Sequence[LabelledBox], faces: Sequence[Face]) -> list[int | 
     save that a box already taken leaves the next best. One to one.
     """
     matched: list[int | None] = [None] * len(labelled)
+    if not labelled or not faces:
+        return matched
+    overlaps = iou(
+        np.array([(face.x1, face.y1, face.x2, face.y2) for face in faces], np.float32),
+        np.array([entry.box for entry in labelled], np.float32),
+    )
     for index in sorted(range(len(faces)), key=lambda at: -faces[at].p_face):
-        face = faces[index]
-        box = (face.x1, face.y1, face.x2, face.y2)
-        overlaps = [
-            iou(entry.box, box) if taken is None else 0.0 for entry, taken in zip(labelled, matched, strict=True)
-        ]
-        best = max(range(len(overlaps)), key=overlaps.__getitem__, default=None)
-        if best is not None and overlaps[best] >= MATCH_IOU:
+        best = int(overlaps[index].argmax())
+        if overlaps[index, best] >= MATCH_IOU:
             matched[best] = index
+            overlaps[:, best] = 0  # taken
     return matched
 
 

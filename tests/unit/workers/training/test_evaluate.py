@@ -14,7 +14,6 @@ from workers.training.evaluate import (
     balanced_accuracy,
     evaluate_faces,
     evaluate_scenes,
-    iou,
     match,
     size_bin,
 )
@@ -24,12 +23,6 @@ def found(box: Box, p_face: float = 0.9, p_with_mask: float = 0.9) -> Face:
     larger = max(p_with_mask, 1 - p_with_mask)
     named = MaskStatus.WITH_MASK if p_with_mask >= 0.5 else MaskStatus.WITHOUT_MASK
     return Face(*box, p_face, p_with_mask, 1 - p_with_mask, MaskStatus.UNCERTAIN if larger < 0.6 else named)
-
-
-def test_overlap_of_boxes():
-    assert iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1
-    assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
-    assert iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
 
 
 def test_two_detections_of_one_face_count_once_and_the_surer_one_counts():

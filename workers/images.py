@@ -58,7 +58,7 @@ def analyze_group(
     try:
         for spec in {job.spec for job in jobs}:
             analyzer(spec, threads(settings))
-    except (MaskwatchError, PermanentJobError, ImportError) as error:
+    except Exception as error:  # whatever a runtime raises when it can't load a model
         _release(iter(jobs))
         raise UnfitWorkerError(str(error)) from error
     analysed = 0

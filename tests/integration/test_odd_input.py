@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,17 +61,23 @@ def test_file_names_that_the_ledger_cannot_hold_are_counted_and_named(
 
 def test_folders_deeper_than_calls_may_nest(services: Services, session: Session, tmp_path: Path) -> None:
     locate()
+    depth = sys.getrecursionlimit() + 100
     here = Path.cwd()
+    # Made, and removed, on the way: neither a path nor a call reaches that deep at once.
+    os.chdir(tmp_path)
     try:
-        os.chdir(tmp_path)
-        for _ in range(1100):
+        for _ in range(depth):
             Path("d").mkdir()
             os.chdir("d")
         Path("a.jpg").write_bytes(face_jpeg())
+        report = backfill(str(tmp_path))
+        assert report["listed"] == 1
     finally:
+        Path("a.jpg").unlink(missing_ok=True)
+        while Path.cwd() != tmp_path:
+            os.chdir("..")
+            Path("d").rmdir()
         os.chdir(here)
-    report = backfill(str(tmp_path))
-    assert report["listed"] == 1
 
 
 def test_keys_that_name_no_sensible_year(services: Services, session: Session, bucket: Bucket) -> None:

@@ -101,6 +101,17 @@ class Bucket:
         self.client.put_object(Bucket=self.name, Key=key, Body=content)
 
 
+def locate(*cameras: str, name: str = "lobby", zone: str = "UTC") -> None:
+    """Register a location and cameras, as `maskwatch locations add` and `cameras add` do."""
+    from common import catalog
+    from common.database import session_scope
+
+    with session_scope() as session:
+        location = catalog.add_location(session, name, zone)
+        for camera in cameras:
+            catalog.add_camera(session, location, camera)
+
+
 def maskwatch(
     *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:

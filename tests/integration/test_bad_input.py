@@ -17,12 +17,8 @@ from producer import dispatch
 from tests.faults import faulty_s3
 from tests.ledger_rows import rows, scalar, states
 from tests.photos import empty_jpeg, face_jpeg, jpeg, portrait
-from tests.services import Bucket, Services, forget_settings, maskwatch
+from tests.services import Bucket, Services, forget_settings, locate, maskwatch
 from workers.images import analyze_group
-
-
-def locate(zone: str = "UTC") -> None:
-    assert maskwatch("locations", "add", "lobby", "--time-zone", zone).returncode == 0
 
 
 def work_off() -> None:
@@ -192,7 +188,7 @@ def test_an_unknown_location_and_time_zone(services: Services, session: Session,
     assert "unknown location 'loby'" in done.stderr and "maskwatch locations add loby" in done.stderr
     done = maskwatch("locations", "add", "lobby", "--time-zone", "Berlin")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Europe/Berlin" in done.stderr
-    locate("Europe/Berlin")
+    locate(zone="Europe/Berlin")
     done = maskwatch("locations", "add", "lobby", "--time-zone", "UTC")
     assert done.returncode == 1 and "already registered in the time zone Europe/Berlin" in done.stderr
     done = maskwatch("backfill", bucket.uri, "--location", "lobby", "--camera", "dor")
@@ -212,7 +208,7 @@ def test_a_time_pattern_that_matches_nothing_enqueues_nothing(
 
 
 def test_keys_that_a_time_pattern_does_not_fit(services: Services, session: Session, bucket: Bucket) -> None:
-    locate("Europe/Berlin")
+    locate(zone="Europe/Berlin")
     for key in ("2026/03/01/08-00.jpg", "2026/03/29/02-30.jpg", "latest.jpg"):
         bucket.put(key, face_jpeg())
     done = maskwatch("backfill", bucket.uri, "--location", "lobby", "--time-pattern", "%Y/%m/%d/%H-%M.jpg")
@@ -232,7 +228,7 @@ def test_keys_that_a_time_pattern_does_not_fit(services: Services, session: Sess
 
 
 def test_since_and_until_go_by_the_pattern(services: Services, session: Session, bucket: Bucket) -> None:
-    locate("Europe/Berlin")
+    locate(zone="Europe/Berlin")
     for day in (1, 2, 3):
         bucket.put(f"2026-03-0{day}.jpg", face_jpeg(day))
     command = ("backfill", bucket.uri, "--location", "lobby", "--time-pattern", "%Y-%m-%d.jpg", "--json")
@@ -244,7 +240,7 @@ def test_since_and_until_go_by_the_pattern(services: Services, session: Session,
 
 
 def test_exif_time_is_taken_with_its_offset(services: Services, session: Session, bucket: Bucket) -> None:
-    locate("Asia/Kolkata")
+    locate(zone="Asia/Kolkata")
     for key, tags in (
         ("offset.jpg", {0x9003: "2021:06:01 10:00:00", 0x9011: "+02:00"}),
         ("naive.jpg", {0x9003: "2021:06:01 10:00:00"}),

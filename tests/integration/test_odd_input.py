@@ -18,11 +18,7 @@ from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states
 from tests.photos import face_jpeg
-from tests.services import Bucket, Services, maskwatch, running
-
-
-def locate() -> None:
-    assert maskwatch("locations", "add", "lobby", "--time-zone", "Europe/Berlin").returncode == 0
+from tests.services import Bucket, Services, locate, maskwatch, running
 
 
 def backfill(source: str, *options: str) -> dict:  # type: ignore[type-arg]
@@ -126,7 +122,7 @@ def test_a_pattern_is_checked_on_the_first_page_that_has_pictures(
 def test_settings_and_arguments_that_cannot_be_meant(
     services: Services, session: Session, environment: dict[str, str], arguments: list[str], named: str
 ) -> None:
-    locate()
+    locate(zone="Europe/Berlin")
     done = maskwatch(*arguments, env=environment)
     assert done.returncode == 1
     lines = done.stderr.splitlines()

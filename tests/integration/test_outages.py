@@ -15,7 +15,17 @@ from sqlalchemy.orm import Session
 from common.local.stack import LocalStack
 from tests.ledger_rows import scalar, states
 from tests.photos import face_jpeg
-from tests.services import QUICK, Bucket, Services, forget_settings, maskwatch, running, start_services, wait_until
+from tests.services import (
+    QUICK,
+    Bucket,
+    Services,
+    forget_settings,
+    locate,
+    maskwatch,
+    running,
+    start_services,
+    wait_until,
+)
 
 #: Small groups, and a broker that is not waited for.
 NIMBLE = {"MASKWATCH_WORKER__GROUP_SIZE": "4", "MASKWATCH_BROKER__SOCKET_TIMEOUT_SECONDS": "2"}
@@ -38,7 +48,7 @@ def test_a_service_that_is_killed_and_comes_back(own: Services, tmp_path: Path, 
     bucket = Bucket.create("outage", own.endpoints.s3_endpoint_url)
     for number in range(count):
         bucket.put(f"{number:03}.jpg", face_jpeg(number))
-    assert maskwatch("locations", "add", "lobby", "--time-zone", "UTC").returncode == 0
+    locate()
     stack = LocalStack(own.folder / "state")
     before = own.endpoints
     (pid,) = [status.pid for status in stack.status() if status.name == service]

@@ -20,7 +20,7 @@ from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states
 from tests.photos import empty_jpeg, face_jpeg
-from tests.services import QUICK, Bucket, Services, forget_settings, kill_tree, maskwatch, running, wait_until
+from tests.services import QUICK, Bucket, Services, forget_settings, kill_tree, locate, maskwatch, running, wait_until
 
 
 @pytest.fixture
@@ -40,14 +40,8 @@ def crew(folder: Path, *commands: str) -> Iterator[None]:
         yield
 
 
-def locate(*cameras: str, name: str = "lobby", zone: str = "Europe/Berlin") -> None:
-    assert maskwatch("locations", "add", name, "--time-zone", zone).returncode == 0
-    for camera in cameras:
-        assert maskwatch("cameras", "add", camera, "--location", name).returncode == 0
-
-
 def test_from_a_bucket_to_compliance(quick: dict[str, str], session: Session, bucket: Bucket, tmp_path: Path) -> None:
-    locate("door")
+    locate("door", zone="Europe/Berlin")
     for hour in range(6):
         bucket.put(
             f"door/2026/03/02/{hour + 8:02}-00-00.jpg", face_jpeg(hour) if hour % 2 else empty_jpeg() + b"\0" * hour

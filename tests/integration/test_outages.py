@@ -39,7 +39,9 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Services]:
             monkeypatch.setenv(name, value)
         forget_settings()
         yield services
-    forget_settings()
+        forget_settings()
+        # Started again by hand, it counts as meant to stay.
+        LocalStack(services.folder / "state").down(purge=True)
 
 
 @pytest.mark.parametrize("service", ["redis", "postgres"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -150,10 +150,6 @@ class TimeRange:
 
     def __contains__(self, instant: datetime) -> bool:
         return (self.start is None or instant >= self.start) and (self.end is None or instant < self.end)
-
-    @classmethod
-    def hour(cls, start: datetime) -> TimeRange:
-        return cls(start, start + timedelta(hours=1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class TimePattern:
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
-        self._regex, self._format = _compile(pattern)
+        self._regex = _compile(pattern)
 
     def match(self, key: str) -> datetime | None:
         """The time in this key (naive, or aware where the pattern has %z); None if it doesn't match."""
@@ -72,8 +72,9 @@ class TimePattern:
             return None  # looks right and isn't a time: month 13, 30 February
 
 
-def _compile(pattern: str) -> tuple[re.Pattern[str], list[str]]:
-    regex, names = "", []
+def _compile(pattern: str) -> re.Pattern[str]:
+    regex = ""
+    names: list[str] = []
     for token in re.findall(r"%.|\*|[^%*]+|%", pattern, flags=re.DOTALL):
         if token == "*":
             regex += "[^/]*"
@@ -91,7 +92,7 @@ def _compile(pattern: str) -> tuple[re.Pattern[str], list[str]]:
     has_date = {"j"} <= set(names) or ({"d"} <= set(names) and bool({"m", "b", "B"} & set(names)))
     if not ({"Y", "y"} & set(names)) or not has_date:
         raise MaskwatchError(f"the time pattern {pattern!r} must hold a date: a year, a month and a day, or %Y and %j")
-    return re.compile(f"(?:^|/){regex.removeprefix('/')}$"), names
+    return re.compile(rf"(?:^|/){regex.removeprefix('/')}\Z")
 
 
 @lru_cache(maxsize=256)

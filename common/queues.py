@@ -15,7 +15,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from common.celery_app import app, broker_url, redis_url
-from common.domain import JobKind, MaskwatchError
+from common.domain import MaskwatchError
 from common.ledger import JobRef
 from common.settings import get_settings
 
@@ -46,9 +46,6 @@ ROUTES: Mapping[TaskName, Queue] = {
     TaskName.REQUEST_SUMMARY: Queue.PRODUCER,
     TaskName.SUMMARIZE: Queue.AGGREGATION,
 }
-
-#: Which queue does the jobs of each kind. (Probes and chunks of videos have none yet.)
-JOB_QUEUES: Mapping[JobKind, Queue] = {JobKind.IMAGE: Queue.IMAGES}
 
 #: The key whose value tells one life of a Redis from the next; only the reconciler writes it.
 EPOCH_KEY = "maskwatch.epoch"

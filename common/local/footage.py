@@ -192,11 +192,6 @@ def _meet(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-@cache
-def _figure(look: people.Look) -> Image.Image:
-    return people.figure(look)
-
-
 def _paste(image: Image.Image, person: _Person) -> None:
     # Sampled at the exact fraction of a pixel, so that the box of its face is exact too.
     left, top = math.floor(person.x), math.floor(person.y)

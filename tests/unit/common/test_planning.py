@@ -38,6 +38,7 @@ def info(key: str) -> ObjectInfo:
         ("*/%Y/%m/%d/%Y-%m-%d.jpg", "any/2026/03/01/2026-03-01.jpg", datetime(2026, 3, 1)),
         ("*/%Y/%m/%d/%Y-%m-%d.jpg", "any/2026/03/01/2026-03-02.jpg", None),
         ("%Y%m%d.jpg", "20261301.jpg", None),
+        ("%Y%m%d.jpg", "20260301.jpg\n", None),
         ("%Y%m%d.jpg", "x20260301.jpg", None),
         ("%Y%m%d.jpg", "20260301.jpg.bak", None),
         ("a.b/%Y%m%d", "axb/20260301", None),

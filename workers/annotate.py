@@ -163,11 +163,11 @@ def picture_name(info: ObjectInfo) -> str:
 
 
 def _annotate_all(store: ObjectStore, pictures: list[ObjectInfo], out_dir: Path, settings: Settings) -> list[Annotated]:
-    from workers.inference import threads_per_process
+    from workers.inference import runtime_of
     from workers.pipeline import load_analyzer
 
     try:
-        analyzer = load_analyzer(settings.pipeline.spec(), settings.worker.threads or threads_per_process(1))
+        analyzer = load_analyzer(settings.pipeline.spec(), runtime_of(settings, processes=1))
     except PermanentJobError as error:
         raise MaskwatchError(error.detail) from error
     try:

@@ -36,7 +36,7 @@ from common.storage import open_bucket
 from common.tables import Camera, Location, Pipeline
 from common.telemetry import get_logger
 from workers.decoding import decode_image
-from workers.inference import threads_per_process
+from workers.inference import Runtime, runtime_of
 from workers.pipeline import Analyzer, load_analyzer
 from workers.recording import record_image
 
@@ -57,7 +57,7 @@ def analyze_group(
         log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))
     try:
         for spec in {job.spec for job in jobs}:
-            analyzer(spec, threads(settings))
+            analyzer(spec, runtime_of(settings))
     except Exception as error:  # whatever a runtime raises when it can't load a model
         _release(iter(jobs))
         raise UnfitWorkerError(str(error)) from error
@@ -123,19 +123,14 @@ def _finish(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> b
 def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[list[Face], ObservedAt]:
     """The faces in these bytes, and when the camera saw them."""
     image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
-    faces = analyzer(job.spec, threads(settings)).analyze(image.rgb)
+    faces = analyzer(job.spec, runtime_of(settings)).analyze(image.rgb)
     return faces, observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
 
 
-def threads(settings: Settings) -> int:
-    """Threads per model runtime, so that processes × threads do not exceed the cores."""
-    return settings.worker.threads or threads_per_process(settings.worker.processes)
-
-
 @lru_cache(maxsize=2)
-def analyzer(spec: PipelineSpec, threads: int) -> Analyzer:
+def analyzer(spec: PipelineSpec, runtime: Runtime) -> Analyzer:
     """The loaded models of a pipeline; two, so that a change of pipeline in mid-archive does not thrash."""
-    return load_analyzer(spec, threads)
+    return load_analyzer(spec, runtime)
 
 
 def _retry_later(job: ClaimedJob, reason: Reason, detail: str, settings: Settings) -> None:

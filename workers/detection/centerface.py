@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from common.domain import PipelineSpec
 from workers.detection import Detections
 from workers.detection._ops import clip, has_area, nms
-from workers.inference import OnnxSession, load_session
+from workers.inference import Runtime, Session
+from workers.inference.onnx_session import load_session
 
 #: Names of the network's outputs: centre heatmap (1 channel), log sizes (h, w), centre offsets (y, x).
 OUTPUTS = ("537", "538", "539")
@@ -37,7 +38,7 @@ MIN_SIDE_PX = 1.0
 class CenterFace:
     """The detector of a pipeline. Small pictures are enlarged first, for faces under 16 px are not found."""
 
-    def __init__(self, spec: PipelineSpec, session: OnnxSession) -> None:
+    def __init__(self, spec: PipelineSpec, session: Session) -> None:
         self._spec = spec
         self._session = session
 
@@ -55,9 +56,9 @@ class CenterFace:
         return Detections(boxes[kept], scores[kept])
 
 
-def load_centerface(spec: PipelineSpec, threads: int, device: str = "cpu") -> CenterFace:
-    """The detector with the weights the pipeline pins. Errors as `workers.inference.load_session`."""
-    session = load_session(spec.detector, threads, device, free_size_outputs=OUTPUTS)
+def load_centerface(spec: PipelineSpec, runtime: Runtime) -> CenterFace:
+    """The detector with the weights the pipeline pins. Errors as `workers.pipeline.load_analyzer`."""
+    session = load_session(spec.detector, runtime, free_size_outputs=OUTPUTS)
     return CenterFace(spec, session)
 
 

@@ -160,13 +160,13 @@ def scenes(folder: Path, as_json: bool) -> None:
       maskwatch evaluate scenes test-scenes/ --json
     """
     from common.settings import get_settings
-    from workers.inference import threads_per_process
+    from workers.inference import runtime_of
     from workers.pipeline import load_analyzer
     from workers.training.evaluate import evaluate_scenes
 
     settings = get_settings()
     spec = settings.pipeline.spec()
-    analyzer = load_analyzer(spec, threads_per_process(1))
+    analyzer = load_analyzer(spec, runtime_of(settings, processes=1))
     with console.progress() as bar:
         task = bar.add_task("pictures", total=None)
         results = evaluate_scenes(
@@ -197,15 +197,16 @@ def faces(folder: Path, as_json: bool) -> None:
       maskwatch evaluate faces test-faces/ --json
     """
     from common.settings import get_settings
-    from workers.classification.onnx_classifier import load_classifier
-    from workers.inference import threads_per_process
+    from workers.classification.registry import load_classifier
+    from workers.inference import runtime_of
     from workers.training import dataset
     from workers.training.evaluate import evaluate_faces
 
-    spec = get_settings().pipeline.spec()
+    settings = get_settings()
+    spec = settings.pipeline.spec()
     read = dataset.load([folder])
     _note_unreadable(read.unreadable)
-    figures = evaluate_faces(read.samples, load_classifier(spec, threads_per_process(1)).classify)
+    figures = evaluate_faces(read.samples, load_classifier(spec, runtime_of(settings, processes=1)).classify)
     report = figures.pop("report_text")
     if as_json:
         unreadable = [{"file": name, "reason": reason} for name, reason in read.unreadable]

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from common import manifest
 from common.domain import ModelRef
-from common.manifest import ModelFile
+from common.manifest import Model, ModelFile, ModelKind
 
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("untimed", deadline=None)
@@ -61,9 +61,10 @@ def ship_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     def ship(name: str, kind: str, content: bytes) -> ModelRef:
         (package / f"{name}.onnx").write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
-        file = ModelFile(name, kind, package.name, f"{name}.onnx", digest, "Apache-2.0", "this test")
-        monkeypatch.setitem(manifest.MODELS, name, file)
-        return file.ref
+        file = ModelFile(f"{name}.onnx", digest, len(content), package.name, f"{name}.onnx")
+        model = Model(name, ModelKind(kind), (file,), "Apache-2.0", "this test", threshold=0.5)
+        monkeypatch.setitem(manifest.MODELS, name, model)
+        return model.ref
 
     return ship
 

@@ -15,6 +15,7 @@ from skimage.data import astronaut
 from common.settings import PipelineSettings
 from workers.detection._ops import iou
 from workers.detection.centerface import CenterFace, decode, load_centerface, scale_for, to_input, to_labels
+from workers.inference import Runtime
 
 SPEC = PipelineSettings().spec()
 
@@ -24,7 +25,7 @@ ASTRONAUT_FACE = np.array([[178, 72, 272, 186]], np.float32)
 
 @pytest.fixture(scope="module")
 def detector() -> CenterFace:
-    return load_centerface(SPEC, threads=1)
+    return load_centerface(SPEC, Runtime())
 
 
 @pytest.fixture(scope="module")

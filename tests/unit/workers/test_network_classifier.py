@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, ModelRef
 from common.settings import PipelineSettings
-from workers.classification.onnx_classifier import MAX_BATCH, OnnxMaskClassifier, load_classifier
-from workers.inference import load_session
+from workers.classification.network_classifier import MAX_BATCH, NetworkMaskClassifier
+from workers.classification.registry import load_classifier
+from workers.inference import Runtime
+from workers.inference.onnx_session import load_session
 
 ShipBrightness = Callable[..., ModelRef]
 
@@ -37,11 +39,11 @@ class Recording:
 
 @pytest.mark.parametrize("count", [0, 1, MAX_BATCH, MAX_BATCH + 1, 2 * MAX_BATCH + 5])
 def test_every_crop_gets_its_own_answer(ship_brightness: ShipBrightness, count: int) -> None:
-    session = Recording(load_session(ship_brightness(), threads=1))
+    session = Recording(load_session(ship_brightness(), Runtime()))
     levels = np.random.default_rng(7).integers(0, 256, count)
     sizes = np.random.default_rng(8).integers(1, 200, (count, 2))
     crops = [grey(int(level), int(h), int(w)) for level, (h, w) in zip(levels, sizes, strict=True)]
-    found = OnnxMaskClassifier(session).classify(crops)  # type: ignore[arg-type]
+    found = NetworkMaskClassifier(session).classify(crops)  # type: ignore[arg-type]
     assert found.shape == (count, 2)
     assert found.dtype == np.float32
     assert found[:, 0] == pytest.approx(1 / (1 + np.exp(-4 * (levels / 127.5 - 1))), abs=1e-5)
@@ -52,7 +54,7 @@ def test_every_crop_gets_its_own_answer(ship_brightness: ShipBrightness, count: 
 
 def test_the_side_is_the_networks(ship_brightness: ShipBrightness) -> None:
     ref = ship_brightness(128)
-    assert OnnxMaskClassifier(load_session(ref, threads=1)).side == 128
+    assert NetworkMaskClassifier(load_session(ref, Runtime())).side == 128
 
 
 def test_a_network_of_another_shape_is_refused() -> None:
@@ -60,13 +62,13 @@ def test_a_network_of_another_shape_is_refused() -> None:
         input_shape = ("n", 3, 64, 64)
 
     with pytest.raises(MaskwatchError, match=r"valid: \(n, side, side, 3\)"):
-        OnnxMaskClassifier(ChannelsFirst())  # type: ignore[arg-type]
+        NetworkMaskClassifier(ChannelsFirst())  # type: ignore[arg-type]
 
 
 def test_a_pipeline_names_its_classifier(ship_brightness: ShipBrightness) -> None:
     ship_brightness(16)
     spec = PipelineSettings(classifier="bright").spec()
-    assert load_classifier(spec, threads=1).side == 16
+    assert load_classifier(spec, Runtime()).classify([grey(0)]).shape == (1, 2)
 
 
 def test_a_detector_is_no_classifier() -> None:

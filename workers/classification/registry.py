@@ -1,0 +1,19 @@
+"""Loads the classifier that a pipeline names, in the runtime that is asked for."""
+
+from __future__ import annotations
+
+from common.domain import PipelineSpec
+from common.manifest import ModelKind, known_model
+from workers.classification import MaskClassifier
+from workers.classification.network_classifier import NetworkMaskClassifier
+from workers.inference import Runtime
+from workers.inference.onnx_session import load_session
+
+
+def load_classifier(spec: PipelineSpec, runtime: Runtime) -> MaskClassifier:
+    """The classifier of a pipeline.
+
+    Raises `MaskwatchError` for an unknown name, else errors as `workers.pipeline.load_analyzer`.
+    """
+    known_model(spec.classifier.name, ModelKind.CLASSIFIER)
+    return NetworkMaskClassifier(load_session(spec.classifier, runtime))

@@ -1,0 +1,91 @@
+"""Runs networks: which engine, on which device, with how many threads. The only package that knows ONNX Runtime,
+CUDA and how a framework is told to leave cores alone.
+
+What goes in and what comes out of a network is the business of the detectors and classifiers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.domain import MaskwatchError
+from common.settings import Settings
+
+
+class Engine(StrEnum):
+    """What runs a network: ONNX Runtime, or the framework it was made with (torch, TensorFlow)."""
+
+    ONNX = "onnx"
+    NATIVE = "native"
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How networks run in this process. device: `cpu`, `cuda` or `cuda:n`; threads: of each network."""
+
+    engine: Engine = Engine.ONNX
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; valid: at least 1")
+        kind, _, number = self.device.partition(":")
+        if not (self.device == "cpu" or (kind == "cuda" and (number.isdecimal() or self.device == "cuda"))):
+            raise MaskwatchError(f"unknown device {self.device!r}; valid: cpu, cuda, cuda:0, cuda:1, ...")
+
+    @property
+    def device_number(self) -> int:
+        """Which of the GPUs; 0 where none is named."""
+        return int(self.device.partition(":")[2] or "0")
+
+
+class Session(Protocol):
+    """A network that is loaded and ready. `run` may be called from several threads at once."""
+
+    @property
+    def input_shape(self) -> tuple[int | str | None, ...]:
+        """The shape of the only input; an axis of any length is a name or None."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`: where the network really runs."""
+        ...
+
+    def run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """One forward pass: the network's outputs in their order."""
+        ...
+
+
+def runtime_of(settings: Settings, processes: int | None = None) -> Runtime:
+    """The runtime the settings describe, for one of `processes` processes (a worker's, where none are named)."""
+    worker = settings.worker
+    threads = worker.threads or threads_per_process(processes or worker.processes)
+    return Runtime(Engine(worker.runtime), worker.device, threads)
+
+
+def threads_per_process(processes: int) -> int:
+    """Threads for the models of one worker process, so that `processes` of them don't exceed the cores.
+
+    Oversubscribed threads make a forward pass several times slower, so this rounds down.
+    Counts the cores this process may use, which can be fewer than the machine has.
+    """
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; valid: at least 1")
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // processes)
+
+
+def limit_opencv_threads(threads: int) -> None:
+    """Holds OpenCV, which resizes crops, to the same number of threads as the models. Per process."""
+    import cv2
+
+    cv2.setNumThreads(threads)

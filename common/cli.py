@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "local": ("common.local.cli:local", "The embedded Postgres, Redis and S3 of this machine."),
     "db": ("common.commands:db", "Migrate the database."),
     "train": ("workers.training.cli:train", "Fit and export a classifier."),
-    "evaluate": ("workers.training.cli:evaluate", "Measure detection and classification on labelled data."),
+    "evaluate": ("workers.training.evaluate_cli:evaluate", "Measure detection and classification on labelled data."),
     "doctor": ("common.commands:doctor", "What is configured, reachable and installed."),
 }
 

@@ -67,6 +67,19 @@ def note(message: str) -> None:
     click.echo(message, err=True)
 
 
+def note_unreadable(unreadable: Sequence[tuple[str, str]]) -> None:
+    """Names the files that could not be read, (name, reason), on standard error."""
+    if unreadable:
+        note(f"{len(unreadable)} files could not be read and were left out:")
+    for name, reason in unreadable:
+        note(f"  {name}: {reason}")
+
+
+def percent(value: float | None) -> str:
+    """A share for people; a dash where there was nothing to be counted."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
 def progress() -> Progress:
     """A progress bar on standard error; silent where that is no terminal."""
     return Progress(

@@ -7,10 +7,13 @@ Where the files lie on a machine is the business of `workers.weights`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 
 from common.domain import MaskwatchError, ModelRef
+from common.pins import is_sha256, read_pins
 
 
 class ModelKind(StrEnum):
@@ -60,13 +63,17 @@ class Model:
 
     @property
     def ref(self) -> ModelRef:
-        """Raises `MaskwatchError` for a model whose hash nobody has published."""
+        """Raises `MaskwatchError` for a model whose hash nobody has published or pinned."""
         if self.sha256 is None:
             raise MaskwatchError(
-                f"nobody has published a hash for {self.name}: pin the file you have, as {self.name}@SHA256; "
-                f"`maskwatch models pull {self.name}` prints it"
+                f"nobody has published a hash for {self.name}: `maskwatch models pull {self.name}` pins the file it "
+                f"gets, on this machine; elsewhere name it as {self.name}@SHA256"
             )
         return ModelRef(self.name, self.sha256)
+
+    def with_pins(self, pins: Mapping[str, str]) -> Model:
+        """The model with the hashes that a machine remembers (file name → SHA-256), where none is published."""
+        return replace(self, files=tuple(replace(f, sha256=f.sha256 or pins.get(f.name)) for f in self.files))
 
 
 def combined_sha256(hashes: list[str | None]) -> str | None:
@@ -214,16 +221,18 @@ def known_model(name: str, kind: ModelKind) -> Model:
     return model
 
 
-def pinned_model(name: str, kind: ModelKind) -> tuple[Model, ModelRef]:
+def pinned_model(name: str, kind: ModelKind, models_dir: Path) -> tuple[Model, ModelRef]:
     """The model that `NAME` or `NAME@SHA256` means, and the reference that pins it.
 
-    Raises `MaskwatchError` for an unknown name, for something that is no SHA-256, and for a name without a hash
-    where the manifest knows none.
+    A bare name means the published hash, or what was pinned in `models_dir` where there is none. Raises
+    `MaskwatchError` for an unknown name, for something that is no SHA-256, and for a name without any hash.
     """
-    name, _, sha256 = name.partition("@")
+    name, at, sha256 = name.partition("@")
     model = known_model(name, kind)
-    if not sha256:
-        return model, model.ref
-    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+    if not at:
+        # The pins are read only where they matter: who plans with published hashes needs no such folder.
+        pinned = model if model.sha256 is not None else model.with_pins(read_pins(models_dir))
+        return pinned, pinned.ref
+    if not is_sha256(sha256):
         raise MaskwatchError(f"{sha256!r} behind {name}@ is no SHA-256: 64 characters of 0-9 and a-f")
     return model, ModelRef(name, sha256)

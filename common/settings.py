@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.domain import PipelineSpec
@@ -58,10 +58,11 @@ class PipelineSettings(BaseModel):
     uncertain_below: float = Field(0.6, ge=0.5, le=1)
 
     def spec(self) -> PipelineSpec:
-        """The pipeline these settings describe, with the weights the manifest pins."""
+        """The pipeline these settings describe, with the weights that the manifest or this machine pins."""
         values = self.model_dump(exclude={"detector", "classifier", "detector_threshold"})
-        model, detector = pinned_model(self.detector, ModelKind.DETECTOR)
-        _, classifier = pinned_model(self.classifier, ModelKind.CLASSIFIER)
+        models_dir = get_settings().models_dir
+        model, detector = pinned_model(self.detector, ModelKind.DETECTOR, models_dir)
+        _, classifier = pinned_model(self.classifier, ModelKind.CLASSIFIER, models_dir)
         threshold = model.threshold if self.detector_threshold is None else self.detector_threshold
         assert threshold is not None, f"{model.name} has no threshold in the manifest"
         return PipelineSpec(detector=detector, classifier=classifier, detector_threshold=threshold, **values)
@@ -114,7 +115,9 @@ class Settings(BaseSettings):
     )
 
     state_dir: Path = Field(Path(".maskwatch"), description="where the embedded stack keeps its state")
-    models_dir: Path = Field(_MODELS_DIR, description="where pulled and imported model files lie")
+    models_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        _MODELS_DIR, description="where pulled and imported model files lie"
+    )
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
     storage: StorageSettings = StorageSettings()

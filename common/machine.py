@@ -1,0 +1,79 @@
+"""What this machine offers to networks: cores and NVIDIA GPUs. Standard library only, so that `maskwatch doctor`
+can tell it where no model runtime is installed; which engine can use them is the business of `workers.inference`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from common.domain import MaskwatchError
+
+#: Where a container finds how much time of the processors it may use: "MAX PERIOD" in microseconds, or "max PERIOD"
+#: (docs.kernel.org/admin-guide/cgroup-v2.html, "CPU Interface Files").
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores() -> int:
+    """The cores this process may use: fewer than the machine has where an affinity or a container's quota says so."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        return min(cores, max(1, math.floor(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control groups of version 2, or no quota ("max")
+        return cores
+
+
+def oversubscribed(processes: int, threads: int) -> str | None:
+    """A sentence that says so, where these processes and their threads exceed the cores; else None."""
+    cores = usable_cores()
+    if processes * threads <= cores:
+        return None
+    return (
+        f"{processes} process(es) × {threads} thread(s) exceed the {cores} core(s) here, which makes a forward pass "
+        "several times slower: lower MASKWATCH_WORKER__PROCESSES or MASKWATCH_WORKER__THREADS"
+    )
+
+
+@lru_cache(maxsize=1)
+def gpu_names() -> tuple[str, ...]:
+    """The names of the NVIDIA GPUs that this process can see, in CUDA's order (CUDA_VISIBLE_DEVICES counts).
+
+    Asks the driver itself (libcuda, which every CUDA runtime talks to) and makes no context, so it takes no memory
+    of the GPU. Functions: docs.nvidia.com/cuda/cuda-driver-api.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    names = []
+    for number in range(count.value):
+        device = ctypes.c_int()
+        name = ctypes.create_string_buffer(256)
+        if driver.cuDeviceGet(ctypes.byref(device), number) != 0 or driver.cuDeviceGetName(name, 256, device) != 0:
+            return ()
+        names.append(name.value.decode(errors="replace"))
+    return tuple(names)
+
+
+def require_device(device: str) -> None:
+    """Raises `MaskwatchError` for a GPU that isn't there. device: `cpu`, `cuda` or `cuda:n`."""
+    if device == "cpu":
+        return
+    number = int(device.partition(":")[2] or "0")
+    found = gpu_names()
+    if not found:
+        raise MaskwatchError(
+            f"device {device} needs an NVIDIA GPU and its driver, and none can be seen here (is nvidia-smi content, "
+            "does CUDA_VISIBLE_DEVICES hide it, was the container started with --gpus all?); or choose --device cpu"
+        )
+    if number >= len(found):
+        seen = ", ".join(f"cuda:{n} {name}" for n, name in enumerate(found))
+        raise MaskwatchError(f"device {device} is not there; here are: {seen}")

@@ -7,7 +7,7 @@ Where the files lie on a machine is the business of `workers.weights`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -57,9 +57,12 @@ class Model:
     @property
     def sha256(self) -> str | None:
         """What pins the model: its file's hash; of several files, the hash of their hashes; None if one is unknown."""
-        if self.requirement is not None:
-            return hashlib.sha256(self.requirement.encode()).hexdigest()
-        return combined_sha256([file.sha256 for file in self.files])
+        return self.sha256_with([file.sha256 for file in self.files])
+
+    def sha256_with(self, file_hashes: Sequence[str | None]) -> str | None:
+        """What would pin the model if its files had these hashes. Code counts as a file that holds its requirement."""
+        code = [hashlib.sha256(self.requirement.encode()).hexdigest()] if self.requirement is not None else []
+        return combined_sha256([*code, *file_hashes])
 
     @property
     def ref(self) -> ModelRef:

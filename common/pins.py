@@ -7,7 +7,6 @@ file, and another one is refused. Standard library only: the producer plans with
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,13 +37,13 @@ def read_pins(models_dir: Path) -> dict[str, str]:
 
 
 def remember_pins(models_dir: Path, pins: Mapping[str, str]) -> None:
-    """Add pins to those of the folder. Whoever calls holds the folder's lock (`workers.weights.locked_cache`)."""
+    """Add pins to those of the folder. Whoever calls holds the folder's lock (`workers.acquisition.staging`)."""
     if not pins:
         return
     path = models_dir / PINS_FILE
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(read_pins(models_dir) | pins, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def is_sha256(value: object) -> bool:

@@ -6,15 +6,18 @@ Face as Point" (arXiv 1911.03599), file from github.com/Star-Clouds/CenterFace (
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import PipelineSpec
+from common.domain import ModelRef, PipelineSpec
 from workers.detection import Detections
 from workers.detection._ops import clip, has_area, nms
-from workers.inference import Runtime, Session
-from workers.inference.onnx_session import load_session
+from workers.inference import Engine, Runtime, Session
+from workers.inference.onnx_session import load_session, with_free_size
+from workers.weights import read_model
 
 #: Names of the network's outputs: centre heatmap (1 channel), log sizes (h, w), centre offsets (y, x).
 OUTPUTS = ("537", "538", "539")
@@ -58,8 +61,21 @@ class CenterFace:
 
 def load_centerface(spec: PipelineSpec, runtime: Runtime) -> CenterFace:
     """The detector with the weights the pipeline pins. Errors as `workers.pipeline.load_analyzer`."""
-    session = load_session(spec.detector, runtime, free_size_outputs=OUTPUTS)
-    return CenterFace(spec, session)
+    if runtime.engine is Engine.ONNX:
+        return CenterFace(spec, load_session(spec.detector, runtime, free_size_outputs=OUTPUTS))
+    return CenterFace(spec, _torch_session(spec.detector, runtime))
+
+
+@lru_cache(maxsize=2)
+def _torch_session(model: ModelRef, runtime: Runtime) -> Session:
+    """The network in torch. Nobody has published CenterFace as anything but ONNX, so it is read from that."""
+    from workers.inference.torch_session import TorchSession, torch_device
+
+    torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
+    from workers.inference.onnx_in_torch import to_torch
+
+    module = to_torch(with_free_size(read_model(model), OUTPUTS))
+    return TorchSession(module, runtime, module.input_shape)
 
 
 def scale_for(width: int, height: int, spec: PipelineSpec) -> float:

@@ -15,7 +15,7 @@ from skimage.data import astronaut
 from common.settings import PipelineSettings
 from workers.detection._ops import iou
 from workers.detection.centerface import CenterFace, decode, load_centerface, scale_for, to_input, to_labels
-from workers.inference import Runtime
+from workers.inference import Engine, Runtime
 
 SPEC = PipelineSettings().spec()
 
@@ -133,7 +133,7 @@ def test_a_small_face_needs_the_enlargement(detector: CenterFace, photograph: ND
     scene = np.full((200, 200, 3), 128, np.uint8)
     scene[60:120, 60:120] = cv2.resize(photograph, (60, 60), interpolation=cv2.INTER_AREA)
     enlarged = detector.detect(scene)
-    as_it_is = load_centerface(replace(SPEC, enlarge_limit=1.0), threads=1).detect(scene)
+    as_it_is = load_centerface(replace(SPEC, enlarge_limit=1.0), Runtime()).detect(scene)
     assert len(enlarged) == 1  # a face of 11 pixels
     assert as_it_is.scores.max(initial=0) < enlarged.scores[0]
 
@@ -147,3 +147,14 @@ def test_a_plain_wall_has_no_faces(detector: CenterFace) -> None:
     found = detector.detect(np.full((480, 640, 3), 180, np.uint8))
     assert found.boxes_xyxy.shape == (0, 4)
     assert found.scores.shape == (0,)
+
+
+def test_torch_finds_the_same_as_onnx_runtime(detector: CenterFace, photograph: NDArray[np.uint8]) -> None:
+    pytest.importorskip("torch", reason="the `native` layer is not installed")
+    scene = np.full((300, 400, 3), 128, np.uint8)
+    scene[20:220, 30:230] = cv2.resize(photograph, (200, 200), interpolation=cv2.INTER_AREA)
+    expected = detector.detect(scene)
+    found = load_centerface(SPEC, Runtime(Engine.NATIVE)).detect(scene)
+    assert len(expected) > 0
+    assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+    assert found.boxes_xyxy == pytest.approx(expected.boxes_xyxy, abs=0.01)

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 Boxes = NDArray[np.float32]
 
+#: Boxes thinner than this, after they were cut at the picture's edge, are no faces. Pixels of the original.
+MIN_SIDE_PX = 1.0
+
 
 def clip(boxes_xyxy: Boxes, width: float, height: float) -> Boxes:
     """The boxes cut at the edges of a picture of width × height pixels."""

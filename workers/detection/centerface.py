@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import ModelRef, PipelineSpec
 from workers.detection import Detections
-from workers.detection._ops import clip, has_area, nms
+from workers.detection._ops import MIN_SIDE_PX, clip, has_area, nms
+from workers.detection._scaling import resize, scale_for
 from workers.inference import Engine, Runtime, Session
 from workers.inference.onnx_session import load_session, with_free_size
 from workers.weights import read_model
@@ -34,8 +34,6 @@ NMS_IOU = 0.3
 TOP_DOWN, BOTTOM_DOWN = 0.15, 0.08
 #: At most this many candidates, the best, enter the suppression: a bound on the work for a hostile picture.
 MAX_CANDIDATES = 5000
-#: Boxes thinner than this, after they were cut at the picture's edge, are no faces. Pixels of the original.
-MIN_SIDE_PX = 1.0
 
 
 class CenterFace:
@@ -48,11 +46,10 @@ class CenterFace:
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
         """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first."""
         height, width = image_rgb.shape[:2]
-        blob, scale_x, scale_y = to_input(image_rgb, scale_for(width, height, self._spec))
-        heatmap, log_sizes, offsets = self._session.run(blob)
+        scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
+        heatmap, log_sizes, offsets = self._session.run(to_input(scaled))
         boxes, scores = decode(heatmap[0], log_sizes[0], offsets[0], self._spec.detector_threshold)
-        to_original = np.array([1 / scale_x, 1 / scale_y] * 2, np.float32)
-        boxes = clip(to_labels(boxes * to_original), width, height)
+        boxes = clip(to_labels(boxes / scale_xyxy), width, height)
         whole = has_area(boxes, at_least_px=MIN_SIDE_PX)
         boxes, scores = boxes[whole], scores[whole]
         kept = nms(boxes, scores, NMS_IOU)
@@ -78,29 +75,15 @@ def _torch_session(model: ModelRef, runtime: Runtime) -> Session:
     return TorchSession(module, runtime, module.input_shape)
 
 
-def scale_for(width: int, height: int, spec: PipelineSpec) -> float:
-    """How many times a picture is enlarged (> 1) or scaled down (< 1) before detection."""
-    longer = max(width, height)
-    if longer < spec.enlarge_below_px:
-        return min(spec.enlarge_limit, spec.enlarge_below_px / longer)
-    if longer > spec.shrink_above_px:
-        return spec.shrink_above_px / longer
-    return 1.0
-
-
-def to_input(image_rgb: NDArray[np.uint8], scale: float) -> tuple[NDArray[np.float32], float, float]:
-    """The network's input for a picture, and the scale (x, y) that was really applied.
+def to_input(image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The network's input for a picture, uint8 (h, w, 3).
 
     Input: float32 (1, 3, h, w), RGB in [0, 255], each side padded with black at its end to a multiple of 32.
     """
     height, width = image_rgb.shape[:2]
-    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
-    if (new_width, new_height) != (width, height):
-        interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        image_rgb = cv2.resize(image_rgb, (new_width, new_height), interpolation=interpolation)
-    blob = np.zeros((1, 3, _round_up(new_height), _round_up(new_width)), np.float32)
-    blob[0, :, :new_height, :new_width] = image_rgb.transpose(2, 0, 1)
-    return blob, new_width / width, new_height / height
+    blob = np.zeros((1, 3, _round_up(height), _round_up(width)), np.float32)
+    blob[0, :, :height, :width] = image_rgb.transpose(2, 0, 1)
+    return blob
 
 
 def decode(

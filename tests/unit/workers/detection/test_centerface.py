@@ -14,7 +14,8 @@ from skimage.data import astronaut
 
 from common.settings import PipelineSettings
 from workers.detection._ops import iou
-from workers.detection.centerface import CenterFace, decode, load_centerface, scale_for, to_input, to_labels
+from workers.detection._scaling import resize, scale_for
+from workers.detection.centerface import CenterFace, decode, load_centerface, to_input, to_labels
 from workers.inference import Engine, Runtime
 
 SPEC = PipelineSettings().spec()
@@ -67,27 +68,13 @@ def test_a_picture_that_is_all_face_costs_a_bounded_amount() -> None:
     assert scores.min() >= np.sort(heatmap.ravel())[-5000]
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000))
-def test_the_scale_keeps_to_the_limits(width: int, height: int) -> None:
-    scale = scale_for(width, height, SPEC)
-    longer = max(width, height)
-    assert scale * longer <= SPEC.shrink_above_px + 1e-6
-    assert scale <= SPEC.enlarge_limit
-    if longer < SPEC.enlarge_below_px:
-        assert scale > 1
-        assert scale == SPEC.enlarge_limit or scale * longer == pytest.approx(SPEC.enlarge_below_px)
-    elif longer <= SPEC.shrink_above_px:
-        assert scale == 1
-
-
-@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([0.3, 1.0, 1.5, 2.0]))
-def test_the_input_is_padded_at_its_end(width: int, height: int, scale: float) -> None:
-    blob, scale_x, scale_y = to_input(np.full((height, width, 3), 200, np.uint8), scale)
+@given(st.integers(1, 90), st.integers(1, 90))
+def test_the_input_is_padded_at_its_end(width: int, height: int) -> None:
+    blob = to_input(np.full((height, width, 3), 200, np.uint8))
     assert blob.shape[:2] == (1, 3)
     assert blob.shape[2] % 32 == blob.shape[3] % 32 == 0
-    inner_w, inner_h = round(width * scale_x), round(height * scale_y)
-    assert (blob[:, :, :inner_h, :inner_w] == 200).all()
-    assert blob.sum() == pytest.approx(200 * 3 * inner_w * inner_h)
+    assert (blob[:, :, :height, :width] == 200).all()
+    assert blob.sum() == pytest.approx(200 * 3 * width * height)
 
 
 def test_boxes_move_from_the_hair_to_the_chin() -> None:
@@ -99,9 +86,10 @@ def test_boxes_move_from_the_hair_to_the_chin() -> None:
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32 - 1), st.floats(-2, 30))
 def test_boxes_always_lie_inside_and_have_area(width: int, height: int, seed: int, log_size: float) -> None:
     """Whatever the network says, also at the edges and at absurd sizes."""
-    blob, _, _ = to_input(np.zeros((height, width, 3), np.uint8), scale_for(width, height, SPEC))
+    blank = np.zeros((height, width, 3), np.uint8)
+    blob = to_input(resize(blank, scale_for(width, height, SPEC))[0])
     heatmap = np.random.default_rng(seed).random((blob.shape[2] // 4, blob.shape[3] // 4), np.float32) ** 8
-    found = CenterFace(SPEC, Session(heatmap, log_size)).detect(np.zeros((height, width, 3), np.uint8))  # type: ignore[arg-type]
+    found = CenterFace(SPEC, Session(heatmap, log_size)).detect(blank)  # type: ignore[arg-type]
     boxes = found.boxes_xyxy
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2] <= width).all()

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "db": ("common.commands:db", "Migrate the database."),
     "train": ("workers.training.cli:train", "Fit and export a classifier."),
     "evaluate": ("workers.training.evaluate_cli:evaluate", "Measure detection and classification on labelled data."),
+    "models": ("workers.models_cli:models", "List, pull, verify and carry over the files of models."),
     "doctor": ("common.commands:doctor", "What is configured, reachable and installed."),
 }
 

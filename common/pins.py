@@ -42,7 +42,7 @@ def remember_pins(models_dir: Path, pins: Mapping[str, str]) -> None:
         return
     path = models_dir / PINS_FILE
     part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(read_pins(models_dir) | pins, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    part.write_text(json.dumps({**read_pins(models_dir), **pins}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     part.replace(path)
 
 

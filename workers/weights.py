@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,8 +22,7 @@ from common.manifest import MODELS, Model, ModelFile
 from common.pins import read_pins
 from common.settings import get_settings
 
-#: Read in pieces: a file need not fit into memory to be hashed.
-CHUNK_BYTES = 2**20
+PIECE_BYTES = 2**20
 
 
 def cache_folder() -> Path:
@@ -134,15 +136,30 @@ def _examine_file(model: Model, file: ModelFile) -> FileStatus:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits. Raises `MaskwatchError` if it can't be read."""
+    """The SHA-256 of a file, as 64 hexadecimal digits. Errors as `read_pieces`."""
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise MaskwatchError(f"{path} can't be read: {error.strerror}") from error
+    for piece in read_pieces(path):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def read_pieces(path: Path, *, follow_links: bool = True) -> Iterator[bytes]:
+    """A file in pieces, for it need not fit into memory.
+
+    Raises `MaskwatchError` for what can't be read or is no regular file, and for a link where none is to be followed.
+    """
+    try:
+        # Without waiting: opening a named pipe would block until somebody writes.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
+        with os.fdopen(handle, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise MaskwatchError(f"{path} is no regular file")
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+    except OSError as error:
+        if not follow_links and path.is_symlink():
+            raise MaskwatchError(f"{path} is a link, and not a file of its own") from error
+        raise MaskwatchError(f"{path} can't be read: {error.strerror}") from error
 
 
 def file_path(model: Model, file: ModelFile) -> Path:

@@ -1,0 +1,283 @@
+"""`maskwatch models`: what the manifest knows, what lies on this machine, and how it gets here.
+
+Wiring between the command line and `weights`, `acquisition` and `bundles`; loads no model runtime, unless weights
+without a published hash have to be checked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common import console
+from common.domain import MaskwatchError
+from common.pins import is_sha256
+
+if TYPE_CHECKING:
+    from workers.acquisition import OnProgress, Placed
+    from workers.weights import FileStatus, ModelStatus
+
+
+@click.group()
+def models() -> None:
+    """List, pull, verify and carry over the files of models.
+
+    Files lie in packages that ship them, or in the cache folder that MASKWATCH_MODELS_DIR names. Each is pinned by its
+    SHA-256, and one that differs is never used.
+
+    \b
+    Examples:
+      maskwatch models list                         what is here, and what is missing
+      maskwatch models pull mtcnn                   from where its authors publish it
+      maskwatch models import weights.pth           a file that you got by other means
+      maskwatch models export /media/usb/models     for a machine without a network, and there:
+      maskwatch models import /media/usb/models
+    """
+
+
+@models.command("list")
+@console.json_option
+def list_models(as_json: bool) -> None:
+    """List the models: kind, licence, size, hash, where they lie and in which state.
+
+    \b
+    Example:
+      maskwatch models list
+    """
+    from workers.weights import cache_folder, examine, local_models
+
+    statuses = [examine(model) for model in local_models().values()]
+    if as_json:
+        console.print_json({"cache": str(cache_folder()), "models": [_as_dict(status) for status in statuses]})
+        return
+    console.print_table(
+        f"Models (cache: {cache_folder()})",
+        ("name", "kind", "licence", "size", "SHA-256", "state", "where it lies, or comes from"),
+        [_row(status) for status in statuses],
+    )
+
+
+def _as_dict(status: ModelStatus) -> dict[str, Any]:
+    model = status.model
+    return {
+        "name": model.name,
+        "kind": model.kind,
+        "licence": model.licence,
+        "source": model.source,
+        "requirement": model.requirement,
+        "state": status.state,
+        "detail": status.detail,
+        "sha256": model.sha256,
+        "files": [_file_as_dict(entry) for entry in status.files],
+    }
+
+
+def _file_as_dict(entry: FileStatus) -> dict[str, Any]:
+    return {
+        "name": entry.file.name,
+        "size": entry.path.stat().st_size if entry.path is not None else entry.file.size,
+        "sha256": entry.file.sha256,
+        "found_sha256": entry.sha256,
+        "state": entry.state,
+        "path": None if entry.path is None else str(entry.path),
+        "url": entry.file.url,
+    }
+
+
+def _row(status: ModelStatus) -> tuple[Any, ...]:
+    model = status.model
+    files = [_file_as_dict(entry) for entry in status.files]
+    sizes = [entry["size"] for entry in files if entry["size"] is not None]
+    places = [entry["path"] or entry["url"] for entry in files if entry["path"] or entry["url"]]
+    return (
+        model.name,
+        model.kind,
+        model.licence,
+        f"{sum(sizes) / 1e6:.1f} MB" if sizes else None,
+        model.sha256 and model.sha256[:12],
+        status.state,
+        "\n".join(places) or model.requirement or model.source,
+    )
+
+
+@models.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--all", "everything", is_flag=True, help="Every model that isn't here and can be pulled.")
+@click.option("--url", metavar="URL", help="Of a mirror: the file, or the folder it is in, ending with a slash.")
+@click.option("--sha256", metavar="HEX", help="What the file must have, where nobody has published a hash.")
+@console.json_option
+def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str | None, as_json: bool) -> None:
+    """Download models into the cache; each file is checked before it gets its name.
+
+    Where nobody has published a hash, the weights must fit their network, and the hash that was found is remembered:
+    from then on it is the only one. A mirror may be plain http:// only for files whose hash is known.
+
+    \b
+    Examples:
+      maskwatch models pull retinaface-resnet50
+      maskwatch models pull --all
+      maskwatch models pull --all --url https://mirror.example/models/
+      maskwatch models pull retinaface-resnet50 --url http://mirror/r50.pt --sha256 5f3a…
+    """
+    if bool(names) == everything:
+        raise MaskwatchError("name the models to pull, or say --all")
+    if sha256 is not None and (len(names) != 1 or not is_sha256(sha256)):
+        raise MaskwatchError("--sha256 belongs to one model, and is 64 characters of 0-9 and a-f")
+    from workers import acquisition
+
+    placed: list[Placed] = []
+    failed: list[str] = []
+    for name in dict.fromkeys(names) if names else _pullable(url):
+        try:
+            with _progress(name) as on_progress:
+                done = acquisition.pull(name, url=url, sha256=sha256, on_progress=on_progress)
+        except MaskwatchError as error:
+            if not everything:
+                raise
+            # One that can't be had should not keep the others away.
+            failed.append(name)
+            console.note(str(error))
+            continue
+        _tell(done)
+        placed += done
+    if as_json:
+        console.print_json([_placed_as_dict(entry) for entry in placed])
+    if failed:
+        raise MaskwatchError(f"could not pull {', '.join(failed)}; the lines above say why")
+
+
+def _pullable(url: str | None) -> list[str]:
+    """What `--all` means: models with files that are missing or wrong, and that have an address."""
+    from workers.weights import USABLE, examine, local_models
+
+    statuses = [examine(model) for model in local_models().values()]
+    return [
+        status.model.name
+        for status in statuses
+        if any(entry.state not in USABLE and (entry.file.url or url) for entry in status.files)
+    ]
+
+
+@models.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@console.json_option
+def verify(names: tuple[str, ...], as_json: bool) -> None:
+    """Hash every file again. Exits with 1 if one is wrong; of models that you name, if one is missing.
+
+    \b
+    Examples:
+      maskwatch models verify
+      maskwatch models verify mtcnn && start-my-job
+    """
+    from workers.weights import USABLE, WRONG, examine, local_models
+
+    known = local_models()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise MaskwatchError(f"unknown model {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    statuses = [examine(known[name]) for name in names or known]
+    wrong = [status for status in statuses if status.state in WRONG or (names and status.state not in USABLE)]
+    if as_json:
+        console.print_json([_as_dict(status) for status in statuses])
+    else:
+        for status in wrong:
+            click.echo(f"{status.model.name}: {status.state}: {status.detail}")
+        right = sum(status.state in USABLE for status in statuses)
+        console.note(f"{right} model(s) are here as they are pinned, {len(wrong)} wrong")
+    if wrong:
+        sys.exit(1)
+
+
+@models.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@console.json_option
+def export(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
+    """Copy models into a new FOLDER, to carry to a machine without a network.
+
+    It holds the files, the networks that were derived from them here, and manifest.json: names, sizes, hashes,
+    licences and sources. Without a NAME: every model that is here.
+
+    \b
+    Examples:
+      maskwatch models export /media/usb/models
+      maskwatch models export bundle/ retinaface-mobilenet mtcnn
+    """
+    from workers.bundles import export_bundle
+
+    statuses = export_bundle(folder, names)
+    if as_json:
+        console.print_json({"folder": str(folder), "models": [_as_dict(status) for status in statuses]})
+    else:
+        carried = ", ".join(status.model.name for status in statuses)
+        console.note(f"{folder} holds {carried}; there: maskwatch models import {folder.name}")
+
+
+@models.command("import")
+@click.argument(
+    "paths", nargs=-1, required=True, metavar="FOLDER|FILE...", type=click.Path(exists=True, path_type=Path)
+)
+@click.option("--as", "as_name", metavar="NAME", help="Which model the file is, where neither hash nor name tells.")
+@console.json_option
+def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -> None:
+    """Bring files into the cache: a FOLDER made by `export`, or weights that you got by other means.
+
+    A file is known by its hash, by its name or by --as. Its hash must be the published one; where there is none, the
+    weights must fit their network and the hash is remembered. Nothing in a file is ever executed, and nothing is kept
+    of an import that was refused.
+
+    \b
+    Examples:
+      maskwatch models import /media/usb/models
+      maskwatch models import pnet.pt rnet.pt onet.pt
+      maskwatch models import Resnet50_Final.pth --as retinaface-resnet50
+    """
+    from workers.acquisition import import_files
+    from workers.bundles import import_bundle
+
+    folders = [path for path in paths if path.is_dir()]
+    if folders and (len(paths) > 1 or as_name is not None):
+        raise MaskwatchError("import one folder, which says itself what it holds, or files")
+    placed = import_bundle(folders[0]) if folders else import_files(paths, as_name)
+    _tell(placed)
+    if as_json:
+        console.print_json([_placed_as_dict(entry) for entry in placed])
+
+
+def _placed_as_dict(entry: Placed) -> dict[str, Any]:
+    return {
+        "model": entry.model,
+        "path": str(entry.path),
+        "sha256": entry.sha256,
+        "new": entry.new,
+        "pinned_now": entry.pinned_now,
+    }
+
+
+def _tell(placed: list[Placed]) -> None:
+    for entry in placed:
+        if not entry.new:
+            console.note(f"{entry.model}: {entry.path} is there already, as it is pinned")
+            continue
+        console.note(f"{entry.model}: {entry.path}, SHA-256 {entry.sha256}")
+        if entry.pinned_now:
+            console.note(
+                f"  nobody has published a hash for it: it fits its network, and this one is remembered; elsewhere: "
+                f"{entry.model}@{entry.sha256}"
+            )
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[OnProgress]:
+    """A bar in bytes, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console.err, disable=not console.err.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda received, total: bar.update(task, completed=received, total=total)

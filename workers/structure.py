@@ -1,0 +1,48 @@
+"""Whether weights fit the network of their model: found by loading them into it, strictly.
+
+The networks themselves, and how their files are read without executing anything, are the detectors' business.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+from common.domain import MaskwatchError
+from common.manifest import Model
+
+
+def check_fits(model: Model, contents: Sequence[bytes]) -> None:
+    """Raises `MaskwatchError`, naming the keys that differ, where a model's files are weights of another network.
+
+    contents: of each file of the model, in its order. Files with a known hash fit by that, so a machine without
+    torch takes them without a look; it can't take others.
+    """
+    check = _CHECKS.get(model.name)
+    if model.sha256 is not None and (check is None or importlib.util.find_spec("torch") is None):
+        return
+    if check is None:
+        raise MaskwatchError(
+            f"nobody has published a hash for {model.name}, nor is there a way to look into its files: "
+            f"say which hash you trust, as `maskwatch models pull {model.name} --url URL --sha256 HEX`"
+        )
+    check(model, contents)
+
+
+def _retinaface_resnet50(model: Model, contents: Sequence[bytes]) -> None:
+    from workers.detection.retinaface_network import load_weights
+
+    load_weights(contents[0], "resnet50", model.files[0].name)
+
+
+def _retinaface_mobilenet(model: Model, contents: Sequence[bytes]) -> None:
+    from workers.detection.retinaface_network import load_weights
+
+    load_weights(contents[0], "mobilenet", model.files[0].name)
+
+
+#: Model name → loads the contents of its files and throws the network away. Imports torch, so only when it is called.
+_CHECKS: dict[str, Callable[[Model, Sequence[bytes]], None]] = {
+    "retinaface-resnet50": _retinaface_resnet50,
+    "retinaface-mobilenet": _retinaface_mobilenet,
+}

@@ -7,11 +7,12 @@ import importlib
 import importlib.util
 import shutil
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import click
 
-from common.console import json_option, note, print_json, print_table
+from common.console import json_option, note, percent, print_json, print_table
 from common.domain import JobState, MaskwatchError
 
 #: What the ledger's ids can be.
@@ -153,7 +154,10 @@ def pipelines() -> None:
 @pipelines.command("list")
 @json_option
 def list_pipelines(as_json: bool) -> None:
-    """List the pipelines and the locations that show them.
+    """List the pipelines, the locations that show them, and how often their classifiers are right.
+
+    That is the share of held-out faces with and without mask that are called so, uncertain ones left out; the
+    counts behind it are in --json, as classifier_confusion.
 
     \b
     Example:
@@ -163,6 +167,8 @@ def list_pipelines(as_json: bool) -> None:
 
     from common.database import session_scope
     from common.deployment import deployment
+    from common.domain import PipelineSpec
+    from common.model_figures import confusion_of
     from common.tables import Location, Pipeline
 
     with deployment(), session_scope() as session:
@@ -173,8 +179,10 @@ def list_pipelines(as_json: bool) -> None:
             {"id": row.id, "created_at": row.created_at, "shown_by": shown.get(row.id, []), "spec": row.spec}
             for row in session.scalars(select(Pipeline).order_by(Pipeline.id))
         ]
+    kept = [confusion_of(PipelineSpec.from_dict(row["spec"])) for row in rows]
     if as_json:
-        print_json(rows)
+        confusions = [None if confusion is None else asdict(confusion) for confusion in kept]
+        print_json([{**row, "classifier_confusion": known} for row, known in zip(rows, confusions, strict=True)])
         return
     table = [
         [
@@ -182,11 +190,13 @@ def list_pipelines(as_json: bool) -> None:
             f"{row['created_at']:%Y-%m-%d %H:%M}",
             row["spec"]["detector"]["name"],
             row["spec"]["classifier"]["name"],
+            known and f"{percent(known.right_with_mask)} / {percent(known.right_without_mask)}",
             ", ".join(row["shown_by"]),
         ]
-        for row in rows
+        for row, known in zip(rows, kept, strict=True)
     ]
-    print_table("Pipelines", ["id", "created", "detector", "classifier", "shown by"], table)
+    columns = ["id", "created", "detector", "classifier", "right with / without mask", "shown by"]
+    print_table("Pipelines", columns, table)
 
 
 @pipelines.command("promote")

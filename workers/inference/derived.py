@@ -1,0 +1,84 @@
+"""ONNX files that are made from a model's weights, once per machine, and kept beside the cache of models.
+
+A pipeline pins the weights; what is made of them carries their SHA-256 in its name and its own beside it. Making it
+is the business of whoever knows the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from common.domain import MaskwatchError, ModelRef
+from workers.weights import cache_folder
+
+FOLDER = "derived"
+#: Beside each file: its SHA-256, as 64 hexadecimal digits.
+SIDECAR = ".sha256"
+
+log = structlog.get_logger(__name__)
+
+
+def derived_path(model: ModelRef, version: str) -> Path:
+    """Where the file made from a model lies, or would lie. version: changes when the making does."""
+    return cache_folder() / FOLDER / f"{model.sha256}-{version}.onnx"
+
+
+def derived_onnx(model: ModelRef, version: str, make: Callable[[], bytes]) -> bytes:
+    """The ONNX file made from a model's weights: the one that lies here, or else a new one, which is kept.
+
+    A file that isn't the one its SHA-256 beside it tells of is made anew. make: gives the file's bytes; needs torch,
+    and the weights.
+
+    Raises `MaskwatchError` where the file isn't there and torch isn't either, else errors as `make`.
+    """
+    path = derived_path(model, version)
+    content = _intact(path)
+    if content is not None:
+        return content
+    if importlib.util.find_spec("torch") is None:
+        raise MaskwatchError(
+            f"{model.name} under ONNX Runtime needs {path}, which torch makes from the weights: "
+            "pip install 'maskwatch[native]', or `maskwatch models import` a bundle of a machine that has it"
+        )
+    content = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+        _write(_sidecar(path), hashlib.sha256(content).hexdigest().encode())
+    except OSError as error:
+        # A cache that can't be written to, read-only in a container say, costs time at each start and nothing else.
+        log.warning("derived model not kept", path=str(path), error=str(error))
+    return content
+
+
+def _intact(path: Path) -> bytes | None:
+    try:
+        content, told = path.read_bytes(), _sidecar(path).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return None
+    return content if hashlib.sha256(content).hexdigest() == told else None
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + SIDECAR)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The whole file or none, also when several processes write it at once."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            # As any new file is, and not for its owner alone: workers may run as another user than who pulled.
+            os.fchmod(stream.fileno(), 0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 
 import click
@@ -31,3 +33,44 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def _put(setting: str, value: str) -> None:
+    """Put an option's value over a setting, in the environment: children read their settings themselves."""
+    from common.settings import get_settings
+
+    os.environ[setting] = value
+    get_settings.cache_clear()
+
+
+def _put_device(_context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    if re.fullmatch(r"cpu|cuda(:[0-9]+)?", value) is None:
+        raise click.BadParameter(f"{value!r} is no device; valid: cpu, cuda, cuda:0, cuda:1, ...")
+    _put("MASKWATCH_WORKER__DEVICE", value)
+
+
+def _put_runtime(_context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        _put("MASKWATCH_WORKER__RUNTIME", value)
+
+
+def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what runs models, and where, for every command that runs some. They override the settings,
+    so the command itself receives nothing."""
+    device = click.option(
+        "--device",
+        metavar="DEVICE",
+        expose_value=False,
+        callback=_put_device,
+        help="cpu, cuda or cuda:N (default: MASKWATCH_WORKER__DEVICE, cpu).",
+    )
+    runtime = click.option(
+        "--runtime",
+        type=click.Choice(["onnx", "native"]),
+        expose_value=False,
+        callback=_put_runtime,
+        help="ONNX Runtime, or torch and TensorFlow themselves (default: MASKWATCH_WORKER__RUNTIME, onnx).",
+    )
+    return device(runtime(command))

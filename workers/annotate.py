@@ -22,11 +22,12 @@ from common.domain import (
     SourceChangedError,
     TransientJobError,
 )
+from common.options import runtime_options
 
 if TYPE_CHECKING:
     from common.settings import Settings
     from common.storage import ObjectInfo, ObjectStore
-    from workers.pipeline import Analyzer
+    from workers.pipeline import PictureAnalyzer
 
 JPEG_QUALITY = 92
 
@@ -53,6 +54,7 @@ class Annotated:
     "--out", "out_dir", required=True, type=click.Path(path_type=Path), help="Folder for the annotated pictures."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after this many pictures.")
+@runtime_options
 @json_option
 def annotate(source: str, out_dir: Path, limit: int | None, as_json: bool) -> None:
     """Draw the faces of pictures: green with mask, red without, amber uncertain.
@@ -116,7 +118,7 @@ def find_pictures(store: ObjectStore, prefix: str, out_dir: Path, limit: int | N
 
 
 def annotate_pictures(
-    store: ObjectStore, pictures: list[ObjectInfo], analyzer: Analyzer, out_dir: Path, settings: Settings
+    store: ObjectStore, pictures: list[ObjectInfo], analyzer: PictureAnalyzer, out_dir: Path, settings: Settings
 ) -> Iterator[Annotated]:
     """Analyse, draw and write each picture; one that can't be read gives an error, and the rest goes on.
 

@@ -7,6 +7,7 @@ import os
 import click
 
 from common.console import json_option, note, print_json
+from common.options import runtime_options
 from workers.annotate import annotate
 
 __all__ = ["aggregator", "annotate", "summarize", "worker"]
@@ -15,15 +16,18 @@ __all__ = ["aggregator", "annotate", "summarize", "worker"]
 @click.command()
 @click.option("--processes", type=click.IntRange(1), help="Child processes (default: MASKWATCH_WORKER__PROCESSES, 1).")
 @click.option("--threads", type=click.IntRange(1), help="Threads per model runtime (default: cores // processes).")
+@runtime_options
 @click.option("--name", default=None, help="A name for logs and for `jobs show` (default: the process id).")
 def worker(processes: int | None, threads: int | None, name: str | None) -> None:
     """Run a worker that analyses pictures, until SIGTERM.
 
-    On SIGTERM it finishes the picture at hand, gives the others back, and exits.
+    On SIGTERM it finishes the picture at hand, gives the others back, and exits. Without the GPU it is told to use it
+    does not start.
 
     \b
-    Example, on a machine with 8 cores:
+    Examples, on a machine with 8 cores, and on one with a GPU:
       maskwatch worker --processes 4
+      maskwatch worker --device cuda:0
     """
     # Through the environment, because the children read their settings themselves.
     if processes:
@@ -31,7 +35,14 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
     if threads:
         os.environ["MASKWATCH_WORKER__THREADS"] = str(threads)
     from common.queues import Queue
+    from common.settings import get_settings
+    from workers.inference import runtime_of
+    from workers.readiness import crowding, require_runtime
 
+    # Before any job is claimed: a worker that can do none would take them and give them back for ever.
+    require_runtime(runtime_of(get_settings()))
+    if (warning := crowding(get_settings())) is not None:
+        note(f"warning: {warning}")
     _serve(Queue.IMAGES, name or f"worker-{os.getpid()}", pool="prefork")
 
 

@@ -5,6 +5,7 @@ It starts what the work needs, has `maskwatch backfill` do it, and stops what it
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import click
 
 from common.console import json_option, note, print_json
 from common.domain import MaskwatchError
-from common.options import source_options
+from common.options import runtime_options, source_options
 
 
 @click.command()
@@ -22,6 +23,7 @@ from common.options import source_options
 @click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Of a new location.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
 @click.option("--by", type=click.Choice(["hour", "day", "week"]), default="day", show_default=True)
+@runtime_options
 @json_option
 def run(
     source: str,
@@ -54,7 +56,9 @@ def run(
     from common.settings import get_settings
     from common.storage import open_source
 
-    # What can't be meant leaves no location behind.
+    # What can't be meant leaves no location behind, and workers that can't work nothing to wait for. (By name, as the
+    # command line does: this side knows the other's commands and not its code.)
+    importlib.import_module("workers.readiness").require_ready(get_settings())
     parse_bounds(since, until)
     TimePattern(time_pattern or "%Y%m%d")
     state_dir = get_settings().state_dir if uses_embedded_stack(get_settings()) else None

@@ -6,8 +6,6 @@ What goes in and what comes out of a network is the business of the detectors an
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
+from common.machine import require_device, usable_cores
 from common.settings import Settings
 
 
@@ -66,8 +65,12 @@ class Session(Protocol):
 
 
 def runtime_of(settings: Settings, processes: int | None = None) -> Runtime:
-    """The runtime the settings describe, for one of `processes` processes (a worker's, where none are named)."""
+    """The runtime the settings describe, for one of `processes` processes (a worker's, where none are named).
+
+    Raises `MaskwatchError` for a GPU that isn't there: every command that runs models comes by here.
+    """
     worker = settings.worker
+    require_device(worker.device)
     threads = worker.threads or threads_per_process(processes or worker.processes)
     return Runtime(Engine(worker.runtime), worker.device, threads)
 
@@ -76,12 +79,10 @@ def threads_per_process(processes: int) -> int:
     """Threads for the models of one worker process, so that `processes` of them don't exceed the cores.
 
     Oversubscribed threads make a forward pass several times slower, so this rounds down.
-    Counts the cores this process may use, which can be fewer than the machine has.
     """
     if processes < 1:
         raise ValueError(f"processes is {processes}; valid: at least 1")
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // processes)
+    return max(1, usable_cores() // processes)
 
 
 def limit_opencv_threads(threads: int) -> None:

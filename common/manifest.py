@@ -89,6 +89,36 @@ def combined_sha256(hashes: list[str | None]) -> str | None:
 
 _RETINAFACE = "biubug6/Pytorch_Retinaface, trained on WIDER FACE"
 
+#: Files that our own detector and fdet's share.
+_RESNET50_FILES = (
+    ModelFile(
+        "retinaface_resnet50_final.pt",
+        None,
+        url="https://www.dropbox.com/s/d0xdha71fwr53uk/retinaface_resnet50_final.pt?dl=1",
+    ),
+)
+_MOBILENET_FILES = (
+    ModelFile(
+        "retinaface_mobilenet0.25_Final.pth",
+        "2979b33ffafda5d74b6948cd7a5b9a7a62f62b949cef24e95fd15d2883a65220",
+        1_789_735,
+    ),
+)
+_MTCNN_FILES = tuple(
+    ModelFile(
+        f"{net}.pt",
+        sha256,
+        size,
+        url=f"https://raw.githubusercontent.com/timesler/facenet-pytorch/master/data/{net}.pt",
+    )
+    for net, sha256, size in (
+        ("pnet", "a2a71925e0b9996a42f63e47efc1ca19043e69558b5c523b978d611dfae49c8f", 28_570),
+        ("rnet", "bbb937de72efc9ef83b186c49f5f558467a1d7e3453a8ece0d71a886633f6a86", 403_147),
+        ("onet", "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d", 1_559_269),
+    )
+)
+_FDET = "fdet==0.2.1"
+
 MODELS: dict[str, Model] = {
     model.name: model
     for model in (
@@ -111,13 +141,7 @@ MODELS: dict[str, Model] = {
         Model(
             name="retinaface-resnet50",
             kind=ModelKind.DETECTOR,
-            files=(
-                ModelFile(
-                    "retinaface_resnet50_final.pt",
-                    None,
-                    url="https://www.dropbox.com/s/d0xdha71fwr53uk/retinaface_resnet50_final.pt?dl=1",
-                ),
-            ),
+            files=_RESNET50_FILES,
             licence="MIT",
             source=f"{_RETINAFACE}; as fdet 0.2.1 publishes it",
             threshold=0.8,
@@ -125,13 +149,7 @@ MODELS: dict[str, Model] = {
         Model(
             name="retinaface-mobilenet",
             kind=ModelKind.DETECTOR,
-            files=(
-                ModelFile(
-                    "retinaface_mobilenet0.25_Final.pth",
-                    "2979b33ffafda5d74b6948cd7a5b9a7a62f62b949cef24e95fd15d2883a65220",
-                    1_789_735,
-                ),
-            ),
+            files=_MOBILENET_FILES,
             licence="MIT",
             source=_RETINAFACE,
             threshold=0.8,
@@ -139,19 +157,7 @@ MODELS: dict[str, Model] = {
         Model(
             name="mtcnn",
             kind=ModelKind.DETECTOR,
-            files=tuple(
-                ModelFile(
-                    f"{net}.pt",
-                    sha256,
-                    size,
-                    url=f"https://raw.githubusercontent.com/timesler/facenet-pytorch/master/data/{net}.pt",
-                )
-                for net, sha256, size in (
-                    ("pnet", "a2a71925e0b9996a42f63e47efc1ca19043e69558b5c523b978d611dfae49c8f", 28_570),
-                    ("rnet", "bbb937de72efc9ef83b186c49f5f558467a1d7e3453a8ece0d71a886633f6a86", 403_147),
-                    ("onet", "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d", 1_559_269),
-                )
-            ),
+            files=_MTCNN_FILES,
             licence="MIT",
             source="timesler/facenet-pytorch",
             threshold=0.7,
@@ -180,6 +186,33 @@ MODELS: dict[str, Model] = {
             source="dlib's frontal face detector, compiled into the package",
             threshold=0.5,
             requirement="dlib-bin==20.0.1",
+        ),
+        Model(
+            name="fdet-retinaface",
+            kind=ModelKind.DETECTOR,
+            files=_RESNET50_FILES,
+            licence="MIT",
+            source=f"fdet 0.2.1 itself, with its own file; {_RETINAFACE}",
+            threshold=0.8,
+            requirement=_FDET,
+        ),
+        Model(
+            name="fdet-retinaface-mobilenet",
+            kind=ModelKind.DETECTOR,
+            files=_MOBILENET_FILES,
+            licence="MIT",
+            source=f"fdet 0.2.1 itself, with the file of {_RETINAFACE}",
+            threshold=0.8,
+            requirement=_FDET,
+        ),
+        Model(
+            name="fdet-mtcnn",
+            kind=ModelKind.DETECTOR,
+            files=_MTCNN_FILES,
+            licence="MIT",
+            source="fdet 0.2.1 itself, with the weights of timesler/facenet-pytorch, of the same networks",
+            threshold=0.8,
+            requirement=_FDET,
         ),
         Model(
             name="compact",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,14 +35,9 @@ def iou(a_xyxy: Boxes, b_xyxy: Boxes) -> NDArray[np.float32]:
 
     0 where boxes don't meet, and where both are empty.
     """
-    top_left = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
-    bottom_right = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
-    overlaps = (bottom_right - top_left).clip(min=0)
-    both: NDArray[np.float32] = overlaps[:, :, 0] * overlaps[:, :, 1]
+    both = _intersections(a_xyxy, b_xyxy)
     either = _areas(a_xyxy)[:, None] + _areas(b_xyxy)[None, :] - both
-    ratio = np.zeros_like(both)
-    np.divide(both, either, out=ratio, where=either > 0)
-    return ratio
+    return _ratio(both, either)
 
 
 def nms(boxes_xyxy: Boxes, scores: NDArray[np.float32], max_iou: float) -> NDArray[np.intp]:
@@ -49,13 +46,48 @@ def nms(boxes_xyxy: Boxes, scores: NDArray[np.float32], max_iou: float) -> NDArr
     A box is dropped if it overlaps a better one that is kept by `max_iou` or more. Equal scores keep the
     order of the input, so the result doesn't depend on the machine.
     """
+    return _suppress(boxes_xyxy, scores, max_iou, iou)
+
+
+def nms_by_smaller(boxes_xyxy: Boxes, scores: NDArray[np.float32], max_share: float) -> NDArray[np.intp]:
+    """As `nms`, but measures an overlap in parts of the smaller box, so that a box inside another one goes, too."""
+    return _suppress(boxes_xyxy, scores, max_share, _shares)
+
+
+def _suppress(
+    boxes_xyxy: Boxes,
+    scores: NDArray[np.float32],
+    limit: float,
+    overlaps: Callable[[Boxes, Boxes], NDArray[np.float32]],
+) -> NDArray[np.intp]:
     left = np.argsort(-scores, kind="stable")
     kept: list[np.intp] = []
     while left.size:
         best, left = left[0], left[1:]
         kept.append(best)
-        left = left[iou(boxes_xyxy[best : best + 1], boxes_xyxy[left])[0] < max_iou]
+        left = left[overlaps(boxes_xyxy[best : best + 1], boxes_xyxy[left])[0] < limit]
     return np.array(kept, dtype=np.intp)
+
+
+def _shares(a_xyxy: Boxes, b_xyxy: Boxes) -> NDArray[np.float32]:
+    """Intersection in parts of the smaller box: float32 (len(a), len(b)); 0 where one is empty."""
+    both = _intersections(a_xyxy, b_xyxy)
+    smaller = np.minimum(_areas(a_xyxy)[:, None], _areas(b_xyxy)[None, :])
+    return _ratio(both, smaller)
+
+
+def _intersections(a_xyxy: Boxes, b_xyxy: Boxes) -> NDArray[np.float32]:
+    top_left = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
+    bottom_right = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
+    sides = (bottom_right - top_left).clip(min=0)
+    both: NDArray[np.float32] = sides[:, :, 0] * sides[:, :, 1]
+    return both
+
+
+def _ratio(part: NDArray[np.float32], whole: NDArray[np.float32]) -> NDArray[np.float32]:
+    ratio = np.zeros_like(part)
+    np.divide(part, whole, out=ratio, where=whole > 0)
+    return ratio
 
 
 def _areas(boxes_xyxy: Boxes) -> NDArray[np.float32]:

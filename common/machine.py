@@ -28,9 +28,22 @@ def usable_cores() -> int:
         return cores
 
 
-def oversubscribed(processes: int, threads: int) -> str | None:
-    """A sentence that says so, where these processes and their threads exceed the cores; else None."""
-    cores = usable_cores()
+def threads_per_process(processes: int) -> int:
+    """Threads for the models of one worker process, so that `processes` of them don't exceed the cores.
+
+    Oversubscribed threads make a forward pass several times slower, so this rounds down.
+    """
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; valid: at least 1")
+    return max(1, usable_cores() // processes)
+
+
+def oversubscribed(processes: int, threads: int | None) -> str | None:
+    """A sentence that says so, where these processes and their threads exceed the cores; else None.
+
+    threads: of each process; None: `threads_per_process`.
+    """
+    cores, threads = usable_cores(), threads or threads_per_process(processes)
     if processes * threads <= cores:
         return None
     return (

@@ -34,14 +34,17 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
         os.environ["MASKWATCH_WORKER__PROCESSES"] = str(processes)
     if threads:
         os.environ["MASKWATCH_WORKER__THREADS"] = str(threads)
+    from common.machine import oversubscribed
     from common.queues import Queue
     from common.settings import get_settings
     from workers.inference import runtime_of
-    from workers.readiness import crowding, require_runtime
+    from workers.readiness import require_runtime
+
+    settings = get_settings().worker
 
     # Before any job is claimed: a worker that can do none would take them and give them back for ever.
     require_runtime(runtime_of(get_settings()))
-    if (warning := crowding(get_settings())) is not None:
+    if (warning := oversubscribed(settings.processes, settings.threads)) is not None:
         note(f"warning: {warning}")
     _serve(Queue.IMAGES, name or f"worker-{os.getpid()}", pool="prefork")
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from common.domain import MaskwatchError, PipelineSpec
-from common.machine import oversubscribed, require_device
+from common.machine import require_device
 from common.settings import PipelineSettings, Settings
 from workers.inference import Engine, Runtime, runtime_of
 from workers.weights import require
@@ -52,11 +52,6 @@ def require_ready(settings: Settings) -> None:
     """Raises `MaskwatchError` where workers with these settings could not do the jobs that the settings plan."""
     require_runtime(runtime_of(settings))
     require_models(settings.pipeline.spec())
-
-
-def crowding(settings: Settings) -> str | None:
-    """A sentence that says so, where the settings start more threads than there are cores; else None."""
-    return oversubscribed(settings.worker.processes, runtime_of(settings).threads)
 
 
 def _try(engine: str, device: str) -> None:

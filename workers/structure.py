@@ -41,8 +41,19 @@ def _retinaface_mobilenet(model: Model, contents: Sequence[bytes]) -> None:
     load_weights(contents[0], "mobilenet", model.files[0].name)
 
 
+def _mtcnn(model: Model, contents: Sequence[bytes]) -> None:
+    from workers.detection.mtcnn_network import load_weights
+
+    for file, content in zip(model.files, contents, strict=True):
+        load_weights(content, file.name.removesuffix(".pt"))
+
+
 #: Model name → loads the contents of its files and throws the network away. Imports torch, so only when it is called.
 _CHECKS: dict[str, Callable[[Model, Sequence[bytes]], None]] = {
     "retinaface-resnet50": _retinaface_resnet50,
     "retinaface-mobilenet": _retinaface_mobilenet,
+    "mtcnn": _mtcnn,
+    "fdet-retinaface": _retinaface_resnet50,
+    "fdet-retinaface-mobilenet": _retinaface_mobilenet,
+    "fdet-mtcnn": _mtcnn,
 }

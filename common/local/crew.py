@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.domain import MaskwatchError
 from common.local.stack import LocalStack
-from common.machine import usable_cores
+from common.machine import threads_per_process
 
 #: How long a worker may take to finish the picture at hand.
 STOP_SECONDS = 30
@@ -31,7 +31,7 @@ def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
     commands = {"producer": ["producer"], "aggregator": ["aggregator"]}
     commands |= {f"worker-{number}": ["worker", "--name", f"worker-{number}"] for number in range(1, workers + 1)}
     # Processes × threads must not exceed the cores: oversubscribed, a forward pass is many times slower.
-    threads = max(1, usable_cores() // workers)
+    threads = threads_per_process(workers)
     environment = {"MASKWATCH_WORKER__THREADS": str(threads), "MASKWATCH_WORKER__PROCESSES": "1"}
     pids: list[int] = []
     started: list[subprocess.Popen[bytes]] = []

@@ -91,7 +91,8 @@ def test_the_pipeline_knows_neither_queue_nor_database(start: str) -> None:
     [
         "producer.cli producer.tasks producer.submit producer.dispatch",
         "workers.cli workers.tasks workers.aggregation workers.lifecycle",
-        "common.commands common.reporting.cli common.reporting.report common.local.run",
+        "workers.models_cli workers.weights workers.acquisition workers.bundles workers.structure",
+        "common.commands common.doctor common.reporting.cli common.reporting.report common.local.run",
     ],
 )
 def test_producer_aggregator_and_analyst_load_no_model_runtime(modules: str) -> None:
@@ -101,7 +102,7 @@ def test_producer_aggregator_and_analyst_load_no_model_runtime(modules: str) -> 
 
 
 def test_the_same_look_sees_what_a_classifier_loads() -> None:
-    code = f"import workers.classification.onnx_classifier, sys; print(*sorted(set(sys.modules) & {HEAVY!r}))"
+    code = f"import workers.classification.network_classifier, sys; print(*sorted(set(sys.modules) & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "cv2" in done.stdout
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
-from common.machine import require_device, usable_cores
+from common.machine import require_device, threads_per_process
 from common.settings import Settings
 
 
@@ -73,16 +73,6 @@ def runtime_of(settings: Settings, processes: int | None = None) -> Runtime:
     require_device(worker.device)
     threads = worker.threads or threads_per_process(processes or worker.processes)
     return Runtime(Engine(worker.runtime), worker.device, threads)
-
-
-def threads_per_process(processes: int) -> int:
-    """Threads for the models of one worker process, so that `processes` of them don't exceed the cores.
-
-    Oversubscribed threads make a forward pass several times slower, so this rounds down.
-    """
-    if processes < 1:
-        raise ValueError(f"processes is {processes}; valid: at least 1")
-    return max(1, usable_cores() // processes)
 
 
 def limit_opencv_threads(threads: int) -> None:

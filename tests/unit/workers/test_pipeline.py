@@ -111,7 +111,7 @@ def test_the_loaded_pipeline_finds_and_judges_a_real_face(ship_brightness: Calla
 def test_analysing_needs_neither_a_queue_nor_a_database() -> None:
     code = (
         "import sys, workers.pipeline, workers.decoding, workers.drawing, workers.detection.registry,"
-        "workers.classification.onnx_classifier;"
+        "workers.classification.network_classifier;"
         "print([m for m in ('celery', 'kombu', 'sqlalchemy', 'psycopg', 'tensorflow', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from common import console
 from common.console import percent
 from common.domain import MaskwatchError, PermanentJobError, PipelineSpec
+from common.options import runtime_options
 
 if TYPE_CHECKING:
     from common.model_figures import Confusion
     from common.settings import Settings
+    from workers.detection import FaceDetector
+    from workers.inference import Runtime
     from workers.training.evaluate import FaceResults, Mistake
     from workers.training.evaluate_detectors import DetectorResults
     from workers.training.evaluate_scenes import SceneResults
@@ -51,6 +55,7 @@ def evaluate() -> None:
 @DETECTOR
 @CLASSIFIER
 @OUT
+@runtime_options
 @console.json_option
 def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path | None, as_json: bool) -> None:
     """Run the whole pipeline on labelled scenes: what it finds, and how often it labels that right.
@@ -102,6 +107,7 @@ def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path
     help="Also keep the confusion matrix there for `maskwatch pipelines list`, as common/model_figures.json does.",
 )  # fmt: skip
 @OUT
+@runtime_options
 @console.json_option
 def faces(
     folder: Path,
@@ -173,6 +179,7 @@ def faces(
 @FOLDER
 @click.option("--only", multiple=True, metavar="NAME", help="Only this detector, NAME or NAME@SHA256; repeatable.")
 @OUT
+@runtime_options
 @console.json_option
 def detectors(folder: Path, only: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Run every detector on the same labelled scenes: recall per face size, precision, average precision, time.
@@ -191,31 +198,33 @@ def detectors(folder: Path, only: tuple[str, ...], out: Path | None, as_json: bo
       maskwatch evaluate detectors test-scenes/ --only centerface --only haar --out figures/
     """
     from common.settings import get_settings
+    from workers.detection.registry import detector_names
     from workers.inference import limit_opencv_threads, runtime_of
 
     _prepare_folder(out)
     settings = get_settings()
     runtime = runtime_of(settings, processes=1)
     limit_opencv_threads(runtime.threads)
-    results: dict[str, DetectorResults] = {}
-    summaries: dict[str, dict[str, Any]] = {}
+    loaded: dict[str, _Loaded] = {}
     left_out: dict[str, str] = {}
-    for name in dict.fromkeys(only) or _detector_names():
+    # All of them first: what is missing should show before minutes went into the others.
+    for name in dict.fromkeys(only) or detector_names():
         try:
-            spec, pair = _loaded_detector(settings, name, runtime)
+            loaded[name] = _load(settings, name, runtime)
         except _NOT_HERE as error:
             if only:
                 raise
             left_out[name] = _reason(error)
-            continue
-        results[name] = _run_detector(folder, name, pair, settings.worker.max_image_pixels)
-        summaries[name] = {
-            "sha256": spec.detector.sha256, "threshold": spec.detector_threshold, **results[name].summary(),
-        }  # fmt: skip
-    for name, reason in left_out.items():
-        console.note(f"left out: {name}: {reason}")
-    if not results:
+            console.note(f"left out: {name}: {left_out[name]}")
+    if not loaded:
         raise MaskwatchError("no detector has its weights here; `maskwatch models list` shows where each comes from")
+    results = {name: _run(folder, name, each, settings.worker.max_image_pixels) for name, each in loaded.items()}
+    summaries = {
+        name: {
+            "sha256": each.spec.detector.sha256, "threshold": each.spec.detector_threshold, **results[name].summary(),
+        }
+        for name, each in loaded.items()
+    }  # fmt: skip
     unreadable = next(iter(results.values())).unreadable
     console.note_unreadable(unreadable)
     values = {
@@ -244,32 +253,32 @@ def _reason(error: Exception) -> str:
     return f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
 
 
-def _detector_names() -> list[str]:
-    from common.manifest import MODELS, ModelKind
+class _Loaded(NamedTuple):
+    """A detector, ready: as its pipeline has it, and with the threshold of the curve."""
 
-    return [model.name for model in MODELS.values() if model.kind is ModelKind.DETECTOR]
+    spec: PipelineSpec
+    at_threshold: FaceDetector
+    down_to_curve: FaceDetector
 
 
-def _loaded_detector(settings: Settings, name: str, runtime: Any) -> tuple[PipelineSpec, tuple[Any, Any]]:
-    """The pipeline of a detector, and the detector twice: at its own threshold, and at that of the curve."""
-    from dataclasses import replace
-
+def _load(settings: Settings, name: str, runtime: Runtime) -> _Loaded:
     from workers.detection.registry import load_detector
     from workers.training.evaluate_detectors import CURVE_FROM
 
     spec = _spec(settings, name, None)
     low = replace(spec, detector_threshold=min(CURVE_FROM, spec.detector_threshold))
-    return spec, (load_detector(spec, runtime), load_detector(low, runtime))
+    return _Loaded(spec, load_detector(spec, runtime), load_detector(low, runtime))
 
 
-def _run_detector(folder: Path, name: str, pair: tuple[Any, Any], max_pixels: int) -> DetectorResults:
+def _run(folder: Path, name: str, loaded: _Loaded, max_pixels: int) -> DetectorResults:
     from workers.training.evaluate_detectors import evaluate_detector
 
     with console.progress() as bar:
         task = bar.add_task(name, total=None)
         return evaluate_detector(
-            folder, *pair, max_pixels, on_image=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+            folder, loaded.at_threshold, loaded.down_to_curve, max_pixels,
+            on_image=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
 
 
 def _spec(settings: Settings, detector: str | None, classifier: str | None) -> PipelineSpec:

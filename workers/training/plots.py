@@ -108,7 +108,7 @@ def reliability(path: Path, bins: Sequence[ReliabilityBin], title: str = "") -> 
         )  # fmt: skip
         above.set_ylim(0, 1.03)
         above.set_ylabel("share that is right")
-        above.legend(loc="upper left")
+        above.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
         below.bar(lows, [entry.count for entry in filled], widths, align="edge", color=GREY, edgecolor="white")
         below.set_xlim(min([0.5, *lows]), 1)
         below.set_xlabel("confidence")

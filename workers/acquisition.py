@@ -72,11 +72,10 @@ class Staging:
 
         Returns and raises as `receive`.
         """
-        part = self.folder / f"{name}.part"
+        part = self.folder / f"{Path(name).name}.part"
         limit = MAX_BYTES if size is None else size
         digest, written = hashlib.sha256(), 0
         with _explained(part):
-            part.parent.mkdir(exist_ok=True)
             self._parts[name] = part
             stream = part.open("wb")
         with stream:
@@ -118,6 +117,7 @@ class Staging:
         with _explained(self.folder):
             remember_pins(self.folder, pins)
             for name, part in self._parts.items():
+                (self.folder / name).parent.mkdir(exist_ok=True)
                 part.replace(self.folder / name)
         return [name for name in pins if name not in known]
 
@@ -158,7 +158,7 @@ def staging() -> Iterator[Staging]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MaskwatchError(f"another command is changing {folder}; wait until it has ended") from None
-        for left in [*folder.glob("*.part"), *folder.glob("derived/*.part")]:
+        for left in folder.glob("*.part"):
             left.unlink()  # of a command that was killed
         stage = Staging(folder)
         try:

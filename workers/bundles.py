@@ -8,6 +8,7 @@ knows, files with the names it gives them, with the hashes it has. How files get
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import tempfile
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from common.domain import MaskwatchError
-from common.manifest import Model, ModelFile
+from common.manifest import Model, ModelFile, ModelKind
 from common.pins import is_sha256
+from common.settings import PipelineSettings
 from workers.acquisition import MAX_BYTES, Placed, Staging, staging, with_files
-from workers.weights import USABLE, ModelStatus, cache_folder, examine, local_models, read_pieces, sha256_of
+from workers.weights import USABLE, ModelStatus, State, cache_folder, examine, local_models, read_pieces, sha256_of
 
 MANIFEST = "manifest.json"
 #: Of the manifest's form, raised when an older version could not read it.
@@ -65,8 +67,21 @@ def _is_here(status: ModelStatus) -> bool:
     return bool(status.files) and all(file.state in USABLE for file in status.files)
 
 
+def _derive(status: ModelStatus) -> None:
+    """Have what ONNX Runtime needs of a torch model made here, where torch is: there, torch may not be."""
+    model = status.model
+    derives = model.kind is ModelKind.DETECTOR and status.state is State.CACHED and model.requirement is None
+    if not derives or any(importlib.util.find_spec(name) is None for name in ("torch", "onnxruntime")):
+        return
+    from workers.detection.registry import load_detector
+    from workers.inference import Runtime
+
+    load_detector(PipelineSettings(detector=f"{model.name}@{model.sha256}").spec(), Runtime())
+
+
 def _copy_model(status: ModelStatus, bundle: Path) -> dict[str, Any]:
     model = status.model
+    _derive(status)
     files = []
     for entry in status.files:
         assert entry.path is not None and entry.sha256 is not None

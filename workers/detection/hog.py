@@ -25,7 +25,8 @@ UPSAMPLE = 1
 
 
 class Hog:
-    """The detector of a pipeline. Scores are the logistic function of dlib's: 0.5 is dlib's own threshold."""
+    """The detector of a pipeline. Scores are the logistic function of dlib's; 0.5 is dlib's own threshold, at which it
+    finds half as many faces in crowds as at the manifest's."""
 
     def __init__(self, spec: PipelineSpec, detector: Any) -> None:
         self._spec = spec

@@ -91,9 +91,9 @@ class Staging:
                 os.fsync(stream.fileno())
         found = digest.hexdigest()
         if size not in (None, written) or sha256 not in (None, found):
-            wanted = [f"SHA-256 {sha256}"] * (sha256 is not None) + [f"{size:,} bytes"] * (size is not None)
+            expected = f"SHA-256 {sha256 or 'of any value'}, {'any number of' if size is None else f'{size:,}'} bytes"
             raise MaskwatchError(
-                f"{origin} is not the {name} that is wanted: expected {', '.join(wanted)}; "
+                f"{origin} is not the {name} that is wanted: expected {expected}; "
                 f"found SHA-256 {found}, {written:,} bytes; nothing was kept{self._how_to_unpin(name)}"
             )
         return found
@@ -302,7 +302,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
-        if after != "https" and after != before:
+        if after not in ("https", before):
+            fp.close()
             raise MaskwatchError(
                 f"{shown(req.full_url)} redirects to {shown(newurl)}: from {before} to {after} is refused"
             )

@@ -6,8 +6,7 @@ from common.domain import PipelineSpec
 from common.manifest import ModelKind, known_model
 from workers.classification import MaskClassifier
 from workers.classification.network_classifier import NetworkMaskClassifier
-from workers.inference import Runtime
-from workers.inference.onnx_session import load_session
+from workers.inference import Engine, Runtime, keras_session, onnx_session
 
 
 def load_classifier(spec: PipelineSpec, runtime: Runtime) -> MaskClassifier:
@@ -16,4 +15,5 @@ def load_classifier(spec: PipelineSpec, runtime: Runtime) -> MaskClassifier:
     Raises `MaskwatchError` for an unknown name, else errors as `workers.pipeline.load_analyzer`.
     """
     known_model(spec.classifier.name, ModelKind.CLASSIFIER)
-    return NetworkMaskClassifier(load_session(spec.classifier, runtime))
+    engine = keras_session if runtime.engine is Engine.NATIVE else onnx_session
+    return NetworkMaskClassifier(engine.load_session(spec.classifier, runtime))

@@ -150,9 +150,27 @@ def _cut(pixels: Pixels, box: Box, context: float, rng: np.random.Generator) -> 
     crop = cv2.warpAffine(
         pixels, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=border, borderValue=colour
     )
+    crop = np.asarray(crop, dtype=np.uint8)
     if rng.random() < 0.06:
         crop = _cut_off_side(crop, rng)
-    return np.asarray(crop, dtype=np.uint8)
+    return _half_hidden(crop, rng) if rng.random() < 0.06 else crop
+
+
+def _half_hidden(crop: Pixels, rng: np.random.Generator) -> Pixels:
+    """Something in front of one side or of the forehead: somebody's shoulder, a post, a hat. The mouth stays half free,
+    for nobody could label a face without it."""
+    height, width = crop.shape[:2]
+    hidden = crop.copy()
+    match int(rng.integers(3)):
+        case 0:
+            part = hidden[:, : max(1, int(width * rng.uniform(0.15, 0.42)))]
+        case 1:
+            part = hidden[:, int(width * rng.uniform(0.58, 0.85)) :]
+        case _:
+            part = hidden[: max(1, int(height * rng.uniform(0.15, 0.4)))]
+    colour = rng.uniform(0, 255, 3) + rng.normal(0, 6, part.shape)
+    part[:] = np.clip(colour, 0, 255).astype(np.uint8)
+    return hidden
 
 
 def _cut_off_side(crop: Pixels, rng: np.random.Generator) -> Pixels:

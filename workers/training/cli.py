@@ -7,64 +7,135 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from common import console
 from common.domain import MaskwatchError
 
+if TYPE_CHECKING:
+    from workers.training.dataset import Split
+    from workers.training.recipes import FitSettings
+
 
 @click.command()
 @click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the results go.")
-@click.option("--epochs", default=45, show_default=True, type=click.IntRange(min=1))
-@click.option("--side", default=64, show_default=True, type=click.IntRange(16, 256), help="Input pixels a side.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the results go; without it trained/ARCH-RECIPE.",
+)
+@click.option(
+    "--arch",
+    default="compact",
+    show_default=True,
+    type=click.Choice(["xception", "compact", "efficientnet-lite0"]),
+    help="Which network.",
+)
+@click.option(
+    "--recipe",
+    default="field",
+    show_default=True,
+    type=click.Choice(["notebook", "field"]),
+    help="The reference of 2020 to the letter, or ours for what cameras see.",
+)
+@click.option("--stages", help="Crop sizes and their epochs, as in 64:12,96:4; without it the recipe's own.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs in all, shared out over the recipe's stages.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="ImageNet weights to begin with, for xception Keras's own file without top.",
+)
+@click.option("--scratch", is_flag=True, help="Begin with random weights, whatever this machine has.")
+@click.option(
+    "--precision",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "mixed_bfloat16", "mixed_float16"]),
+    help="What the network computes in.",
+)
+@click.option("--limit", type=click.IntRange(min=20), help="Only this many faces, chosen at random: for a quick try.")
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(min=0))
 @console.json_option
-def train(data: tuple[Path, ...], out: Path, epochs: int, side: int, seed: int, as_json: bool) -> None:
+def train(
+    data: tuple[Path, ...], out: Path | None, arch: str, recipe: str, stages: str | None, epochs: int | None,
+    weights: Path | None, scratch: bool, precision: str, limit: int | None, seed: int, as_json: bool,
+) -> None:  # fmt: skip
     """Fit and export a classifier of faces with and without mask.
 
-    DATA are class folders (with_mask/, without_mask/, perhaps mask_weared_incorrect/) or scene folders (images/ and
-    annotations/ in Pascal VOC), as many as you like. A mask worn wrongly counts as without. Leaves compact.onnx,
-    compact.weights.h5, metrics.json and the model card compact.md. Killed, the same command goes on where it was.
+    DATA, as many as you like: class folders (with_mask/, without_mask/, perhaps mask_weared_incorrect/), a CSV manifest
+    (columns file and label), or scene folders (images/ with annotations/ in Pascal VOC, or labels/ in YOLO). A mask
+    worn wrongly counts as without.
+
+    Leaves the network as ONNX and as Keras weights, metrics.json, a model card, and pictures: curves, confusion
+    matrix, reliability, samples and the worst mistakes. Killed, the same command goes on where it was. Trains on
+    TensorFlow, or on what KERAS_BACKEND names (torch, jax).
 
     \b
-    Example:
-      maskwatch train faces/ scenes_train/ --out trained/
+    Examples:
+      maskwatch train faces/ scenes_train/ --arch efficientnet-lite0
+      maskwatch train faces/ --recipe notebook --arch xception --limit 400
     """
+    out = out or Path("trained") / f"{arch}-{recipe}"
     _prepare_folder(out)
-    _load_tensorflow()
-    from workers.training import dataset, export, fit
-    from workers.training.network import mirrored
+    _load_keras()
+    from workers.training import dataset, fit, recipes, results
 
-    settings = fit.FitSettings(epochs=epochs, side=side, seed=seed)
+    settings = recipes.settings_for(recipes.Recipe(recipe), arch)
+    settings = recipes.with_stages(settings, recipes.read_stages(stages) if stages else None, epochs)
+    begin = _pretrained(arch, weights, scratch, recipe)
+    settings = replace(settings, seed=seed, precision=precision, pretrained=begin is not None)
     faces = dataset.load(data)
     console.note_unreadable(faces.unreadable)
-    training, validation = dataset.split(faces.samples, fit.FOLDS, seed)
-    console.note(f"{len(training):,} faces to learn from, {len(validation):,} held out")
-    model, progress = _fit(training, validation, settings, out)
-
-    views = fit.validation_views(validation, side)
-    onnx_path = out / "compact.onnx"
-    model.save_weights(out / "compact.weights.h5")
-    shipped = mirrored(model)
+    if limit is not None:
+        faces.samples = dataset.limited(faces.samples, limit, seed)
+    divide = dataset.split_as_notebook if settings.recipe is recipes.Recipe.NOTEBOOK else dataset.split_by_group
+    split = divide(faces.samples, seed)
+    console.note(f"{len(split.training):,} faces to learn from, {len(split.held_out):,} held out")
+    model, progress = _fit(split, settings, out, begin)
     with _native_chatter_off():
-        difference = export.export_onnx(shipped, side, onnx_path, views[0].crops)
-    values = export.metrics(shipped, faces, training, views, settings, progress)
-    values["onnx_difference"] = difference
-    values["crops_per_second_one_thread"] = export.crops_per_second(onnx_path, side)
-    (out / "compact.md").write_text(export.model_card(onnx_path, values), encoding="utf-8")
-    # Last: where metrics.json lies, a training is finished.
-    export.write_metrics(out / "metrics.json", values)
+        values = results.leave(model, progress, faces, split, settings, out)
     fit.remove_checkpoints(out)
     if as_json:
         console.print_json(values)
     else:
         _print_training(out, values)
+
+
+def _pretrained(arch: str, weights: Path | None, scratch: bool, recipe: str) -> Callable[[Any], None] | None:
+    """What fills the fresh network with ImageNet's weights; None where there are none, which is said."""
+    from workers.training import pretrained
+
+    if scratch and weights:
+        raise MaskwatchError("--scratch and --weights exclude each other")
+    if scratch or arch == "compact":
+        if weights:
+            raise MaskwatchError("nobody has published ImageNet weights for compact: leave --weights out")
+        return None
+    if arch == "xception":
+        path = weights or pretrained.xception_file()
+        if path is None:
+            console.note(
+                f"no ImageNet weights here ({pretrained.XCEPTION_FILE} in Keras's cache, or --weights): "
+                "the whole network learns from scratch"
+            )
+            return None
+        console.note(f"begins with ImageNet's weights of {path}")
+        return partial(pretrained.load_xception, path=path, freeze=recipe == "notebook")
+    if weights:
+        content = weights.read_bytes()
+    else:
+        from common.manifest import MODELS
+        from workers.weights import read_model
+
+        content = read_model(MODELS["efficientnet-lite0-imagenet"].ref)
+    return partial(pretrained.load_efficientnet_lite0, content=content)
 
 
 def _prepare_folder(out: Path) -> None:
@@ -79,14 +150,17 @@ def _prepare_folder(out: Path) -> None:
         raise MaskwatchError(f"{out} can't be written to")
 
 
-def _load_tensorflow() -> None:
-    """Imports TensorFlow, without its chatter on the way; a missing one is reported by the command line itself."""
+def _load_keras() -> None:
+    """Imports Keras and its backend, TensorFlow where none is named, without their chatter on the way; what is missing
+    is reported by the command line itself."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     with _native_chatter_off():
+        import keras  # noqa: F401
+    if os.environ["KERAS_BACKEND"] == "tensorflow":
         import tensorflow as tf
 
-    tf.get_logger().setLevel("ERROR")
+        tf.get_logger().setLevel("ERROR")
 
 
 @contextmanager
@@ -103,20 +177,20 @@ def _native_chatter_off() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _fit(training: Any, validation: Any, settings: Any, out: Path) -> tuple[Any, Any]:
+def _fit(split: Split, settings: FitSettings, out: Path, begin: Callable[[Any], None] | None) -> tuple[Any, Any]:
     from workers.training import fit
 
     def tell(figures: dict[str, float]) -> None:
         console.note(
-            f"epoch {figures['epoch']:.0f} of {settings.epochs}: loss {figures['loss']:.4f}, "
-            f"validation loss {figures['validation_loss']:.4f}, "
+            f"epoch {figures['epoch']:.0f} of {settings.epochs} at {figures['side']:.0f} px: "
+            f"loss {figures['loss']:.4f}, validation loss {figures['validation_loss']:.4f}, "
             f"balanced accuracy {figures['validation_balanced_accuracy']:.3f}"
         )
 
     with console.progress() as bar:
         task = bar.add_task("training", total=None)
         return fit.fit(
-            training, validation, settings, out,
+            split.training, split.validation, settings, out, prepare=begin or (lambda model: None),
             on_step=lambda done, total: bar.update(task, completed=done, total=total), on_epoch=tell,
         )  # fmt: skip
 
@@ -124,11 +198,11 @@ def _fit(training: Any, validation: Any, settings: Any, out: Path) -> tuple[Any,
 def _print_training(out: Path, values: dict[str, Any]) -> None:
     console.print_table(
         "Held-out faces",
-        ("view", "size in px", "faces", "balanced accuracy"),
+        ("view", "size in px", "faces", "balanced accuracy", "calibration error"),
         [
-            (view, size, row["faces"], console.percent(row["balanced_accuracy"]))
-            for view, rows in values["validation"].items()
-            for size, row in rows.items()
+            (view, "all", figures["all"]["faces"], console.percent(figures["all"]["balanced_accuracy"]),
+             f"{figures['calibration']['expected_calibration_error']:.3f}")
+            for view, figures in values["held_out"].items()
         ],
-    )
-    console.note(f"best epoch {values['best_epoch']}; {out / 'compact.onnx'}, metrics.json and compact.md are there")
+    )  # fmt: skip
+    console.note(f"best epoch {values['best_epoch']}; the network, its figures, pictures and model card are in {out}")

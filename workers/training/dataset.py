@@ -316,9 +316,51 @@ def _upper_half(sample: FaceSample) -> NDArray[np.float32]:
     return np.asarray(values / (np.linalg.norm(values) + 1e-6), dtype=np.float32)
 
 
-def split(samples: Sequence[FaceSample], folds: int, seed: int) -> tuple[list[FaceSample], list[FaceSample]]:
-    """(training, validation): one of `folds` parts validates. Classes and kinds of data are spread alike, groups
-    stay whole. Raises `MaskwatchError` where a side would lack a class."""
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Who learns, who judges epochs and temperature, and who is kept for the last look. Groups stay whole."""
+
+    training: list[FaceSample]
+    validation: list[FaceSample]
+    held_out: list[FaceSample]
+
+
+def split_by_group(samples: Sequence[FaceSample], seed: int) -> Split:
+    """About eight tenths, one, and one. Classes and kinds of data are spread alike, groups stay on one side.
+
+    Raises `MaskwatchError` where a side would lack a class.
+    """
+    rest, held_out = _fold(samples, 10, seed)
+    training, validation = _fold(rest, 9, seed)
+    return Split(training, validation, held_out)
+
+
+def split_as_notebook(samples: Sequence[FaceSample], seed: int) -> Split:
+    """Nine tenths and one, stratified by class alone, which then judges and is looked at last. Raises as above."""
+    from sklearn.model_selection import train_test_split
+
+    labels = [sample.label for sample in samples]
+    if min(Counter(labels).values(), default=0) < 2 or len(samples) < 20:
+        raise MaskwatchError(f"{len(samples)} faces are too few to hold out one in ten of each class")
+    training, held_out = train_test_split(list(samples), test_size=0.1, stratify=labels, random_state=seed)
+    return Split(training, held_out, held_out)
+
+
+def limited(samples: Sequence[FaceSample], limit: int, seed: int) -> list[FaceSample]:
+    """At most `limit` of the faces, chosen at random, the classes in the proportions they have."""
+    if limit >= len(samples):
+        return list(samples)
+    rng = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for label in range(len(CLASS_NAMES)):
+        members = [at for at, sample in enumerate(samples) if sample.label == label]
+        count = min(len(members), max(1, round(limit * len(members) / len(samples))))
+        chosen += rng.choice(members, count, replace=False).tolist() if members else []
+    return [samples[at] for at in sorted(chosen)]
+
+
+def _fold(samples: Sequence[FaceSample], folds: int, seed: int) -> tuple[list[FaceSample], list[FaceSample]]:
+    """(all but one part, one of `folds` parts)."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     strata = [f"{sample.label}/{sample.from_scene}" for sample in samples]
@@ -329,9 +371,8 @@ def split(samples: Sequence[FaceSample], folds: int, seed: int) -> tuple[list[Fa
     if min(Counter(sample.label for sample in samples).values(), default=0) < folds or len(set(groups)) < folds:
         raise too_few
     folding = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    training_at, validation_at = next(iter(folding.split(strata, strata, groups)))
-    training = [samples[index] for index in training_at]
-    validation = [samples[index] for index in validation_at]
-    if any(len({sample.label for sample in side}) < len(CLASS_NAMES) for side in (training, validation)):
+    rest_at, part_at = next(iter(folding.split(strata, strata, groups)))
+    rest, part = [samples[index] for index in rest_at], [samples[index] for index in part_at]
+    if any(len({sample.label for sample in side}) < len(CLASS_NAMES) for side in (rest, part)):
         raise too_few
-    return training, validation
+    return rest, part

@@ -1,14 +1,13 @@
-"""From a fitted network to what a worker runs: an ONNX file that was checked against the network it came from,
-the figures as metrics.json and, for people, a model card.
+"""From a fitted network to what a worker runs: an ONNX file that was checked against the network it came from.
+
+The file holds what a worker needs to know, too: the architecture, so that Keras can run the same weights (see
+`workers.inference.keras_session`), the temperature that is already in the last layer, and how it was trained.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
-from workers.training.dataset import CLASS_NAMES, FaceSample, FaceSet
-from workers.training.evaluate import SIZE_BINS, label_figures, size_bin
-from workers.training.fit import FitSettings, Progress, ValidationView
+from workers.classification import networks
+from workers.training.dataset import CLASS_NAMES
+from workers.training.recipes import FitSettings
 
 #: ONNX operator set: old enough for every ONNX Runtime this project supports.
 OPSET = 17
 
-#: Largest difference of a probability between the network and its ONNX file.
-TOLERANCE = 1e-4
-
-#: What is known about data by the name of its source (the manifest's, else the folder's): origin and licence.
-KNOWN_SOURCES = {
-    "chandrika": "chandrikadeb7/Face-Mask-Detection (repository MIT; photos collected from the web)",
-    "karim12k": "Kaggle face-mask-12k (CC0 as published; its unmasked half is CelebA: non-commercial research)",
-    "prajnasb": "prajnasb/observations (masks pasted on photos; no licence recorded)",
-    "scenes_train": "Kaggle andrewmvd/face-mask-detection (CC0 as published; press photos)",
-}
+#: Largest difference of a probability between the network and its ONNX file, by the precision of the weights.
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
 
 
-def export_onnx(model: Any, side: int, path: Path, crops: NDArray[np.float32]) -> float:
-    """Writes the network as ONNX: input `crops` float32 (n, side, side, 3), output softmax `probabilities` (n, 2).
+def for_workers(model: Any, settings: FitSettings, temperature: float) -> Any:
+    """The network that workers run: normalisation and temperature folded into the weights, and answering with the mean
+    over a crop and its mirror image. Its input has the size of the last stage.
 
+    Dividing the logits by the temperature is the same as dividing the last layer's weights (Guo et al. 2017).
+    """
+    folded = networks.folded(model, networks.build(settings.arch, settings.side))
+    last = folded.get_layer("probabilities")
+    last.set_weights([weights / temperature for weights in last.get_weights()])
+    return networks.mirrored(folded)
+
+
+def export_onnx(
+    model: Any, settings: FitSettings, path: Path, crops: NDArray[np.float32], *,
+    temperature: float = 1.0, half: bool = False,
+) -> float:  # fmt: skip
+    """Writes a fitted network as workers run it: input `crops` float32 (n, side, side, 3), output softmax
+    `probabilities` (n, 2).
+
+    half: keeps the weights in half precision, at half the size; a runtime computes with them in single precision.
     Returns the largest difference of a probability over `crops`. Raises `MaskwatchError` and writes nothing if it
     is above `TOLERANCE`.
     """
@@ -45,22 +53,79 @@ def export_onnx(model: Any, side: int, path: Path, crops: NDArray[np.float32]) -
     import tensorflow as tf
     import tf2onnx
 
-    signature = [tf.TensorSpec((None, side, side, 3), tf.float32, name="crops")]
-    function = tf.function(lambda batch: model(batch, training=False), input_signature=signature)
+    shipped = for_workers(model, settings, temperature)
+    signature = [tf.TensorSpec((None, settings.side, settings.side, 3), tf.float32, name="crops")]
+    function = tf.function(lambda batch: shipped(batch, training=False), input_signature=signature)
     converted, _ = tf2onnx.convert.from_function(function, input_signature=signature, opset=OPSET)
     _name_output(converted, "probabilities")
+    _name_weights(converted, networks.named_weights(shipped))
+    if half:
+        _halve(converted)
+    told = {
+        "arch": settings.arch, "side": settings.side, "mirrored": True, "temperature": temperature,
+        "recipe": settings.recipe.value, "classes": list(CLASS_NAMES),
+    }  # fmt: skip
+    onnx.helper.set_model_props(converted, {networks.METADATA_KEY: json.dumps(told)})
     onnx.checker.check_model(converted)
     content: bytes = converted.SerializeToString()
-    expected = model.predict(crops, batch_size=256, verbose=0)
+    expected = shipped.predict(crops, batch_size=128, verbose=0)
     difference = float(np.abs(_run(content, crops) - expected).max())
-    if difference > TOLERANCE:
+    allowed = TOLERANCE["float16" if half else "float32"]
+    if difference > allowed:
         raise MaskwatchError(
-            f"the ONNX file differs from the network by {difference:.1e} in a probability; allowed: {TOLERANCE:.0e}"
+            f"the ONNX file differs from the network by {difference:.1e} in a probability; allowed: {allowed:.0e}"
         )
     part = path.with_suffix(".onnx.part")
     part.write_bytes(content)
     part.replace(path)
     return difference
+
+
+def _name_weights(converted: Any, named: dict[str, NDArray[np.float32]]) -> None:
+    """Gives each initialiser the name of the weights of ours that it holds, by which Keras finds them again.
+
+    The conversion makes names up, but it keeps values (a normalisation that was folded beforehand changes nothing
+    more) and only turns kernels. It leaves out biases that are zero and keeps one of two that are equal: such are
+    added by their name. Raises `MaskwatchError` naming kernels that the file doesn't hold.
+    """
+    from onnx import numpy_helper
+
+    held = [(entry, numpy_helper.to_array(entry)) for entry in converted.graph.initializer]
+    names: dict[str, str] = {}
+    for name, values in named.items():
+        turned = networks.as_in_onnx(values)
+        for entry, found in held:
+            if entry.name in names or found.size != turned.size or found.dtype != np.float32:
+                continue
+            if np.allclose(found.reshape(turned.shape), turned, rtol=1e-4, atol=1e-6):
+                names[entry.name] = name
+                break
+        else:
+            if values.ndim == 1:
+                converted.graph.initializer.append(numpy_helper.from_array(values, name))
+                continue
+            raise MaskwatchError(f"the converted network holds no {name}; was it converted by another tf2onnx?")
+    for entry, _ in held:
+        entry.name = names.get(entry.name, entry.name)
+    for node in converted.graph.node:
+        node.input[:] = [names.get(value, value) for value in node.input]
+
+
+def _halve(converted: Any) -> None:
+    """Turns each float32 initialiser into a float16 one with a cast behind it, which runtimes fold when they load."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for entry in converted.graph.initializer:
+        values = numpy_helper.to_array(entry)
+        if values.dtype != np.float32 or values.size < 16:
+            continue
+        name, halved = entry.name, f"{entry.name}{networks.HALF_SUFFIX}"
+        entry.CopyFrom(numpy_helper.from_array(values.astype(np.float16), halved))
+        casts.append(helper.make_node("Cast", [halved], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *converted.graph.node]
+    del converted.graph.node[:]
+    converted.graph.node.extend(nodes)
 
 
 def _name_output(converted: Any, name: str) -> None:
@@ -99,69 +164,9 @@ def crops_per_second(path: Path, side: int, batch: int = 16, seconds: float = 1.
 
 
 def parameter_count(path: Path) -> int:
-    """Numbers in the initialisers of an ONNX file: what the network learned, normalisation folded in or not."""
+    """Numbers in the initialisers of an ONNX file: what the network learned, with its normalisation folded in."""
     import onnx
 
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     initialisers = onnx.load(path).graph.initializer
-    return int(sum(np.prod(weights.dims) for weights in initialisers if weights.data_type == onnx.TensorProto.FLOAT))
-
-
-def metrics(
-    model: Any, faces: FaceSet, training: Sequence[FaceSample], views: Sequence[ValidationView],
-    settings: FitSettings, progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """What metrics.json holds: settings, data, the course of the training, held-out figures per view and face size."""
-    held_out = {sample.group for view in views for sample in view.samples if sample.from_scene}
-    return {
-        "settings": asdict(settings),
-        "data": {
-            "faces": faces.counts(),
-            "sources": faces.sources(),
-            "unreadable": [{"file": name, "reason": reason} for name, reason in faces.unreadable],
-            "training_faces": len(training),
-            "validation_faces": len(faces.samples) - len(training),
-            "validation_scenes": sorted(group.split("/", 1)[1] for group in held_out),
-        },
-        "best_epoch": progress.best_epoch,
-        "validation_loss": progress.best_loss,
-        "history": progress.history,
-        "validation": {view.name: _view_figures(model, view) for view in views},
-    }
-
-
-def _view_figures(model: Any, view: ValidationView) -> dict[str, Any]:
-    predicted = model.predict(view.crops, batch_size=256, verbose=0).argmax(axis=1)
-    figures: dict[str, Any] = {"all": label_figures(view.labels, predicted)}
-    if view.name == "scenes":
-        bins = np.array([size_bin(sample.size_px) for sample in view.samples])
-        for name in SIZE_BINS:
-            if (bins == name).any():
-                figures[name] = label_figures(view.labels[bins == name], predicted[bins == name])
-    return figures
-
-
-def write_metrics(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def model_card(onnx_path: Path, values: dict[str, Any]) -> str:
-    """The model card in Markdown, from the values of metrics.json and the file beside it."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # Markdown, not HTML: nothing to escape. The values are our own figures and names of files.
-    environment = Environment(
-        loader=PackageLoader("workers.training", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
-    environment.filters["thousands"] = lambda value: f"{value:,.0f}"
-    return environment.get_template("model_card.md.j2").render(
-        name=onnx_path.stem,
-        classes=CLASS_NAMES,
-        parameters=parameter_count(onnx_path),
-        sha256=hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
-        known_sources=KNOWN_SOURCES,
-        **values,
-    )
+    return int(sum(np.prod(weights.dims) for weights in initialisers if weights.data_type in floats))

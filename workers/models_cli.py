@@ -126,6 +126,7 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
     """
     if bool(names) == everything:
         raise MaskwatchError("name the models to pull, or say --all")
+    sha256 = sha256 and sha256.lower()
     if sha256 is not None and (len(names) != 1 or not is_sha256(sha256)):
         raise MaskwatchError("--sha256 belongs to one model, and is 64 characters of 0-9 and a-f")
     from workers import acquisition

@@ -224,6 +224,15 @@ def test_a_server_that_is_not_there(cache: Path, pair: Model) -> None:
     assert "can't be read: [Errno" in refused(cache, "pull", "pair", "--url", "http://127.0.0.1:9/")
 
 
+def test_a_server_that_falls_silent_is_given_up(
+    cache: Path, pair: Model, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acquisition, "TIMEOUT_SECONDS", 0.3)
+    server.serve("one.pt", ONE)
+    server.stall = True
+    assert "timed out" in refused(cache, "pull", "pair", "--url", server.url)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

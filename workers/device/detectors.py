@@ -38,15 +38,15 @@ class DeviceCenterFace:
     """`centerface.CenterFace` for batches."""
 
     def __init__(self, spec: PipelineSpec, network: Any) -> None:
-        self._spec = spec
+        self.spec = spec
         self.network = network
 
     def detect(self, frames_rgb: Any) -> Found:
         height, width = frames_rgb.shape[1:3]
-        pictures, to_frame = _scaled(frames_rgb, self._spec)
+        pictures, to_frame = _scaled(frames_rgb, self.spec)
         rest_x, rest_y = -pictures.shape[3] % centerface.MULTIPLE, -pictures.shape[2] % centerface.MULTIPLE
         heatmap, log_sizes, offsets = self._forward(functional.pad(pictures, (0, rest_x, 0, rest_y)))
-        threshold = self._spec.detector_threshold
+        threshold = self.spec.detector_threshold
         scores, cells = torch_ops.best(heatmap.flatten(1), threshold, centerface.MAX_CANDIDATES)
         columns = heatmap.shape[3]
         # Channels are y, x; boxes are x, y.
@@ -67,16 +67,16 @@ class DeviceRetinaFace:
     """`retinaface.RetinaFace` for batches."""
 
     def __init__(self, spec: PipelineSpec, network: Any) -> None:
-        self._spec = spec
+        self.spec = spec
         self.network = network
 
     def detect(self, frames_rgb: Any) -> Found:
         height, width = frames_rgb.shape[1:3]
-        pictures, to_frame = _scaled(frames_rgb, self._spec)
+        pictures, to_frame = _scaled(frames_rgb, self.spec)
         mean = torch.tensor(retinaface.MEAN_BGR, dtype=torch.float32).to(pictures.device, non_blocking=True)
         batch = pictures.flip(1) - mean[:, None, None]
         locations, scores, _ = self.network(_as_input(batch, self.network))
-        threshold = self._spec.detector_threshold
+        threshold = self.spec.detector_threshold
         scores, rows = torch_ops.best(scores.float(), threshold, retinaface.MAX_CANDIDATES)
         priors_px = torch_ops.priors(*pictures.shape[2:], pictures.device)[rows]
         locations = locations.float().gather(1, rows[..., None].expand(-1, -1, 4))

@@ -74,18 +74,19 @@ def test_a_network_made_by_hand_is_the_same() -> None:
 
 
 @pytest.mark.train
-@pytest.mark.parametrize(("arch", "side"), [("xception", 64), ("efficientnet-lite0", 64)])
-def test_the_larger_classifiers_are_the_same(arch: str, side: int, tmp_path: Path) -> None:
-    """As training exports them: Keras through tf2onnx, with the mirror image; seeded random weights."""
+@pytest.mark.parametrize(("arch", "half"), [("xception", True), ("efficientnet-lite0", False), ("compact", True)])
+def test_classifiers_are_the_same_as_training_exports_them(arch: str, half: bool, tmp_path: Path) -> None:
+    """Keras through tf2onnx, with the mirror image, some with weights in half precision; seeded random weights."""
     keras = pytest.importorskip("keras", reason="the `train` layer is not installed")
     from workers.classification.networks import build
     from workers.training.export import export_onnx
-    from workers.training.network import mirrored
+    from workers.training.recipes import FitSettings, Recipe, Stage
 
     keras.utils.set_random_seed(4)
-    batch = np.random.default_rng(4).uniform(-1, 1, (3, side, side, 3)).astype(np.float32)
+    batch = np.random.default_rng(4).uniform(-1, 1, (3, 64, 64, 3)).astype(np.float32)
     path = tmp_path / "network.onnx"
-    export_onnx(mirrored(build(arch, side)), side, path, batch)
+    settings = FitSettings(arch, Recipe.FIELD, (Stage(64, 1),), 32, 1e-4)
+    export_onnx(build(arch, 64), settings, path, batch, temperature=1.5, half=half)
     assert difference(path.read_bytes(), batch) < TOLERANCE
 
 

@@ -15,6 +15,7 @@ from common.local.footage import DAYS, TIME_ZONES, make_footage, schedule
 from common.local.truth import StoredFace, Truth, compare_with_truth
 from common.settings import PipelineSettings
 from workers.detection.centerface import load_centerface
+from workers.inference import Runtime
 
 PER_CAMERA = 12
 
@@ -111,7 +112,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
 
 def test_the_detector_finds_the_faces_where_the_truth_says(footage: tuple[Path, Truth]) -> None:
     out, truth = footage
-    detector = load_centerface(PipelineSettings().spec(), threads=2)
+    detector = load_centerface(PipelineSettings().spec(), Runtime(threads=2))
     stored = []
     for picture in truth.pictures:
         with Image.open(out / "bucket" / picture.key) as image:

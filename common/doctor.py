@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 #: What was looked at; fine, not fine, or neither; in words.
 Check = tuple[str, bool | None, str]
 
-#: What each runtime can't do without, and the layer that installs it.
-_ENGINES = {"onnx": ("onnxruntime", "worker"), "native": ("torch", "native")}
-
 
 @click.command()
 @json_option
@@ -120,14 +117,19 @@ def _examine_models(settings: Settings) -> list[Check]:
 
 
 def _examine_runtime(settings: Settings) -> list[Check]:
-    from common.machine import gpu_names, oversubscribed, require_device, threads_per_process, usable_cores
+    from common.machine import (
+        gpu_names,
+        missing_for,
+        oversubscribed,
+        require_device,
+        threads_per_process,
+        usable_cores,
+    )
 
     worker = settings.worker
-    module, layer = _ENGINES[worker.runtime]
-    installed = importlib.util.find_spec(module) is not None
-    missing = f"{worker.runtime} needs {module}, which only workers need: pip install 'maskwatch[{layer}]'"
     problem = False if _runs_models() else None
-    found: list[Check] = [("runtime", True, worker.runtime) if installed else ("runtime", problem, missing)]
+    missing = missing_for(worker.runtime)
+    found: list[Check] = [("runtime", problem, missing) if missing else ("runtime", True, worker.runtime)]
     try:
         require_device(worker.device)
         found.append(("device", True, worker.device))
@@ -142,5 +144,7 @@ def _examine_runtime(settings: Settings) -> list[Check]:
 
 
 def _runs_models() -> bool:
-    """Whether this machine has what a worker needs, and so is more than a producer or an analyst's."""
-    return any(importlib.util.find_spec(module) is not None for module, _ in _ENGINES.values())
+    """Whether this machine has what a worker needs, and so is more than a producer's or an analyst's."""
+    from common.machine import RUNTIMES, missing_for
+
+    return any(missing_for(runtime) is None for runtime in RUNTIMES)

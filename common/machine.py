@@ -1,10 +1,11 @@
-"""What this machine offers to networks: cores and NVIDIA GPUs. Standard library only, so that `maskwatch doctor`
-can tell it where no model runtime is installed; which engine can use them is the business of `workers.inference`.
+"""What this machine offers to networks: runtimes, cores and NVIDIA GPUs. Standard library only, so that `maskwatch
+doctor` can tell it where no runtime is installed; whether they really work is the business of `workers.readiness`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import os
 import sys
@@ -16,6 +17,19 @@ from common.domain import MaskwatchError
 #: Where a container finds how much time of the processors it may use: "MAX PERIOD" in microseconds, or "max PERIOD"
 #: (docs.kernel.org/admin-guide/cgroup-v2.html, "CPU Interface Files").
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+#: Runtime → the layer that installs it, and the packages it can't do without.
+RUNTIMES = {"onnx": ("worker", ("onnxruntime",)), "native": ("native", ("torch", "keras"))}
+
+
+def missing_for(runtime: str) -> str | None:
+    """A sentence that says what a runtime lacks here, and how to get it; None if it is installed."""
+    layer, packages = RUNTIMES[runtime]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if not missing:
+        return None
+    return f"the {runtime} runtime needs {' and '.join(missing)}: pip install 'maskwatch[{layer}]'"
 
 
 def usable_cores() -> int:

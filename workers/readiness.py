@@ -6,27 +6,23 @@ pass shows that a GPU and its libraries work, and the memory it takes there shou
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 
 from common.domain import MaskwatchError, PipelineSpec
-from common.machine import require_device
+from common.machine import missing_for, require_device
 from common.settings import PipelineSettings, Settings
 from workers.inference import Engine, Runtime, runtime_of
 from workers.weights import require
 
-#: What an engine can't do without, and the layer that installs it.
-_NEEDED = {Engine.ONNX: ("onnxruntime", "worker"), Engine.NATIVE: ("torch", "native")}
 #: Of the trial on a GPU: loading CUDA's libraries from a cold disk takes most of it.
 TRIAL_SECONDS = 180.0
 
 
 def require_runtime(runtime: Runtime) -> None:
     """Raises `MaskwatchError` where the engine isn't installed, the GPU isn't there, or it can't be used."""
-    package, layer = _NEEDED[runtime.engine]
-    if importlib.util.find_spec(package) is None:
-        raise MaskwatchError(f"the {runtime.engine} runtime needs {package}: pip install 'maskwatch[{layer}]'")
+    if (missing := missing_for(runtime.engine)) is not None:
+        raise MaskwatchError(missing)
     require_device(runtime.device)
     if runtime.device == "cpu":
         return

@@ -52,3 +52,12 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     require_device("cuda:1")
     with pytest.raises(MaskwatchError, match="cuda:2 is not there; here are: cuda:0 A, cuda:1 B"):
         require_device("cuda:2")
+
+
+def test_what_a_runtime_lacks_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(machine.RUNTIMES, "native", ("native", ("json", "not_installed_here")))
+    assert machine.missing_for("native") == (
+        "the native runtime needs not_installed_here: pip install 'maskwatch[native]'"
+    )
+    monkeypatch.setitem(machine.RUNTIMES, "native", ("native", ("json",)))
+    assert machine.missing_for("native") is None

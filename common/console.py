@@ -68,9 +68,9 @@ def note(message: str) -> None:
 
 
 def note_unreadable(unreadable: Sequence[tuple[str, str]]) -> None:
-    """Names the files that could not be read, (name, reason), on standard error."""
+    """Names the files and boxes that could not be used, (name, reason), on standard error."""
     if unreadable:
-        note(f"{len(unreadable)} files could not be read and were left out:")
+        note(f"{len(unreadable)} could not be used and were left out:")
     for name, reason in unreadable:
         note(f"  {name}: {reason}")
 

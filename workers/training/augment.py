@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from common.settings import PipelineSettings
 from workers.classification import _ops
-from workers.training.dataset import Box, FaceSample
+from workers.training.annotations import Box
+from workers.training.dataset import FaceSample
 
 #: How production cuts crops: what training imitates, and validation does exactly.
 PRODUCTION = PipelineSettings()

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from workers.classification import _ops
 from workers.training import augment
+from workers.training.annotations import CLASS_NAMES
 from workers.training.augment import MaskPosition
-from workers.training.dataset import CLASS_NAMES, FaceSample
+from workers.training.dataset import FaceSample
 from workers.training.recipes import FitSettings, Recipe
 
 #: Shares of a class: faces of scenes, faces of any kind whose mask is worn wrongly (rare, and the hardest), and

@@ -1,37 +1,46 @@
-"""Labelled faces for training and measuring: reads class folders and Pascal VOC scenes into memory, keeps
+"""Labelled faces for training and measuring: reads class folders, manifests and scenes into memory, keeps
 look-alikes together, splits.
 
-It leaves what happens to a face before the network sees it to `augment` and `workers.classification._ops`.
+It leaves reading annotations to `annotations`, and what happens to a face before the network sees it to `augment`
+and `workers.classification._ops`.
 """
 
 from __future__ import annotations
 
 import csv
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import MaskStatus, MaskwatchError, PermanentJobError
+from common.domain import MaskwatchError, PermanentJobError
 from workers.classification import _ops
 from workers.decoding import decode_image
-
-#: Class order of every network: the classes sorted, as in the notebook.
-CLASS_NAMES = (MaskStatus.WITH_MASK.value, MaskStatus.WITHOUT_MASK.value)
-
-#: Names that labels go by → class index. A mask worn wrongly protects nobody: it counts as without.
-WORN_WRONGLY = "mask_weared_incorrect"
-CLASS_OF_LABEL = {"with_mask": 0, "without_mask": 1, WORN_WRONGLY: 1}
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+from workers.training.annotations import (
+    CLASS_NAMES,
+    CLASS_OF_LABEL,
+    WORN_WRONGLY,
+    Box,
+    LabelledBox,
+    LeftOut,
+    class_of,
+    images_in,
+    is_scene_folder,
+    read_boxes,
+    scene_pairs,
+)  # fmt: skip
 
 #: Where a face of a class folder lies in its picture: such crops are cut with about this margin on every side.
 FOLDER_MARGIN = 0.12
+
+#: Pictures in memory at once while they are read.
+READ_AHEAD = 64
 
 #: A larger picture is left out, named.
 MAX_PIXELS = 100_000_000
@@ -49,21 +58,6 @@ SMALLEST_FACE_PX = 8
 #: Upper halves of two faces that correlate above this are the same photo, as a rule: measured on faces whose
 #: pairs are known (masks pasted on photos); most true pairs lie above, and hardly any strangers.
 LOOKALIKE_CORRELATION = 0.93
-
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledBox:
-    """A face in a picture as somebody labelled it. Box: xyxy pixels, inside the picture."""
-
-    box: Box
-    label: int
-    worn_wrongly: bool = False
-
-    @property
-    def size_px(self) -> float:
-        return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # arrays have no single truth when compared
@@ -87,10 +81,10 @@ class FaceSample:
 
 @dataclass(slots=True)
 class FaceSet:
-    """What was read, and the files that could not be: (name, reason)."""
+    """What was read, and the files and boxes that could not be used: (name, reason)."""
 
     samples: list[FaceSample] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: LeftOut = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Faces per class."""
@@ -103,18 +97,22 @@ class FaceSet:
 
 
 def load(folders: Iterable[Path]) -> FaceSet:
-    """Reads class folders and scene folders into memory and groups look-alikes.
+    """Reads class folders, scene folders and manifests into memory and groups look-alikes.
 
-    A scene folder holds images/ and annotations/ (Pascal VOC). A class folder holds with_mask/, without_mask/ and
-    perhaps mask_weared_incorrect/; a manifest.csv beside them (columns file, source) names each file's source.
-    Raises `MaskwatchError` for a folder that is neither, an unknown class, and a class without a single face.
+    A scene folder holds images/ and annotations/ (Pascal VOC) or labels/ (YOLO). A class folder holds with_mask/,
+    without_mask/ and perhaps mask_weared_incorrect/; a manifest.csv beside them (columns file, source) names each
+    file's source. A manifest (a .csv of its own) has the columns file, relative to it, and label; perhaps source, group
+    (faces of one person or photo, which stay on one side of a split), and x1, y1, x2, y2 in pixels of the picture.
+    Raises `MaskwatchError` for a folder that is none of these, an unknown label, and a class without a single face.
     """
     faces = FaceSet()
     for folder in folders:
-        if not folder.is_dir():
-            raise MaskwatchError(f"{folder} is no folder")
         before = len(faces.samples)
-        if is_scene_folder(folder):
+        if folder.is_file() and folder.suffix.lower() == ".csv":
+            _load_manifest(folder, faces)
+        elif not folder.is_dir():
+            raise MaskwatchError(f"{folder} is neither a folder nor a CSV manifest")
+        elif is_scene_folder(folder):
             _load_scenes(folder, faces)
         else:
             _load_class_folder(folder, faces)
@@ -134,15 +132,12 @@ def _unreadable_note(unreadable: Sequence[tuple[str, str]]) -> str:
     return f": {len(unreadable)} files unreadable, the first is {name} ({reason})"
 
 
-def is_scene_folder(folder: Path) -> bool:
-    return (folder / "images").is_dir() and (folder / "annotations").is_dir()
-
-
 def _load_class_folder(folder: Path, faces: FaceSet) -> None:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise MaskwatchError(
-            f"{folder} holds neither class folders ({', '.join(CLASS_OF_LABEL)}) nor images/ with annotations/"
+            f"{folder} holds neither class folders ({', '.join(CLASS_OF_LABEL)}) "
+            "nor images/ with annotations/ or labels/"
         )
     for class_folder in classes:
         if class_folder.name not in CLASS_OF_LABEL:
@@ -151,116 +146,139 @@ def _load_class_folder(folder: Path, faces: FaceSet) -> None:
             )
     sources = _manifest_sources(folder / "manifest.csv")
     for class_folder in classes:
-        for path in _images(class_folder):
-            name = f"{class_folder.name}/{path.name}"
-            pixels = _read_or_note(path, name, faces)
-            if pixels is None:
-                continue
-            height, width = pixels.shape[:2]
-            box = (
-                width * FOLDER_MARGIN, height * FOLDER_MARGIN,
-                width * (1 - FOLDER_MARGIN), height * (1 - FOLDER_MARGIN),
-            )  # fmt: skip
-            sample = FaceSample(
-                pixels=pixels,
-                box=box,
-                label=CLASS_OF_LABEL[class_folder.name],
-                size_px=max(box[2] - box[0], box[3] - box[1]),
-                from_scene=False,
-                source=sources.get(name, folder.name),
-                group=f"{folder.name}/{name}",
-                name=name,
-                worn_wrongly=class_folder.name == WORN_WRONGLY,
+        named = partial(_named_in, class_folder.name)
+        for path, pixels in _read_in_parallel(images_in(class_folder), faces, named):
+            name = named(path)
+            faces.samples.append(
+                _folder_sample(pixels, class_folder.name, name, sources.get(name, folder.name), f"{folder.name}/{name}")
             )
-            faces.samples.append(_shrunk(sample))
+
+
+def _named_in(label: str, path: Path) -> str:
+    return f"{label}/{path.name}"
+
+
+def _folder_sample(pixels: NDArray[np.uint8], label: str, name: str, source: str, group: str) -> FaceSample:
+    """A picture that is one face with a little around it."""
+    height, width = pixels.shape[:2]
+    box = (
+        width * FOLDER_MARGIN, height * FOLDER_MARGIN,
+        width * (1 - FOLDER_MARGIN), height * (1 - FOLDER_MARGIN),
+    )  # fmt: skip
+    sample = FaceSample(
+        pixels=pixels,
+        box=box,
+        label=CLASS_OF_LABEL[label],
+        size_px=max(box[2] - box[0], box[3] - box[1]),
+        from_scene=False,
+        source=source,
+        group=group,
+        name=name,
+        worn_wrongly=label == WORN_WRONGLY,
+    )
+    return _shrunk(sample)
 
 
 def _load_scenes(folder: Path, faces: FaceSet) -> None:
-    for image_path, annotation_path in scene_pairs(folder):
-        pixels = _read_or_note(image_path, image_path.name, faces)
-        if pixels is None:
-            continue
+    annotations = dict(scene_pairs(folder))
+    for image_path, pixels in _read_in_parallel(list(annotations), faces, lambda path: path.name):
         height, width = pixels.shape[:2]
-        for number, labelled in enumerate(read_voc(annotation_path, width, height)):
-            if labelled.size_px < SMALLEST_FACE_PX:
+        for number, labelled in enumerate(read_boxes(annotations[image_path], width, height, faces.unreadable)):
+            if labelled.size_px >= SMALLEST_FACE_PX:
+                group = f"{folder.name}/{image_path.name}"
+                faces.samples.append(_scene_sample(pixels, labelled, f"{image_path.name}#{number}", folder.name, group))
+
+
+def _scene_sample(pixels: NDArray[np.uint8], labelled: LabelledBox, name: str, source: str, group: str) -> FaceSample:
+    """A labelled face of a larger picture, with its surroundings."""
+    height, width = pixels.shape[:2]
+    # The kept pixels are cut as a widened crop would be, so that edges of the picture stay edges.
+    wide = _ops.widen_box(labelled.box, width, height, below_px=float("inf"), factor=SCENE_CONTEXT)
+    left, top, right, bottom = _ops.pixel_box(wide, width, height)
+    x1, y1, x2, y2 = labelled.box
+    sample = FaceSample(
+        pixels=np.ascontiguousarray(pixels[top:bottom, left:right]),
+        box=(x1 - left, y1 - top, x2 - left, y2 - top),
+        label=labelled.label,
+        size_px=labelled.size_px,
+        from_scene=True,
+        source=source,
+        group=group,
+        name=name,
+        worn_wrongly=labelled.worn_wrongly,
+    )
+    return _shrunk(sample)
+
+
+def _load_manifest(path: Path, faces: FaceSet) -> None:
+    rows = _rows(path, {"file", "label"})
+    by_file: dict[Path, list[dict[str, str]]] = {}
+    for row in rows:
+        class_of(row["label"], path)
+        by_file.setdefault(path.parent / row["file"], []).append(row)
+    for image_path, pixels in _read_in_parallel(list(by_file), faces, lambda path: path.name):
+        height, width = pixels.shape[:2]
+        for number, row in enumerate(by_file[image_path]):
+            source = row.get("source") or path.stem
+            group = f"{path.stem}/{row.get('group') or row['file']}"
+            box = _manifest_box(row, path)
+            if box is None:
+                faces.samples.append(_folder_sample(pixels, row["label"], row["file"], source, group))
                 continue
-            # The kept pixels are cut as a widened crop would be, so that edges of the picture stay edges.
-            wide = _ops.widen_box(labelled.box, width, height, below_px=float("inf"), factor=SCENE_CONTEXT)
-            left, top, right, bottom = _ops.pixel_box(wide, width, height)
-            x1, y1, x2, y2 = labelled.box
-            sample = FaceSample(
-                pixels=np.ascontiguousarray(pixels[top:bottom, left:right]),
-                box=(x1 - left, y1 - top, x2 - left, y2 - top),
-                label=labelled.label,
-                size_px=labelled.size_px,
-                from_scene=True,
-                source=folder.name,
-                group=f"{folder.name}/{image_path.name}",
-                name=f"{image_path.name}#{number}",
-                worn_wrongly=labelled.worn_wrongly,
-            )
-            faces.samples.append(_shrunk(sample))
+            x1, x2 = (min(max(value, 0.0), float(width)) for value in box[0::2])
+            y1, y2 = (min(max(value, 0.0), float(height)) for value in box[1::2])
+            if x2 <= x1 or y2 <= y1:
+                reason = f"box {box} is outside the picture of {width}×{height}"
+                faces.unreadable.append((f"{row['file']}#{number}", reason))
+                continue
+            labelled = LabelledBox((x1, y1, x2, y2), CLASS_OF_LABEL[row["label"]], row["label"] == WORN_WRONGLY)
+            if labelled.size_px >= SMALLEST_FACE_PX:
+                faces.samples.append(_scene_sample(pixels, labelled, f"{row['file']}#{number}", source, group))
 
 
-def scene_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """(picture, its annotation) of a scene folder, by name.
-
-    Raises `MaskwatchError` where the folder has no pictures or a picture has no annotation.
-    """
-    if not is_scene_folder(folder):
-        raise MaskwatchError(f"{folder} is no scene folder: it needs images/ and annotations/ (Pascal VOC)")
-    pairs = [(path, folder / "annotations" / f"{path.stem}.xml") for path in _images(folder / "images")]
-    if not pairs:
-        raise MaskwatchError(f"{folder / 'images'} holds no picture")
-    for image_path, annotation_path in pairs:
-        if not annotation_path.is_file():
-            raise MaskwatchError(f"{image_path.name} has no annotation {annotation_path}")
-    return pairs
-
-
-def read_voc(path: Path, width: int, height: int) -> list[LabelledBox]:
-    """The labelled faces of one Pascal VOC file, boxes clipped to the picture of width × height pixels.
-
-    Corners are taken as edges: a box from xmin 10 to xmax 20 is 10 pixels wide. Boxes outside the picture are
-    left out. Raises `MaskwatchError` for a file that is no VOC annotation and for an unknown label.
-    """
-    labelled = []
+def _manifest_box(row: dict[str, str], path: Path) -> Box | None:
+    """The box of a manifest's row; None where it names none, and the picture is the face."""
+    corners = [row.get(key) or "" for key in ("x1", "y1", "x2", "y2")]
+    if not any(corners):
+        return None
     try:
-        # Annotations are the user's own files; entities are not resolved beyond what expat allows.
-        for entry in ElementTree.parse(path).getroot().iter("object"):
-            name = entry.findtext("name", "").strip()
-            if name not in CLASS_OF_LABEL:
-                raise MaskwatchError(f"unknown label {name!r} in {path}; known: {', '.join(CLASS_OF_LABEL)}")
-            corners = [float(entry.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
-            x1, x2 = (min(max(value, 0.0), float(width)) for value in corners[0::2])
-            y1, y2 = (min(max(value, 0.0), float(height)) for value in corners[1::2])
-            if x2 > x1 and y2 > y1:
-                labelled.append(LabelledBox((x1, y1, x2, y2), CLASS_OF_LABEL[name], name == WORN_WRONGLY))
-    except (ElementTree.ParseError, ValueError) as error:
-        raise MaskwatchError(f"{path} is no Pascal VOC annotation: {error}") from error
-    return labelled
+        x1, y1, x2, y2 = map(float, corners)
+    except ValueError as error:
+        raise MaskwatchError(f"the box {','.join(corners)!r} of {row['file']} in {path} is no x1,y1,x2,y2") from error
+    return x1, y1, x2, y2
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def _rows(path: Path, needed: set[str]) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines)
+        if not needed <= set(reader.fieldnames or ()):
+            raise MaskwatchError(f"{path} lacks the columns {' and '.join(sorted(needed))}")
+        return list(reader)
 
 
 def _manifest_sources(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        if not {"file", "source"} <= set(reader.fieldnames or ()):
-            raise MaskwatchError(f"{path} lacks the columns file and source")
-        return {row["file"]: row["source"] for row in reader}
+    return {row["file"]: row["source"] for row in _rows(path, {"file", "source"})} if path.is_file() else {}
 
 
-def _read_or_note(path: Path, name: str, faces: FaceSet) -> NDArray[np.uint8] | None:
-    try:
-        return decode_image(path.read_bytes(), max_pixels=MAX_PIXELS).rgb
-    except (PermanentJobError, OSError) as error:
-        faces.unreadable.append((name, str(error)))
-        return None
+def _read_in_parallel(
+    paths: Sequence[Path], faces: FaceSet, name_of: Callable[[Path], str]
+) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+    """(path, RGB) of all pictures that can be decoded, in their order, a few read ahead; the others are noted."""
+
+    def read(path: Path) -> NDArray[np.uint8] | str:
+        try:
+            return decode_image(path.read_bytes(), max_pixels=MAX_PIXELS).rgb
+        except (PermanentJobError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), READ_AHEAD):
+            several = paths[start : start + READ_AHEAD]
+            for path, found in zip(several, pool.map(read, several), strict=True):
+                if isinstance(found, str):
+                    faces.unreadable.append((name_of(path), found))
+                else:
+                    yield path, found
 
 
 def _shrunk(sample: FaceSample) -> FaceSample:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
 from workers.detection._ops import iou
+from workers.training.annotations import CLASS_NAMES, Box, LabelledBox
 from workers.training.augment import fixed_crop
 from workers.training.calibration import calibration_figures
-from workers.training.dataset import CLASS_NAMES, Box, FaceSample, LabelledBox
+from workers.training.dataset import FaceSample
 
 #: A detection and a labelled face are the same if they overlap at least this much (Pascal VOC).
 MATCH_IOU = 0.5

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from workers.detection import Detections, FaceDetector
-from workers.training.dataset import Box, LabelledBox
+from workers.training.annotations import Box, LabelledBox
 from workers.training.evaluate import COMBINED_BINS, SIZE_BINS, ScoredDetections, match, ratio
 from workers.training.evaluate_scenes import check_scenes, read_scenes
 

@@ -17,8 +17,8 @@ import numpy as np
 from common.domain import Face, MaskStatus, MaskwatchError, PermanentJobError
 from workers.classification import _ops
 from workers.decoding import decode_image
+from workers.training.annotations import CLASS_NAMES, Box, LabelledBox, read_boxes, scene_pairs
 from workers.training.calibration import calibration_figures
-from workers.training.dataset import CLASS_NAMES, Box, LabelledBox, read_voc, scene_pairs
 from workers.training.evaluate import (
     COMBINED_BINS,
     JUDGED_FROM_PX,
@@ -192,7 +192,7 @@ def read_scenes(
     """The pictures of a scene folder, one after the other; those that can't be read go to `unreadable` with the reason.
 
     `on_image` is called with pictures done and all pictures, whenever the next one is asked for. Raises
-    `MaskwatchError` as `dataset.scene_pairs` and `dataset.read_voc` do.
+    `MaskwatchError` as `annotations.scene_pairs` and `annotations.read_boxes` do.
     """
     pairs = scene_pairs(folder)
     for done, (image_path, annotation_path) in enumerate(pairs, start=1):
@@ -202,7 +202,7 @@ def read_scenes(
             unreadable.append((image_path.name, str(error)))
         else:
             height, width = image_rgb.shape[:2]
-            yield Scene(image_path.name, image_rgb, read_voc(annotation_path, width, height))
+            yield Scene(image_path.name, image_rgb, read_boxes(annotation_path, width, height, unreadable))
         on_image(done, len(pairs))
 
 

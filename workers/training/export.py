@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
 from workers.classification import networks
-from workers.training.dataset import CLASS_NAMES
+from workers.training.annotations import CLASS_NAMES
 from workers.training.recipes import FitSettings
 
 #: ONNX operator set: old enough for every ONNX Runtime this project supports.

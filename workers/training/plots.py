@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from workers.training.annotations import CLASS_NAMES
 from workers.training.calibration import ReliabilityBin, calibration_error
-from workers.training.dataset import CLASS_NAMES
 
 #: ColorBrewer's Dark2, told apart by colour-blind readers too; the first two as the report has them.
 COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")

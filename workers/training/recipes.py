@@ -106,12 +106,13 @@ def with_stages(settings: FitSettings, stages: Sequence[Stage] | None, epochs: i
         return replace(settings, stages=tuple(stages))
     if epochs is None:
         return settings
-    left, left_before, shared = epochs, settings.epochs, []
-    for stage in settings.stages:
-        part = round(left * stage.epochs / left_before)
-        shared.append(replace(stage, epochs=part))
+    left, left_before = epochs, settings.epochs
+    shared: list[Stage] = []
+    # From the end: the last size is the one the network is for, and keeps an epoch whatever the others get.
+    for stage in reversed(settings.stages):
+        part = max(0 if shared else 1, round(left * stage.epochs / left_before))
+        shared.insert(0, replace(stage, epochs=part))
         left, left_before = left - part, left_before - stage.epochs
-    # The last size is the one the network is for: it keeps an epoch, whatever the others get.
     return replace(settings, stages=tuple(stage for stage in shared if stage.epochs))
 
 

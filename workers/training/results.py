@@ -21,8 +21,9 @@ from workers.classification.network_classifier import NetworkMaskClassifier
 from workers.inference import Runtime
 from workers.inference.onnx_session import make_session
 from workers.training import augment, batches, export, fit, plots
+from workers.training.annotations import CLASS_NAMES
 from workers.training.calibration import fit_temperature, reliability_bins
-from workers.training.dataset import CLASS_NAMES, FaceSample, FaceSet, Split
+from workers.training.dataset import FaceSample, FaceSet, Split
 from workers.training.evaluate import FaceResults, evaluate_faces
 from workers.training.fit import Progress
 from workers.training.recipes import FitSettings, Recipe

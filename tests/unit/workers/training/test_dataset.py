@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from common.domain import MaskwatchError
-from workers.training import dataset
+from workers.training import annotations, dataset
 
 pytest.importorskip("sklearn", reason="the `train` layer is not installed")
 
@@ -16,7 +16,7 @@ def test_three_voc_classes_become_two_and_wrong_wearing_is_kept(tmp_path, write_
     boxes = [(10, 10, 40, 50), (60, 10, 90, 50), (110, 10, 140, 50)]
     labels = ["with_mask", "without_mask", "mask_weared_incorrect"]
     write_scene(tmp_path, "crowd", list(zip(labels, boxes, strict=True)))
-    labelled = dataset.read_voc(tmp_path / "annotations" / "crowd.xml", 200, 120)
+    labelled = annotations.read_boxes(tmp_path / "annotations" / "crowd.xml", 200, 120)
     assert [(entry.label, entry.worn_wrongly) for entry in labelled] == [(0, False), (1, False), (1, True)]
     assert labelled[0].box == (10, 10, 40, 50)
     assert labelled[0].size_px == 40
@@ -24,7 +24,7 @@ def test_three_voc_classes_become_two_and_wrong_wearing_is_kept(tmp_path, write_
 
 def test_boxes_are_clipped_to_the_picture_and_those_outside_left_out(tmp_path, write_scene):
     write_scene(tmp_path, "edge", [("with_mask", (-5, 100, 30, 140)), ("with_mask", (300, 10, 330, 40))])
-    labelled = dataset.read_voc(tmp_path / "annotations" / "edge.xml", 200, 120)
+    labelled = annotations.read_boxes(tmp_path / "annotations" / "edge.xml", 200, 120)
     assert [entry.box for entry in labelled] == [(0, 100, 30, 120)]
 
 
@@ -142,26 +142,133 @@ def test_the_split_keeps_groups_whole_and_spreads_classes(tmp_path, write_faces,
         labels = ["with_mask", "with_mask", "without_mask"]
         write_scene(tmp_path / "scenes", f"scene{number:02}", list(zip(labels, boxes, strict=True)))
     samples = dataset.load([tmp_path / "faces", tmp_path / "scenes"]).samples
-    training, validation = dataset.split(samples, 5, seed=1)
-    assert len(training) + len(validation) == len(samples)
-    assert not {sample.group for sample in training} & {sample.group for sample in validation}
+    split = dataset.split_by_group(samples, seed=1)
+    sides = (split.training, split.validation, split.held_out)
+    assert sum(map(len, sides)) == len(samples)
+    groups = [{sample.group for sample in side} for side in sides]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
     for label in (0, 1):
         for from_scene in (True, False):
             parts = [
-                sum(sample.label == label and sample.from_scene == from_scene for sample in side)
-                for side in (training, validation)
+                sum(sample.label == label and sample.from_scene == from_scene for sample in side) for side in sides
             ]
-            assert parts[1] / sum(parts) == pytest.approx(1 / 5, abs=0.06)
-    assert dataset.split(samples, 5, seed=1)[1] == validation
-    assert dataset.split(samples, 5, seed=2)[1] != validation  # the same samples in memory, so identity tells
+            assert parts[1] / sum(parts) == pytest.approx(1 / 10, abs=0.06)
+            assert parts[2] / sum(parts) == pytest.approx(1 / 10, abs=0.06)
+    assert dataset.split_by_group(samples, seed=1).held_out == split.held_out
+    assert dataset.split_by_group(samples, seed=2).held_out != split.held_out  # identity tells: the same samples
+
+
+def test_the_notebooks_split_is_scikit_learns_and_stratified_by_class(tmp_path, write_faces):
+    from sklearn.model_selection import train_test_split
+
+    samples = dataset.load([write_faces(tmp_path, {"with_mask": 40, "without_mask": 20})]).samples
+    split = dataset.split_as_notebook(samples, seed=42)
+    labels = [sample.label for sample in samples]
+    training, held_out = train_test_split(samples, test_size=0.1, stratify=labels, random_state=42)
+    assert split.training == training
+    assert split.held_out == split.validation == held_out
+    assert [sample.label for sample in held_out].count(1) == 2
+
+
+def test_a_limit_keeps_the_proportions_of_the_classes(tmp_path, write_faces):
+    samples = dataset.load([write_faces(tmp_path, {"with_mask": 40, "without_mask": 20})]).samples
+    few = dataset.limited(samples, 30, seed=1)
+    assert [sum(sample.label == label for sample in few) for label in (0, 1)] == [20, 10]
+    assert dataset.limited(samples, 30, seed=1) == few
+    assert dataset.limited(samples, 100, seed=1) == samples
 
 
 def test_too_few_faces_to_split_is_an_error(tmp_path, write_faces):
     write_faces(tmp_path, {"with_mask": 3, "without_mask": 30})
-    with pytest.raises(MaskwatchError, match="too few to hold out one part in 5"):
-        dataset.split(dataset.load([tmp_path]).samples, 5, seed=0)
+    with pytest.raises(MaskwatchError, match="too few to hold out one part in 10"):
+        dataset.split_by_group(dataset.load([tmp_path]).samples, seed=0)
 
 
 def test_a_missing_folder_is_an_error():
-    with pytest.raises(MaskwatchError, match="nowhere is no folder"):
+    with pytest.raises(MaskwatchError, match="nowhere is neither a folder nor a CSV manifest"):
         dataset.load([Path("nowhere")])
+
+
+def yolo(folder: Path, lines: str, names: str | None = "with_mask\nwithout_mask\nmask_weared_incorrect\n") -> Path:
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    Image.new("RGB", (200, 100), "grey").save(folder / "images" / "crowd.png")
+    (folder / "labels" / "crowd.txt").write_text(lines)
+    if names is not None:
+        (folder / "classes.txt").write_text(names)
+    return folder
+
+
+def test_yolo_boxes_are_parts_of_the_picture_with_numbered_classes(tmp_path):
+    folder = yolo(tmp_path / "scenes", "0 0.25 0.5 0.1 0.4\n\n2 0.75 0.5 0.2 0.2\n1 0.0 0.0 0.2 0.4\n")
+    ((_, path),) = annotations.scene_pairs(folder)
+    labelled = annotations.read_boxes(path, 200, 100)
+    assert [(entry.label, entry.worn_wrongly) for entry in labelled] == [(0, False), (1, True), (1, False)]
+    assert labelled[0].box == pytest.approx((40, 30, 60, 70))
+    assert labelled[2].box == pytest.approx((0, 0, 20, 20))  # clipped at the corner
+    assert dataset.load([folder]).counts() == {"with_mask": 1, "without_mask": 2}
+
+
+@pytest.mark.parametrize(
+    ("lines", "names", "message"),
+    [
+        ("0 0.5 0.5 0.1\n", "with_mask\n", "is no YOLO annotation"),
+        ("7 0.5 0.5 0.1 0.1\n", "with_mask\n", "is no YOLO annotation of 1 classes"),
+        ("0 a b c d\n", "with_mask\n", "is no YOLO annotation"),
+        ("0 0.5 0.5 0.1 0.1\n", "helmet\n", "unknown label 'helmet'"),
+        ("0 0.5 0.5 0.1 0.1\n", None, "put a classes.txt there"),
+    ],
+)
+def test_a_broken_yolo_annotation_says_what_is_wrong(tmp_path, lines, names, message):
+    with pytest.raises(MaskwatchError, match=message):
+        dataset.load([yolo(tmp_path / "scenes", lines, names)])
+
+
+def test_a_box_outside_the_picture_is_named(tmp_path, write_scene):
+    good = [("with_mask", (10, 10, 40, 50)), ("without_mask", (60, 10, 90, 50))]
+    write_scene(tmp_path, "edge", [*good, ("with_mask", (300, 10, 330, 40))])
+    faces = dataset.load([tmp_path])
+    assert len(faces.samples) == 2
+    assert faces.unreadable == [("edge.xml#2", "box (300, 10, 330, 40) is outside the picture of 200×120")]
+
+
+def manifest(folder: Path, text: str) -> Path:
+    path = folder / "faces.csv"
+    path.write_text(text)
+    return path
+
+
+def test_a_manifest_names_files_labels_groups_and_boxes(tmp_path, write_faces):
+    write_faces(tmp_path, {"with_mask": 2, "without_mask": 1})
+    path = manifest(
+        tmp_path,
+        "file,label,source,group,x1,y1,x2,y2\n"
+        "with_mask/face000.png,with_mask,a museum,ann,,,,\n"
+        "with_mask/face001.png,with_mask,,ann,5,6,25,40\n"
+        "with_mask/face001.png,mask_weared_incorrect,,bob,100,6,125,40\n"
+        "without_mask/face000.png,without_mask,,cleo,,,,\n"
+        "gone.png,without_mask,,dora,,,,\n",
+    )
+    faces = dataset.load([path])
+    assert [(sample.name, sample.label, sample.from_scene) for sample in faces.samples] == [
+        ("with_mask/face000.png", 0, False),
+        ("with_mask/face001.png#0", 0, True),
+        ("without_mask/face000.png", 1, False),
+    ]
+    assert faces.samples[0].group == faces.samples[1].group != faces.samples[2].group
+    assert faces.sources() == {"a museum": 1, "faces": 2}
+    assert [name for name, _ in faces.unreadable] == ["with_mask/face001.png#1", "gone.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,kind\na.png,with_mask\n", "lacks the columns file and label"),
+        ("file,label\na.png,helmet\n", "unknown label 'helmet' in .*faces.csv; known: with_mask"),
+        ("file,label,x1,y1,x2,y2\nwith_mask/face000.png,with_mask,1,2,x,4\n", "is no x1,y1,x2,y2"),
+    ],
+)
+def test_a_broken_manifest_says_what_is_wrong(tmp_path, write_faces, text, message):
+    write_faces(tmp_path, {"with_mask": 1})
+    with pytest.raises(MaskwatchError, match=message):
+        dataset.load([manifest(tmp_path, text)])

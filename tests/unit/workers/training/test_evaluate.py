@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from common.domain import MaskwatchError
-from workers.training.dataset import LabelledBox, load
+from workers.training.annotations import LabelledBox
+from workers.training.dataset import load
 from workers.training.evaluate import (
     WORST,
     Mistake,

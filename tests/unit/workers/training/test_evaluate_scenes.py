@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.domain import Face, MaskStatus, MaskwatchError
-from workers.training.dataset import Box, LabelledBox
+from workers.training.annotations import Box, LabelledBox
 from workers.training.evaluate import WORST
 from workers.training.evaluate_scenes import SceneResults, evaluate_scenes
 

@@ -157,8 +157,9 @@ def notebook_crop(sample: FaceSample, side: int) -> Crops:
         height, width = pixels.shape[:2]
         left, top, right, bottom = _ops.pixel_box(sample.box, width, height)
         pixels = pixels[top:bottom, left:right]
-    resized = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_LINEAR)
-    return np.asarray(resized.astype(np.float32) / np.float32(127.5) - np.float32(1.0))
+    # In floats, as TensorFlow resizes: nothing is rounded in between.
+    resized = cv2.resize(pixels.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(resized / np.float32(127.5) - np.float32(1.0))
 
 
 def batches_for(samples: Sequence[FaceSample], settings: FitSettings) -> Batches:

@@ -146,7 +146,7 @@ def test_the_notebooks_labels_are_class_indices_and_its_crops_bilinear():
     assert labels.tolist() == [1, 1]
     # Pixel i of 128 lies at (i + 0.5) · 160 / 128 - 0.5 of the picture.
     places = (np.arange(128) + 0.5) * 160 / 128 - 0.5
-    assert crops[0, 64, :, 0] == pytest.approx(places / 127.5 - 1, abs=0.6 / 127.5)  # of a pixel value: they are rounded
+    assert crops[0, 64, :, 0] == pytest.approx(places / 127.5 - 1, abs=1e-4)
 
 
 def test_a_scene_face_is_its_box_for_the_notebook():

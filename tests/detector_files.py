@@ -14,6 +14,10 @@ from common import manifest
 from common.domain import ModelRef, PipelineSpec
 from common.settings import PipelineSettings, get_settings
 
+#: By this the random weights of the heads are multiplied: else every score is 0 or 1 and every box as long as the
+#: picture, or no score is far from a half.
+HEAD_SCALE = {"resnet50": 0.03, "mobilenet": 2.5}
+
 
 def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes the folder this machine's cache of models, until the test ends and forgets the settings."""
@@ -48,8 +52,7 @@ def random_retinaface(backbone: Any, seed: int = 7) -> Any:
     with torch.no_grad():
         network(torch.randn(2, 3, 256, 256) * 60)
         for head in (*network.ClassHead, *network.BboxHead, *network.LandmarkHead):
-            # Else every score is 0 or 1, and every box as long as the picture.
-            head.conv1x1.weight *= 0.03
+            head.conv1x1.weight *= HEAD_SCALE[backbone]
     return network.eval()
 
 

@@ -245,10 +245,12 @@ def _batched_nms(boxes: Any, scores: Any, groups: Any, iou_threshold: float) -> 
 
     from workers.detection._ops import nms
 
+    device = boxes.device
+    boxes, scores, groups = (values.detach().cpu() for values in (boxes, scores, groups))  # once: each copy waits
     kept: list[int] = []
-    for group in torch.unique(groups):
+    for group in groups.unique():
         where = torch.nonzero(groups == group)[:, 0]
-        indices = nms(boxes[where].cpu().numpy(), scores[where].cpu().numpy(), float(iou_threshold))
-        kept += where.cpu()[torch.from_numpy(indices)].tolist()
+        indices = nms(boxes[where].numpy(), scores[where].numpy(), float(iou_threshold))
+        kept += where[torch.from_numpy(indices)].tolist()
     ordered = sorted(kept, key=lambda index: -float(scores[index]))
-    return torch.tensor(ordered, dtype=torch.int64, device=boxes.device)
+    return torch.tensor(ordered, dtype=torch.int64, device=device)

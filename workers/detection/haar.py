@@ -32,7 +32,7 @@ class Haar:
             file = cv2.FileStorage(content.decode(), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
             node = file.getFirstTopLevelNode()
             read, self._stages = self._cascade.read(node), int(node.getNode("stageNum").real())
-        except (UnicodeDecodeError, cv2.error) as error:
+        except (UnicodeDecodeError, SystemError, cv2.error) as error:
             raise MaskwatchError("the file of the detector haar is no cascade of OpenCV; reinstall it") from error
         if not read:
             raise MaskwatchError("the file of the detector haar holds no cascade of OpenCV; reinstall it")

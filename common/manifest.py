@@ -232,6 +232,21 @@ MODELS: dict[str, Model] = {
             source="trained by `maskwatch train`; see workers/classification/weights/compact.md",
         ),
         Model(
+            name="efficientnet-lite0",
+            kind=ModelKind.CLASSIFIER,
+            files=(
+                ModelFile(
+                    "efficientnet-lite0.onnx",
+                    "375bbbaff67ff6b216115ce4f1236bf135e8ca755ae3a827bac996dfe977beeb",
+                    6_745_845,
+                    package="workers.classification",
+                    path="weights/efficientnet-lite0.onnx",
+                ),
+            ),
+            licence="Apache-2.0",
+            source="trained by `maskwatch train`; see workers/classification/weights/efficientnet-lite0.md",
+        ),
+        Model(
             name="efficientnet-lite0-imagenet",
             kind=ModelKind.BACKBONE,
             files=(

@@ -47,7 +47,7 @@ class PipelineSettings(BaseModel):
     """What a new backfill pins into its pipeline. Sizes in pixels."""
 
     detector: str = Field("centerface", description="a model's NAME, or NAME@SHA256 of the file you have")
-    classifier: str = Field("compact", description="the same for the classifier")
+    classifier: str = Field("efficientnet-lite0", description="the same for the classifier")
     detector_threshold: float | None = Field(None, gt=0, lt=1, description="unset: the detector's own")
     enlarge_below_px: int = Field(800, ge=0)
     enlarge_limit: float = Field(2.0, ge=1)

@@ -37,7 +37,7 @@ KNOWN_SOURCES = {
 }
 
 #: A file of weights above this, in single precision, is kept in half precision.
-HALF_ABOVE_BYTES = 40_000_000
+HALF_ABOVE_BYTES = 8_000_000
 
 #: How many faces the grid of samples shows.
 SAMPLES_SHOWN = 32

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from common.domain import MaskwatchError
-from common.manifest import MODELS
+from common.manifest import MODELS, Model, ModelKind
 from tests.unit.workers.conftest import brightness_network
 from workers.detection import centerface
 from workers.inference import Runtime
@@ -63,9 +63,15 @@ def test_centerface_is_the_same(size: tuple[int, int]) -> None:
     assert difference(centerface_of_any_size(), batch) < TOLERANCE
 
 
-def test_the_compact_classifier_is_the_same() -> None:
-    batch = np.random.default_rng(2).uniform(-1, 1, (5, 64, 64, 3)).astype(np.float32)
-    assert difference(read_model(MODELS["compact"].ref), batch) < TOLERANCE
+SHIPPED = [model for model in MODELS.values() if model.kind is ModelKind.CLASSIFIER]
+
+
+@pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.name)
+def test_the_shipped_classifiers_are_the_same(model: Model) -> None:
+    content = read_model(model.ref)
+    _, height, width, _ = to_torch(content).input_shape
+    batch = np.random.default_rng(2).uniform(-1, 1, (5, height, width, 3)).astype(np.float32)
+    assert difference(content, batch) < TOLERANCE
 
 
 def test_a_network_made_by_hand_is_the_same() -> None:

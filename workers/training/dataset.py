@@ -334,6 +334,15 @@ def _upper_half(sample: FaceSample) -> NDArray[np.float32]:
     return np.asarray(values / (np.linalg.norm(values) + 1e-6), dtype=np.float32)
 
 
+def named_in(samples: Sequence[FaceSample], path: Path) -> list[FaceSample]:
+    """The samples that a file names, one per line. Raises `MaskwatchError` where that leaves a class without a face."""
+    names = set(path.read_text(encoding="utf-8").splitlines())
+    named = [sample for sample in samples if sample.name in names]
+    if len({sample.label for sample in named}) < len(CLASS_NAMES):
+        raise MaskwatchError(f"{path} names {len(named)} of these faces, and not of both classes: is it of other data?")
+    return named
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Who learns, who judges epochs and temperature, and who is kept for the last look. Groups stay whole."""

@@ -45,6 +45,10 @@ DETECTOR = click.option(
 AT_PX = click.IntRange(8, 160)
 
 
+#: The faces that were held out when the shipped classifiers were fitted.
+HELD_OUT = Path(__file__).parents[1] / "classification" / "weights" / "held_out.txt"
+
+
 @click.group()
 def evaluate() -> None:
     """Measure detection and classification on labelled data."""
@@ -101,6 +105,11 @@ def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path
 @evaluate.command()
 @FOLDER
 @CLASSIFIER
+@click.option("--held-out", is_flag=True, help="Only faces that no training of the shipped classifiers ever saw.")
+@click.option(
+    "--only", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    help="Only the faces this file names, one per line, as a training leaves in held_out.txt.",
+)  # fmt: skip
 @click.option("--at", "at_px", type=AT_PX, metavar="PX", help="Scale larger faces down to PX pixels first.")
 @click.option(
     "--keep-confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
@@ -112,6 +121,8 @@ def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path
 def faces(
     folder: Path,
     classifier: str | None,
+    held_out: bool,
+    only: Path | None,
     at_px: int | None,
     keep_confusion: Path | None,
     out: Path | None,
@@ -129,6 +140,7 @@ def faces(
     \b
     Examples:
       maskwatch evaluate faces test-faces/
+      maskwatch evaluate faces faces/ --only trained/compact-field/held_out.txt
       maskwatch evaluate faces test-faces/ --at 20 --out figures/ --json
     """
     from common.settings import get_settings
@@ -137,6 +149,8 @@ def faces(
     from workers.training import dataset
     from workers.training.evaluate import evaluate_faces
 
+    if held_out and only:
+        raise MaskwatchError("--held-out and --only exclude each other")
     if keep_confusion is not None and at_px is not None:
         raise MaskwatchError("--keep-confusion is of faces at their own size: leave out --at")
     _prepare_folder(out)
@@ -147,6 +161,9 @@ def faces(
     loaded = load_classifier(spec, runtime)
     read = dataset.load([folder])
     console.note_unreadable(read.unreadable)
+    named = HELD_OUT if held_out else only
+    if named is not None:
+        read.samples = dataset.named_in(read.samples, named)
     with console.progress() as bar:
         task = bar.add_task("faces", total=len(read.samples))
         results = evaluate_faces(
@@ -156,6 +173,8 @@ def faces(
     report = figures.pop("report_text")
     values = {
         "folder": str(folder),
+        "held_out": held_out,
+        "only": None if only is None else str(only),
         "at_px": at_px,
         "pipeline": spec.as_dict(),
         "unreadable": [{"file": name, "reason": reason} for name, reason in read.unreadable],
@@ -164,7 +183,8 @@ def faces(
     if keep_confusion is not None:
         from common import model_figures
 
-        model_figures.keep_confusion(keep_confusion, _confusion_to_keep(spec, values, folder.name))
+        data = f"{len(read.samples)} faces of {folder.name}{', held out' if held_out else ''}"
+        model_figures.keep_confusion(keep_confusion, _confusion_to_keep(spec, values, data))
     if out is not None:
         _draw_faces(out, results, values)
         _write_metrics(out, values)

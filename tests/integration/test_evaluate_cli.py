@@ -130,10 +130,22 @@ def test_faces_give_scikit_learns_report_plots_and_what_to_keep(faces, tmp_path)
     assert values["all"]["faces"] == 8
     assert is_picture(out / "reliability.png") and is_picture(out / "confusion.png")
     (confusion,) = read_confusions(kept).values()
-    assert (confusion.classifier, confusion.faces, confusion.data) == (CLASSIFIER, 8, "faces")
+    assert (confusion.classifier, confusion.faces, confusion.data) == (CLASSIFIER, 8, "8 faces of faces")
     (configured,) = (row for row in values["uncertain"] if row["configured"])
     assert [list(confusion.with_mask[:2]), list(confusion.without_mask[:2])] == configured["confusion"]
     assert sum(confusion.with_mask) == sum(confusion.without_mask) == 4
+
+
+def test_only_the_faces_that_a_file_names_are_measured(faces, tmp_path):
+    held_out, kept = tmp_path / "held_out.txt", tmp_path / "kept.json"
+    held_out.write_text("with_mask/0.png\nwithout_mask/2.png\nwithout_mask/3.png\n")
+    result = maskwatch("faces", faces, "--only", held_out, "--keep-confusion", kept, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["all"]["faces"] == 3
+    (confusion,) = read_confusions(kept).values()
+    assert (confusion.faces, confusion.data) == (3, "3 faces of faces")
+    held_out.write_text("with_mask/0.png\n")
+    assert "names 1 of these faces, and not of both classes" in maskwatch("faces", faces, "--only", held_out).stderr
 
 
 def test_faces_can_be_seen_scaled_down(faces):

@@ -1,4 +1,4 @@
-"""The bars of the shipped classifier on the tenth of the faces that no training saw, by the command a user would type."""
+"""The bars of the shipped classifier on the tenth of the faces that no training saw, by the command one would type."""
 
 from __future__ import annotations
 

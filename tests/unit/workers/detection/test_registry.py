@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -72,3 +73,18 @@ def test_fdet_is_given_nothing_that_does_not_fit(cache: Path, random_mobilenet: 
     )  # fmt: skip
     with pytest.raises(MaskwatchError, match=r"missing: ClassHead\.0\.conv1x1\.bias"):
         load_detector(spec_of(model), Runtime(Engine.NATIVE))
+
+
+def test_detectors_can_be_named_and_the_default_loaded_where_torch_is_not() -> None:
+    """A worker without the layer `native`. In a process of its own, for this one has long imported torch."""
+    program = """if True:
+        import sys
+        sys.modules["torch"] = None
+        from common.settings import PipelineSettings
+        from workers.detection.registry import detector_names, load_detector
+        from workers.inference import Runtime
+        load_detector(PipelineSettings().spec(), Runtime())
+        print(len(detector_names()))
+    """
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (found.stdout.strip(), found.stderr) == (str(len(detector_names())), "")

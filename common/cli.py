@@ -95,11 +95,12 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        layer = LAYERS.get((error.name or "").split(".")[0])
+        module = (error.name or "").partition(".")[0]
+        layer = LAYERS.get(module)
         if layer is None:
             raise
         click.echo(
-            f"error: this command needs {error.name}, which is not installed: pip install 'maskwatch[{layer}]'",
+            f"error: this command needs {module}, which is not installed: pip install 'maskwatch[{layer}]'",
             err=True,
         )
         sys.exit(1)

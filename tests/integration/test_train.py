@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -42,11 +43,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(data: Path, out: Path, epochs: int) -> list[str]:
+def command(data: Path, out: Path, epochs: int, *more: str) -> list[str]:
     return [
         sys.executable, "-c", "from common.cli import main; main()", "train", str(data), "--out", str(out),
-        "--epochs", str(epochs), "--side", str(SIDE), "--json",
+        "--stages", f"{SIDE}:{epochs}", "--json", *more,
     ]  # fmt: skip
+
+
+#: What every training leaves beside the network itself.
+LEFT = {
+    "metrics.json", "held_out.txt", "curves.png", "samples.png", "confusion-folders.png", "reliability-folders.png",
+}  # fmt: skip
 
 
 def test_a_killed_training_goes_on_and_its_onnx_file_agrees(data, tmp_path):
@@ -75,11 +82,39 @@ def test_a_killed_training_goes_on_and_its_onnx_file_agrees(data, tmp_path):
     assert json.loads((out / "metrics.json").read_text()) == values
     assert [entry["file"] for entry in values["data"]["unreadable"]] == ["with_mask/torn.jpg"]
     assert "with_mask/torn.jpg" in second.stderr
-    assert values["onnx_difference"] < 1e-4
-    assert sorted(path.name for path in out.iterdir()) == [
-        "compact.md", "compact.onnx", "compact.weights.h5", "metrics.json",
-    ]  # fmt: skip
+    assert values["onnx"]["difference"] < 1e-4
+    assert {path.name for path in out.iterdir()} >= LEFT | {"compact.md", "compact.onnx", "compact.weights.h5"}
+    assert not list(out.glob("checkpoint-*")) and not (out / "progress.json").exists()
+    held_out = (out / "held_out.txt").read_text().splitlines()
+    assert len(held_out) == values["data"]["held_out_faces"] == values["held_out"]["folders"]["all"]["faces"]
     assert onnx_input_shape(out / "compact.onnx")[1:] == [SIDE, SIDE, 3]
+    assert values["onnx"]["sha256"] in (out / "compact.md").read_text()
+
+
+def test_the_notebooks_recipe_trains_xception_and_says_what_it_lacks(data, tmp_path):
+    out = tmp_path / "trained"
+    more = ("--arch", "xception", "--recipe", "notebook", "--limit", "80")
+    environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
+    result = subprocess.run(command(data, out, 1, *more), capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "no ImageNet weights here" in result.stderr
+    values = json.loads(result.stdout)
+    assert values["settings"]["pretrained"] is False
+    assert values["data"]["training_faces"] == 72
+    assert values["temperature"] == 1
+    assert {path.name for path in out.iterdir()} >= LEFT | {"xception.md", "xception.onnx", "xception.weights.h5"}
+    assert (out / "xception.onnx").stat().st_size < 50_000_000
+    assert values["onnx"]["difference"] < 5e-3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the `native` layer is not installed")
+def test_a_training_in_torch_ends_with_the_same_files(data, tmp_path):
+    out = tmp_path / "trained"
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    result = subprocess.run(command(data, out, 1), capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["onnx"]["difference"] < 1e-4
+    assert {path.name for path in out.iterdir()} >= LEFT | {"compact.md", "compact.onnx", "compact.weights.h5"}
 
 
 def onnx_input_shape(path: Path) -> list[int | str]:
@@ -93,9 +128,9 @@ def onnx_input_shape(path: Path) -> list[int | str]:
 @pytest.fixture(scope="module")
 def network() -> Any:
     """The compact network with random weights, so large that its answers differ from crop to crop."""
-    from workers.training.network import build_compact
+    from workers.classification import networks
 
-    model = build_compact(SIDE)
+    model = networks.build("compact", None)
     rng = np.random.default_rng(2)
     for weights in model.weights:
         # Depthwise kernels see one channel each.
@@ -105,48 +140,81 @@ def network() -> Any:
     return model
 
 
-def test_onnx_and_keras_agree_in_batches_of_any_size(network, tmp_path):
+@pytest.fixture(scope="module")
+def settings() -> Any:
+    from workers.training import recipes
+
+    compact = recipes.settings_for(recipes.Recipe.FIELD, "compact")
+    return recipes.with_stages(compact, recipes.read_stages(f"{SIDE}:1"), None)
+
+
+def coarse_crops(seed: int, count: int) -> Any:
+    """Crops whose mirror images differ, of large patches, which random networks tell apart."""
+    coarse = np.random.default_rng(seed).uniform(-1, 1, (count, 2, 2, 3)).astype(np.float32)
+    return coarse.repeat(SIDE // 2, axis=1).repeat(SIDE // 2, axis=2)
+
+
+def mean_over_mirror(network: Any, crops: Any) -> Any:
+    return (network.predict(crops, verbose=0) + network.predict(crops[:, :, ::-1], verbose=0)) / 2
+
+
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-4), (True, 5e-3)])
+def test_onnx_and_keras_agree_in_batches_of_any_size(network, settings, tmp_path, half, tolerance):
     import onnxruntime
 
-    from workers.training.export import TOLERANCE, export_onnx, parameter_count
+    from workers.training.export import export_onnx, parameter_count
 
-    coarse = np.random.default_rng(1).uniform(-1, 1, (9, 2, 2, 3)).astype(np.float32)
-    crops = coarse.repeat(SIDE // 2, axis=1).repeat(SIDE // 2, axis=2)
-    export_onnx(network, SIDE, tmp_path / "random.onnx", crops)
-    expected = network.predict(crops, verbose=0)
-    assert expected.std(axis=0).min() > 100 * TOLERANCE, "equal answers to everything would agree with anything"
+    crops = coarse_crops(1, 9)
+    export_onnx(network, settings, tmp_path / "random.onnx", crops, half=half)
+    expected = mean_over_mirror(network, crops)
+    assert expected.std(axis=0).min() > 10 * tolerance, "equal answers to everything would agree with anything"
+    assert np.abs(expected - network.predict(crops, verbose=0)).max() > 0.01, "the mirror image should differ"
     session = onnxruntime.InferenceSession(tmp_path / "random.onnx", providers=["CPUExecutionProvider"])
     for part in (slice(0, 9), slice(3, 4)):
         (probabilities,) = session.run(["probabilities"], {"crops": crops[part]})
-        assert np.abs(probabilities - expected[part]).max() < TOLERANCE
+        assert np.abs(probabilities - expected[part]).max() < tolerance
         assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
     assert parameter_count(tmp_path / "random.onnx") == pytest.approx(network.count_params(), rel=0.05)
 
 
-def test_the_mirrored_network_answers_with_the_mean_and_has_no_more_weights(network, tmp_path):
-    from workers.training.export import export_onnx, parameter_count
-    from workers.training.network import mirrored
+@pytest.mark.parametrize("half", [False, True])
+def test_keras_finds_its_weights_in_the_onnx_file(network, settings, tmp_path, half):
+    import onnxruntime
 
-    coarse = np.random.default_rng(3).uniform(-1, 1, (5, 2, 2, 3)).astype(np.float32)
-    crops = coarse.repeat(SIDE // 2, axis=1).repeat(SIDE // 2, axis=2)
-    turned = crops[:, :, ::-1]
-    mean = (network.predict(crops, verbose=0) + network.predict(turned, verbose=0)) / 2
-    both = mirrored(network)
-    assert both.predict(crops, verbose=0) == pytest.approx(mean, abs=1e-6)
-    assert np.abs(mean - network.predict(crops, verbose=0)).max() > 0.01, "the mirror image should say something else"
-    export_onnx(both, SIDE, tmp_path / "mirrored.onnx", crops)
-    assert parameter_count(tmp_path / "mirrored.onnx") == pytest.approx(network.count_params(), rel=0.05)
-
-
-def test_an_onnx_file_that_differs_is_not_written(network, tmp_path, monkeypatch):
-    from common.domain import MaskwatchError
+    from workers.inference.keras_session import to_keras
     from workers.training.export import export_onnx
 
-    crops = np.zeros((2, SIDE, SIDE, 3), np.float32)
-    other = network.predict(crops, verbose=0) + np.float32([0.001, -0.001])
-    monkeypatch.setattr(network, "predict", lambda *args, **kwargs: other)
+    crops = coarse_crops(4, 9)
+    export_onnx(network, settings, tmp_path / "random.onnx", crops, half=half, temperature=0.7)
+    session = onnxruntime.InferenceSession(tmp_path / "random.onnx", providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"crops": crops})
+    found = to_keras((tmp_path / "random.onnx").read_bytes(), "random").predict(crops, verbose=0)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_temperature_is_in_the_file(network, settings, tmp_path):
+    import onnxruntime
+
+    from workers.training.calibration import apply_temperature
+    from workers.training.export import export_onnx
+
+    crops = coarse_crops(5, 9)
+    export_onnx(network, settings, tmp_path / "cold.onnx", crops, temperature=0.5)
+    session = onnxruntime.InferenceSession(tmp_path / "cold.onnx", providers=["CPUExecutionProvider"])
+    (probabilities,) = session.run(None, {"crops": crops})
+    sides = [apply_temperature(network.predict(side, verbose=0), 0.5) for side in (crops, crops[:, :, ::-1])]
+    assert probabilities == pytest.approx((sides[0] + sides[1]) / 2, abs=1e-4)
+
+
+def test_an_onnx_file_that_differs_is_not_written(network, settings, tmp_path, monkeypatch):
+    from common.domain import MaskwatchError
+    from workers.training import export
+
+    crops = coarse_crops(6, 2)
+    run = export._run
+    monkeypatch.setattr(export, "_run", lambda *args: run(*args) + np.float32([0.001, -0.001]))
     with pytest.raises(MaskwatchError, match=r"differs from the network by 1\.0e-03"):
-        export_onnx(network, SIDE, tmp_path / "other.onnx", crops)
+        export.export_onnx(network, settings, tmp_path / "other.onnx", crops)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,5 +250,5 @@ def test_a_missing_tensorflow_is_named_in_one_line(data, tmp_path):
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.strip() == (
-        "error: this command needs tensorflow, which is not installed: pip install 'maskwatch[train]'"
+        "error: this command needs tensorflow, which is not installed: pip install 'maskwatch[native]'"
     )

@@ -5,6 +5,7 @@ TensorFlow and the models are imported when a command runs, so that --help is qu
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -99,6 +100,7 @@ def train(
     split = divide(faces.samples, seed)
     console.note(f"{len(split.training):,} faces to learn from, {len(split.held_out):,} held out")
     model, progress = _fit(split, settings, out, begin)
+    _go_on_with_tensorflow(out)
     with _native_chatter_off():
         values = results.leave(model, progress, faces, split, settings, out)
     fit.remove_checkpoints(out)
@@ -175,6 +177,21 @@ def _native_chatter_off() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def _go_on_with_tensorflow(out: Path) -> None:
+    """After a training in torch or JAX: the same command again on TensorFlow, which makes ONNX files. It finds the
+    training finished, and does the rest."""
+    if os.environ["KERAS_BACKEND"] == "tensorflow":
+        return
+    if importlib.util.find_spec("tensorflow") is None:
+        raise MaskwatchError(
+            f"the network is fitted; TensorFlow makes the ONNX file and is not installed: take {out} and the data to a "
+            "machine that has it, and give the same command there without KERAS_BACKEND"
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "KERAS_BACKEND": "tensorflow"})
 
 
 def _fit(split: Split, settings: FitSettings, out: Path, begin: Callable[[Any], None] | None) -> tuple[Any, Any]:

@@ -119,12 +119,14 @@ def fit(
         raise MaskwatchError(f"{len(training)} faces to learn from don't fill a batch of {settings.batch}")
     keras.utils.set_random_seed(settings.seed + progress.epochs_done)
     keras.config.set_dtype_policy(settings.precision)
-    model = _model_to_go_on_with(out, progress, settings, steps, prepare)
+    model = None
     batches = batches_for(training, settings)
     views: list[ValidationView] = []
     while progress.epochs_done < settings.epochs and not progress.stopped_early(settings):
         epoch = progress.epochs_done
         side = settings.side_in(epoch)
+        if model is None:
+            model = _model_to_go_on_with(out, progress, settings, steps, prepare)
         if not views or views[0].crops.shape[1] != side:
             views = validation_views(validation, side)
         report = partial(_report_step, on_step, epoch * steps, settings.epochs * steps)

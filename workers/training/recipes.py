@@ -86,7 +86,7 @@ FIELD: dict[str, FitSettings] = {
     for settings in (
         FitSettings("compact", Recipe.FIELD, (Stage(64, 45),), 64, 2e-3, 2e-3, patience=20),
         FitSettings("efficientnet-lite0", Recipe.FIELD, (Stage(96, 16),), 64, 6e-4, 1e-2, patience=8, pretrained=True),
-        FitSettings("xception", Recipe.FIELD, (Stage(64, 12), Stage(96, 4), Stage(128, 2)), 64, 1e-3, 5e-3),
+        FitSettings("xception", Recipe.FIELD, (Stage(64, 10), Stage(96, 3), Stage(128, 2)), 64, 1e-3, 5e-3),
     )
 }
 

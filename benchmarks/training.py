@@ -1,9 +1,9 @@
 """How long a training waits for its data: the share of a step that is spent on getting the next batch.
 
-Real faces, the recipe `field`, real steps of the optimiser; batches come as in `maskwatch train`, made ahead in parallel by
-tf.data. Waiting is the time in which the next batch is asked for and not there yet. On a machine whose cores make
-batches and train at once the two slow each other down, which a wait doesn't show: so the same steps are also timed
-with one batch that is kept, and the ratio of the two is printed beside.
+Real faces, the recipe `field`, real steps of the optimiser; batches come as in `maskwatch train`, made ahead in
+parallel by tf.data. Waiting is the time in which the next batch is asked for and not there yet. Where the same cores
+make batches and train, the two slow each other down, which a wait doesn't show: so the same steps are also timed with
+one batch that is kept, and the ratio of the two is printed beside.
 
     python -m benchmarks.training FACES [SCENES] [--arch xception] [--steps 30] [--json]
 """

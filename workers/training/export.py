@@ -141,6 +141,7 @@ def _session(content: bytes) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # errors only, as workers have it
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

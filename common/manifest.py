@@ -222,8 +222,8 @@ MODELS: dict[str, Model] = {
             files=(
                 ModelFile(
                     "compact.onnx",
-                    "c4cccdf28844a6bea857218c3ab48c9938f25cd66f77ce8e2072709a546aae7a",
-                    1_040_966,
+                    "6a0d8cebcb5bbf7086ee64bbb2db4a54522ee03cd6a268e295400f315981d9fa",
+                    1_028_737,
                     package="workers.classification",
                     path="weights/compact.onnx",
                 ),

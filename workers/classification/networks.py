@@ -31,7 +31,7 @@ def build(arch: str, side: int | None) -> Any:
 
 
 def build_compact(side: int | None) -> Any:
-    """Separable convolutions with residuals, small enough for one core of a camera server: 255,458 parameters."""
+    """Separable convolutions with residuals, small enough for one core of a camera server: 262,146 parameters."""
     import keras
     from keras import layers
 

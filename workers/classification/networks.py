@@ -70,6 +70,10 @@ def build_xception(side: int | None) -> Any:
 
     # Keras asks for 71 pixels where a size is named, though the network works from 32 on: so none is named here.
     base = keras.applications.Xception(include_top=False, weights=None, input_shape=(None, None, 3))
+    for layer in base.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            # Keras's 0.99 takes hundreds of steps until a network that learns whole can be used; frozen, none moves.
+            layer.momentum = 0.95
     inputs = keras.Input((side, side, 3), name="crops")
     x = layers.GlobalAveragePooling2D()(base(inputs))
     x = layers.Dense(1024, activation="relu", name="hidden")(x)

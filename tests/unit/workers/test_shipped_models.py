@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
 
-from common.manifest import MODELS
+from common.manifest import MODELS, ModelKind
+from common.model_figures import SHIPPED as SHIPPED_FIGURES
+from common.model_figures import read_confusions
+from workers.classification.networks import METADATA_KEY
 from workers.inference import Runtime
 from workers.inference.onnx_session import load_session
 from workers.weights import file_path
@@ -46,8 +50,26 @@ def test_the_compact_classifier_takes_crops_in_any_number_and_answers_with_proba
         assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_model_card_is_about_this_very_file():
-    card = file_path(COMPACT, COMPACT.files[0]).with_suffix(".md").read_text(encoding="utf-8")
-    assert COMPACT.sha256 in card
-    for heading in ("## Trained on", "## How well it does", "## Limits"):
+CLASSIFIERS = [model for model in MODELS.values() if model.kind is ModelKind.CLASSIFIER]
+
+
+@pytest.mark.parametrize("model", CLASSIFIERS, ids=lambda model: model.name)
+def test_the_model_card_is_about_this_very_file(model):
+    card = file_path(model, model.files[0]).with_suffix(".md").read_text(encoding="utf-8")
+    assert model.sha256 in card
+    for heading in ("## Trained on", "## How well it does", "## Through the whole pipeline", "## Choice", "## Limits"):
         assert heading in card
+
+
+@pytest.mark.parametrize("model", CLASSIFIERS, ids=lambda model: model.name)
+def test_a_file_is_small_enough_to_ship_and_tells_its_network(model):
+    assert model.files[0].size < 50_000_000
+    file = onnx.load(file_path(model, model.files[0]))
+    (told,) = (json.loads(entry.value) for entry in file.metadata_props if entry.key == METADATA_KEY)
+    assert told["arch"] == model.name
+    assert told["classes"] == ["with_mask", "without_mask"]
+
+
+def test_every_shipped_classifier_has_a_kept_confusion_matrix():
+    kept = read_confusions(SHIPPED_FIGURES)
+    assert {model.sha256 for model in CLASSIFIERS} == set(kept)

@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(data: Path, out: Path, epochs: int, *more: str) -> list[str]:
     return [
         sys.executable, "-c", "from common.cli import main; main()", "train", str(data), "--out", str(out),
-        "--stages", f"{SIDE}:{epochs}", "--json", *more,
+        "--arch", "compact", "--stages", f"{SIDE}:{epochs}", "--json", *more,
     ]  # fmt: skip
 
 

@@ -80,7 +80,8 @@ def train(
 
     \b
     Examples:
-      maskwatch train faces/ scenes_train/ --arch efficientnet-lite0
+      maskwatch train faces/ scenes/
+      maskwatch train faces.csv --arch compact --out trained/small
       maskwatch train faces/ --recipe notebook --arch xception --limit 400
     """
     out = out or Path("trained") / f"{arch}-{recipe}"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--arch",
-    default="compact",
+    default="efficientnet-lite0",
     show_default=True,
     type=click.Choice(["xception", "compact", "efficientnet-lite0"]),
     help="Which network.",

@@ -330,6 +330,21 @@ def import_files(paths: Sequence[Path], as_name: str | None = None) -> list[Plac
         return _installed(stage, placed)
 
 
+def known_files(folder: Path) -> list[Path]:
+    """The files below a folder that are some model's, by their hash, or by their name where nobody published a hash.
+
+    Raises `MaskwatchError` where there is none.
+    """
+    files = [file for model in local_models().values() for file in model.files]
+    hashes = {file.sha256 for file in files if file.sha256 is not None}
+    unpublished = {file.name for file in files if file.sha256 is None}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    found = [path for path in paths if path.name in unpublished or sha256_of(path) in hashes]
+    if not found:
+        raise MaskwatchError(f"{folder} holds no file of a known model (`maskwatch models list` names them)")
+    return found
+
+
 def _installed(stage: Staging, placed: list[Placed]) -> list[Placed]:
     pinned = stage.install()
     return [replace(entry, pinned_now=entry.path.name in pinned) for entry in placed]

@@ -186,11 +186,6 @@ def _open(folder: Path, entry: _Entry) -> Iterator[bytes]:
 def _read_manifest(folder: Path) -> list[tuple[str, list[_Entry], list[_Entry]]]:
     """(model, its files, what was derived from them) of each entry, with names that stay inside the folder."""
     path = folder / MANIFEST
-    if not path.exists():
-        raise MaskwatchError(
-            f"{folder} holds no {MANIFEST}, so it was not made by `maskwatch models export`; "
-            "name the weights files themselves to import them"
-        )
     text = b""
     for piece in read_pieces(path, follow_links=False):
         text += piece

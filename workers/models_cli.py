@@ -226,7 +226,8 @@ def export(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
 @click.option("--as", "as_name", metavar="NAME", help="Which model the file is, where neither hash nor name tells.")
 @console.json_option
 def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -> None:
-    """Bring files into the cache: a FOLDER made by `export`, or weights that you got by other means.
+    """Bring files into the cache: a FOLDER made by `export`, or weights that you got by other means, by their FILE or
+    all that are known below a FOLDER.
 
     A file is known by its hash, by its name or by --as. Its hash must be the published one; where there is none, the
     weights must fit their network and the hash is remembered. Nothing in a file is ever executed, and nothing is kept
@@ -238,13 +239,16 @@ def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -
       maskwatch models import pnet.pt rnet.pt onet.pt
       maskwatch models import Resnet50_Final.pth --as retinaface-resnet50
     """
-    from workers.acquisition import import_files
-    from workers.bundles import import_bundle
+    from workers.acquisition import import_files, known_files
+    from workers.bundles import MANIFEST, import_bundle
 
     folders = [path for path in paths if path.is_dir()]
     if folders and (len(paths) > 1 or as_name is not None):
         raise MaskwatchError("import one folder, which says itself what it holds, or files")
-    placed = import_bundle(folders[0]) if folders else import_files(paths, as_name)
+    if folders and (folders[0] / MANIFEST).exists():
+        placed = import_bundle(folders[0])
+    else:
+        placed = import_files(known_files(folders[0]) if folders else paths, as_name)
     _tell(placed)
     if as_json:
         console.print_json([_placed_as_dict(entry) for entry in placed])

@@ -439,6 +439,17 @@ def test_files_are_known_by_their_hash_whatever_they_are_called(cache: Path, pai
     assert snapshot(cache) == CONTENTS
 
 
+def test_of_a_folder_the_known_files_are_taken(cache: Path, pair: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "downloads"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "anything.bin").write_bytes(ONE)
+    (folder / "deeper" / "two.pt").write_bytes(TWO)
+    (folder / "notes.txt").write_text("no model")
+    (folder / "link.pt").symlink_to(folder / "anything.bin")
+    done("import", folder)
+    assert snapshot(cache) == CONTENTS
+
+
 def test_of_several_files_all_are_taken_or_none(cache: Path, pair: Model, tmp_path: Path) -> None:
     (tmp_path / "one.pt").write_bytes(ONE)
     (tmp_path / "two.pt").write_bytes(b"wrong")
@@ -449,7 +460,7 @@ def test_of_several_files_all_are_taken_or_none(cache: Path, pair: Model, tmp_pa
 def test_what_is_no_file_is_refused(cache: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pnet.pt")
     assert "is no regular file" in refused(cache, "import", tmp_path / "pnet.pt")
-    assert f"holds no {MANIFEST}" in refused(cache, "import", tmp_path)
+    assert "holds no file of a known model" in refused(cache, "import", tmp_path)
     assert "import one folder" in refused(cache, "import", tmp_path, _named(tmp_path, "x", b"x"))
 
 

@@ -443,7 +443,7 @@ def test_of_a_folder_the_known_files_are_taken(cache: Path, pair: Model, tmp_pat
     folder = tmp_path / "downloads"
     (folder / "deeper").mkdir(parents=True)
     (folder / "anything.bin").write_bytes(ONE)
-    (folder / "deeper" / "two.pt").write_bytes(TWO)
+    (folder / "deeper" / "two.pt").write_bytes(CONTENTS["two.pt"])
     (folder / "notes.txt").write_text("no model")
     (folder / "link.pt").symlink_to(folder / "anything.bin")
     done("import", folder)

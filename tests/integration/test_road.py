@@ -67,7 +67,7 @@ def test_from_a_bucket_to_compliance(quick: dict[str, str], session: Session, bu
         scalar(session, "SELECT count(*) FROM faces f JOIN jobs j ON j.id = f.job_id WHERE j.state = 'succeeded'") == 3
     )
     (stored,) = rows(session, "SELECT DISTINCT camera, time_source, detector, classifier FROM face_results")
-    assert stored == ("door", "key_pattern", "centerface", "compact")
+    assert stored == ("door", "key_pattern", "centerface", "efficientnet-lite0")
     boxes = rows(session, "SELECT x1, y1, x2, y2, p_with_mask + p_without_mask AS total FROM faces")
     assert all(0 <= b.x1 < b.x2 <= 256 and 0 <= b.y1 < b.y2 <= 256 and abs(b.total - 1) < 1e-5 for b in boxes)
 

@@ -161,7 +161,7 @@ def test_a_child_that_dies_is_reported_before_its_lease_runs_out(
 ) -> None:
     monkeypatch.setenv("MASKWATCH_LEDGER__LEASE_SECONDS", "3600")
     forget_settings()
-    _enqueue(session, bucket, 12)
+    _enqueue(session, bucket, 40)  # more than a child gets through before it is found and killed
     dispatch.reconcile(get_settings())
     dispatch.dispatch(get_settings())
     with running("worker", log=tmp_path / "worker.log") as worker:

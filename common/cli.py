@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, PermanentJobError
 
 #: Command name → where it lives and the line that `maskwatch --help` shows, in the order people need them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -94,6 +94,10 @@ def main() -> None:
     except MaskwatchError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except PermanentJobError as error:
+        # No job is here to be quarantined: a pinned model that differs, say, is something a person has to put right.
+        click.echo(f"error: {error}", err=True)
+        sys.exit(MaskwatchError.exit_code)
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         layer = LAYERS.get(module)

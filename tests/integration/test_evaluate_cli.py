@@ -196,6 +196,14 @@ def test_one_class_alone_is_one_line(faces):
     assert "no face of class without_mask" in maskwatch("faces", faces).stderr
 
 
+def test_a_pinned_model_that_differs_is_one_line(scenes):
+    result = maskwatch("scenes", scenes, MASKWATCH_PIPELINE__CLASSIFIER=f"{CLASSIFIER}@{64 * '0'}")
+    assert result.returncode == 1, result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: model {CLASSIFIER} here has SHA-256 ")
+    assert "the pipeline wants 000000000000…" in line
+
+
 def test_a_folder_that_cannot_be_made_is_refused_before_any_work(scenes, tmp_path):
     (tmp_path / "file").touch()
     line = refusal("scenes", scenes, "--out", tmp_path / "file" / "out")

@@ -204,6 +204,8 @@ def _read_manifest(folder: Path) -> list[tuple[str, list[_Entry], list[_Entry]]]
         ]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MaskwatchError(f"{path} is no manifest of models ({type(error).__name__}: {error})") from error
+    if not models:
+        raise MaskwatchError(f"{path} names no model: nothing to import")
     names = [name for name, _, _ in models]
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise MaskwatchError(f"{path}: every model needs a name of its own")

@@ -537,6 +537,7 @@ SECRET = {"name": "secret", "size": 6, "sha256": digest(b"secret")}
         (lambda m: m["models"][0].update(derived=[SECRET | {"name": "../x"}]), "is no plain file name"),
         (lambda m: m.pop("models"), "is no manifest of models"),
         (lambda m: m.update(models={"pair": 1}), "is no manifest of models"),
+        (lambda m: m.update(models=[]), "names no model"),
         (lambda m: m.update(maskwatch_models=2), "has form 2"),
     ],
 )

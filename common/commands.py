@@ -191,7 +191,7 @@ def list_pipelines(as_json: bool) -> None:
         ]
         for row, known in zip(rows, kept, strict=True)
     ]
-    columns = ["id", "created", "detector", "classifier", "right with / without mask", "shown by"]
+    columns = ["id", "created", "detector", "classifier", "held out: right with / without mask", "shown by"]
     print_table("Pipelines", columns, table)
 
 

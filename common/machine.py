@@ -20,7 +20,7 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 #: Runtime → the layer that installs it, and the packages it can't do without.
-RUNTIMES = {"onnx": ("worker", ("onnxruntime",)), "native": ("native", ("torch", "keras"))}
+RUNTIMES = {"onnx": ("worker", ("onnxruntime",)), "native": ("native", ("torch", "tensorflow"))}
 
 
 def missing_for(runtime: str) -> str | None:

@@ -247,6 +247,21 @@ MODELS: dict[str, Model] = {
             source="trained by `maskwatch train`; see workers/classification/weights/efficientnet-lite0.md",
         ),
         Model(
+            name="xception",
+            kind=ModelKind.CLASSIFIER,
+            files=(
+                ModelFile(
+                    "xception.onnx",
+                    "83f8f3a063cee2770c464b7fa7349263e2c6aba83c8ef792797462af3f7c8bdb",
+                    45_814_578,
+                    package="workers.classification",
+                    path="weights/xception.onnx",
+                ),
+            ),
+            licence="Apache-2.0",
+            source="trained by `maskwatch train`; see workers/classification/weights/xception.md",
+        ),
+        Model(
             name="efficientnet-lite0-imagenet",
             kind=ModelKind.BACKBONE,
             files=(

@@ -115,10 +115,11 @@ class Staging:
         pins = {name: sha256 for name, sha256 in self._found.items() if name in unpublished}
         known = read_pins(self.folder)
         with _explained(self.folder):
-            remember_pins(self.folder, pins)
             for name, part in self._parts.items():
                 (self.folder / name).parent.mkdir(exist_ok=True)
                 part.replace(self.folder / name)
+            # Last: a pin for a file that isn't there would refuse every other.
+            remember_pins(self.folder, pins)
         return [name for name in pins if name not in known]
 
     def drop(self, name: str) -> None:

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common import model_figures
@@ -70,3 +72,10 @@ def test_no_variant_of_a_held_out_face_was_learned_from():
     # The public test scenes are other pictures than those anything was fitted to.
     learned = {sample.group for sample in samples if sample.from_scene}
     assert not learned & {f"scenes_train/{path.name}" for path in (DATA / "scenes" / "images").iterdir()}
+    # The control: a brighter copy of a held-out face among the others would have been noticed.
+    face = split.held_out[0]
+    brighter = np.clip(face.pixels.astype(np.int16) + 30, 0, 255).astype(np.uint8)
+    copy = replace(face, pixels=brighter, group="planted", name="planted")
+    grouped = dataset.group_lookalikes([face, copy, *split.training[:200]])
+    assert grouped[0].group == grouped[1].group
+    assert grouped[0].group not in {sample.group for sample in grouped[2:]}

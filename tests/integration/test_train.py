@@ -218,6 +218,16 @@ def test_an_onnx_file_that_differs_is_not_written(network, settings, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_that_is_refused_leaves_no_folder(tmp_path):
+    (tmp_path / "data" / "with_mask").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "with_mask" / "one.png")
+    out = tmp_path / "trained"
+    result = subprocess.run(command(tmp_path / "data", out, 1), capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "error: no face of class without_mask in the data; a classifier needs both classes\n"
+    assert not out.exists()
+
+
 def test_a_finished_training_is_not_overwritten(data, tmp_path):
     (tmp_path / "metrics.json").write_text("{}")
     result = subprocess.run(command(data, tmp_path, 1), capture_output=True, text=True, check=False)

@@ -47,6 +47,14 @@ def class_of(label: str, where: object) -> int:
     return CLASS_OF_LABEL[label]
 
 
+def read_text(path: Path) -> str:
+    """A file of words. Raises `MaskwatchError` where it can't be read or isn't UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MaskwatchError(f"{path} can't be read as text in UTF-8: {error}") from error
+
+
 def is_scene_folder(folder: Path) -> bool:
     return (folder / "images").is_dir() and _annotation_folder(folder) is not None
 
@@ -108,7 +116,7 @@ def _voc_boxes(path: Path) -> Iterator[tuple[str, Sequence[float]]]:
         for entry in ElementTree.parse(path).getroot().iter("object"):
             corners = [float(entry.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
             yield entry.findtext("name", "").strip(), corners
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, OSError) as error:
         raise MaskwatchError(f"{path} is no Pascal VOC annotation: {error}") from error
 
 
@@ -116,7 +124,7 @@ def _yolo_boxes(path: Path, width: int, height: int) -> Iterator[tuple[str, Sequ
     """(label, corners) of a YOLO file: per line a class number, then the box's centre and size in parts of the picture
     (docs.ultralytics.com/datasets/detect)."""
     names = _yolo_names(path)
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         if not line.strip():
             continue
         try:
@@ -141,4 +149,4 @@ def _yolo_names(path: Path) -> list[str]:
             f"{path.parent.parent} numbers its classes and doesn't name them: put a {YOLO_NAMES[0]} there, "
             f"a line per class out of {', '.join(CLASS_OF_LABEL)}"
         )
-    return [line.strip() for line in found.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(found).splitlines() if line.strip()]

@@ -85,7 +85,14 @@ def train(
       maskwatch train faces/ --recipe notebook --arch xception --limit 400
     """
     out = out or Path("trained") / f"{arch}-{recipe}"
-    _prepare_folder(out)
+    with _folder(out):
+        _train(data, out, arch, recipe, stages, epochs, weights, scratch, precision, limit, seed, as_json)
+
+
+def _train(
+    data: tuple[Path, ...], out: Path, arch: str, recipe: str, stages: str | None, epochs: int | None,
+    weights: Path | None, scratch: bool, precision: str, limit: int | None, seed: int, as_json: bool,
+) -> None:  # fmt: skip
     _load_keras()
     from workers.training import dataset, fit, recipes, results
 
@@ -141,16 +148,24 @@ def _pretrained(arch: str, weights: Path | None, scratch: bool, recipe: str) -> 
     return partial(pretrained.load_efficientnet_lite0, content=content)
 
 
-def _prepare_folder(out: Path) -> None:
-    """Makes the folder before any work is done, for a missing right to write should not show after an epoch."""
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Makes the folder before any work is done, for a missing right to write should not show after an epoch; takes it
+    away again where nothing came of it."""
     if (out / "metrics.json").exists():
         raise MaskwatchError(f"{out} holds a finished training; choose another folder or remove it")
+    existed = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MaskwatchError(f"{out} can't be made: {error.strerror}") from error
     if not os.access(out, os.W_OK):
         raise MaskwatchError(f"{out} can't be written to")
+    try:
+        yield
+    finally:
+        if not existed and not any(out.iterdir()):
+            out.rmdir()
 
 
 def _load_keras() -> None:

@@ -33,6 +33,7 @@ from workers.training.annotations import (
     images_in,
     is_scene_folder,
     read_boxes,
+    read_text,
     scene_pairs,
 )  # fmt: skip
 
@@ -249,11 +250,18 @@ def _manifest_box(row: dict[str, str], path: Path) -> Box | None:
 
 
 def _rows(path: Path, needed: set[str]) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        if not needed <= set(reader.fieldnames or ()):
-            raise MaskwatchError(f"{path} lacks the columns {' and '.join(sorted(needed))}")
-        return list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines)
+            if not needed <= set(reader.fieldnames or ()):
+                raise MaskwatchError(f"{path} lacks the columns {' and '.join(sorted(needed))}")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MaskwatchError(f"{path} can't be read as CSV in UTF-8: {error}") from error
+    for number, row in enumerate(rows, start=2):
+        if not all(row[column] for column in needed):
+            raise MaskwatchError(f"line {number} of {path} lacks {' or '.join(sorted(needed))}")
+    return rows
 
 
 def _manifest_sources(path: Path) -> dict[str, str]:
@@ -336,7 +344,7 @@ def _upper_half(sample: FaceSample) -> NDArray[np.float32]:
 
 def named_in(samples: Sequence[FaceSample], path: Path) -> list[FaceSample]:
     """The samples that a file names, one per line. Raises `MaskwatchError` where that leaves a class without a face."""
-    names = set(path.read_text(encoding="utf-8").splitlines())
+    names = set(read_text(path).splitlines())
     named = [sample for sample in samples if sample.name in names]
     if len({sample.label for sample in named}) < len(CLASS_NAMES):
         raise MaskwatchError(f"{path} names {len(named)} of these faces, and not of both classes: is it of other data?")

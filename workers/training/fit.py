@@ -43,8 +43,11 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def stopped_early(self, settings: FitSettings) -> bool:
-        """Whether the epochs since the best one used up the recipe's patience."""
-        return settings.patience is not None and self.epochs_done - self.best_epoch >= settings.patience
+        """Whether the epochs since the best one used up the recipe's patience. Only at the last size: on the way there
+        nothing is final."""
+        if settings.patience is None or settings.side_in(self.epochs_done) != settings.side:
+            return False
+        return self.epochs_done - self.best_epoch >= settings.patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,10 @@ def _progress_in(out: Path, fingerprint: str) -> Progress:
     path = out / "progress.json"
     if not path.is_file():
         return Progress(fingerprint)
-    progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise MaskwatchError(f"{path} is no record of a training ({error}); remove {out} to begin again") from error
     if progress.fingerprint != fingerprint:
         raise MaskwatchError(f"{out} holds a training with other data or settings; choose another folder or remove it")
     return progress
@@ -187,7 +193,12 @@ def _model_to_go_on_with(
     import keras
 
     if progress.epochs_done > 0:
-        return keras.models.load_model(_checkpoint(out, progress.epochs_done))
+        checkpoint = _checkpoint(out, progress.epochs_done)
+        try:
+            return keras.models.load_model(checkpoint)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise MaskwatchError(f"{checkpoint} can't be read ({reason}); remove {out} to begin again") from error
     # Free of size: crops grow from stage to stage.
     model = networks.build(settings.arch, side=None)
     prepare(model)

@@ -278,7 +278,7 @@ def test_the_cpu_pipeline_does_not_import_torch() -> None:
 
 @pytest.mark.data
 def test_the_same_faces_on_the_test_scenes(data_dir: Path, analyzer: DeviceAnalyzer) -> None:
-    """Both ways in single precision on the CPU. OpenCV's rounding moves a box by a pixel here and there, and the shipped
+    """Both ways in single precision on the CPU. OpenCV's rounding moves a box by a pixel here and there, and the
     classifier answers differences of one level of 255 in a small crop with a few hundredths of a probability."""
     pictures = scenes(data_dir)[::3]  # torch prepares its CPU kernels anew for each size, which takes most of the time
     agreement = compare(analyzer.analyze_batch(pictures), [load_analyzer(SPEC, Runtime()).analyze(p) for p in pictures])

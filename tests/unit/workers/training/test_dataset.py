@@ -272,3 +272,20 @@ def test_a_broken_manifest_says_what_is_wrong(tmp_path, write_faces, text, messa
     write_faces(tmp_path, {"with_mask": 1})
     with pytest.raises(MaskwatchError, match=message):
         dataset.load([manifest(tmp_path, text)])
+
+
+def test_a_manifest_with_a_short_row_names_its_line(tmp_path, write_faces):
+    write_faces(tmp_path, {"with_mask": 1})
+    with pytest.raises(MaskwatchError, match=r"line 3 of .* lacks file or label"):
+        dataset.load([manifest(tmp_path, "file,label\nwith_mask/face000.png,with_mask\nonly-a-file.png\n")])
+
+
+def test_text_that_is_not_utf8_is_one_line(tmp_path):
+    path = tmp_path / "faces.csv"
+    path.write_bytes(b"file,label\n\xff\xfe.png,with_mask\n")
+    with pytest.raises(MaskwatchError, match=r"faces.csv can't be read as CSV in UTF-8"):
+        dataset.load([path])
+    folder = yolo(tmp_path / "scenes", "")
+    (folder / "labels" / "crowd.txt").write_bytes(b"\xff\xfe0 0.5")
+    with pytest.raises(MaskwatchError, match=r"crowd.txt can't be read as text in UTF-8"):
+        dataset.load([folder])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -54,3 +56,15 @@ def test_patience_ends_a_training_that_no_longer_improves():
     assert not fit.Progress("any", epochs_done=30, best_epoch=20).stopped_early(FIELD)
     assert not progress.stopped_early(recipes.settings_for(recipes.Recipe.NOTEBOOK, "xception"))
     assert fit.Progress("any", epochs_done=30, best_epoch=30 - (FIELD.patience or 0)).stopped_early(FIELD)
+
+
+def test_patience_waits_for_the_last_size():
+    staged = replace(recipes.with_stages(FIELD, recipes.read_stages("64:30,96:10"), None), patience=8)
+    assert not fit.Progress("any", epochs_done=20, best_epoch=1).stopped_early(staged)
+    assert fit.Progress("any", epochs_done=39, best_epoch=31).stopped_early(staged)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(MaskwatchError, match="is no record of a training"):
+        fit.fit(faces(64), faces(4), FIELD, tmp_path)

@@ -85,14 +85,7 @@ def train(
       maskwatch train faces/ --recipe notebook --arch xception --limit 400
     """
     out = out or Path("trained") / f"{arch}-{recipe}"
-    with _folder(out):
-        _train(data, out, arch, recipe, stages, epochs, weights, scratch, precision, limit, seed, as_json)
-
-
-def _train(
-    data: tuple[Path, ...], out: Path, arch: str, recipe: str, stages: str | None, epochs: int | None,
-    weights: Path | None, scratch: bool, precision: str, limit: int | None, seed: int, as_json: bool,
-) -> None:  # fmt: skip
+    click.get_current_context().with_resource(_folder(out))
     _load_keras()
     from workers.training import dataset, fit, recipes, results
 

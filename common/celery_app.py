@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Celery, signals
+from kombu.transport import redis as redis_transport
+from kombu.transport.virtual import QoS as CountedMessages
 
 from common.domain import MaskwatchError
 from common.settings import get_settings
@@ -30,6 +32,24 @@ def redis_url() -> str:
     """The broker's URL as the redis client writes it (kombu has its own way to name a socket)."""
     return broker_url().replace("redis+socket://", "unix://", 1).replace("?virtual_host=", "?db=", 1)
 
+
+class _QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
+    """Counts a message as acknowledged even if Redis could not be told.
+
+    Kombu's own leaves it counted as in hand when the connection breaks at that moment; a worker that takes one message
+    at a time then never asks for another, and so never notices that the connection is gone. What Redis still holds
+    of the message comes back later and is harmless: its token has changed.
+    """
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            super().ack(delivery_tag)
+        except Exception:
+            CountedMessages.ack(self, delivery_tag)
+            raise
+
+
+redis_transport.Channel.QoS = _QoS
 
 _settings = get_settings()
 

@@ -95,7 +95,7 @@ def test_xceptions_base_is_filled_and_frozen_as_in_the_notebook(xception_file):
     base = model.get_layer("xception")
     rng = np.random.default_rng(3)
     for found in base.get_weights():
-        assert found == pytest.approx(rng.uniform(0, 0.1, found.shape), abs=1e-6)
+        assert np.allclose(found, rng.uniform(0, 0.1, found.shape), rtol=0, atol=1e-6)
     # REFERENCE: 2,100,226 of 22,961,706 parameters learn.
     assert sum(int(np.prod(weights.shape)) for weights in model.trainable_weights) == 2_100_226
     assert model.count_params() == 22_961_706

@@ -80,7 +80,7 @@ app.conf.update(
     # on a busy machine.
     worker_proc_alive_timeout=60.0,
     # A group that hangs in native code is ended from outside; its lease then runs out. The soft limit is
-    # ours (`workers/images.py`): Celery's raises anywhere, and would look like a broken picture.
+    # ours (`workers/jobs.py`): Celery's raises anywhere, and would look like a broken picture.
     task_time_limit=_settings.worker.hard_time_limit_seconds,
     # Backstop behind our own drain, which children see as a flag between two pictures.
     worker_soft_shutdown_timeout=20.0,

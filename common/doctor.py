@@ -64,7 +64,7 @@ def _examine() -> list[Check]:
             found.append(("database reachable, migrated", True, ""))
             try:
                 with redis_client() as client:
-                    queue_length(client, Queue.IMAGES)
+                    queue_length(client, Queue.MEDIA)
                     policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
                 safe = policy == "noeviction"
                 found.append(("broker reachable", True, "embedded" if embedded else ""))

@@ -73,11 +73,24 @@ class MaskStatus(StrEnum):
     UNCERTAIN = "uncertain"
 
 
+class SampleMode(StrEnum):
+    """Which frames of a video are looked at, of each cell of the sampling grid."""
+
+    #: The first that is shown in it.
+    FRAMES = "frames"
+    #: The first keyframe in it, if it has one; nothing else is decoded.
+    KEYFRAMES = "keyframes"
+
+
 class ObservedAtSource(StrEnum):
-    """Where the time a picture was taken comes from, best first."""
+    """Where the time a picture was taken, or a recording began, comes from, best first."""
 
     KEY_PATTERN = "key_pattern"
+    #: Of a picture.
     EXIF = "exif"
+    #: Of a video: when its container says that it was made.
+    CREATION_TIME = "creation_time"
+    #: Of a video: minus its duration.
     LAST_MODIFIED = "last_modified"
 
 
@@ -88,6 +101,15 @@ class Reason(StrEnum):
     UNREADABLE_IMAGE = "unreadable_image"
     TRUNCATED_IMAGE = "truncated_image"
     IMAGE_TOO_LARGE = "image_too_large"
+    UNREADABLE_VIDEO = "unreadable_video"
+    NO_VIDEO_STREAM = "no_video_stream"
+    EMPTY_VIDEO = "empty_video"
+    TRUNCATED_VIDEO = "truncated_video"
+    VIDEO_TOO_LONG = "video_too_long"
+    FRAME_TOO_LARGE = "frame_too_large"
+    UNSUPPORTED_CODEC = "unsupported_codec"
+    BROKEN_TIMESTAMPS = "broken_timestamps"
+    TIME_LIMIT = "time_limit"
     OBJECT_TOO_LARGE = "object_too_large"
     OBJECT_GONE = "object_gone"
     ACCESS_DENIED = "access_denied"
@@ -160,9 +182,13 @@ class ModelRef:
     sha256: str
 
 
+#: How videos are sampled where a spec says nothing of it, as those planned before there were videos.
+DEFAULT_SAMPLING = {"sample": SampleMode.FRAMES, "sample_fps": 1.0}
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineSpec:
-    """The pinned models and settings that turn a picture into faces.
+    """The pinned models and settings that turn pictures and videos into faces.
 
     Two pictures analysed under equal specs are comparable; figures never mix two specs.
     Sizes are pixels of the original picture, probabilities are in [0, 1].
@@ -184,9 +210,13 @@ class PipelineSpec:
     uncertain_below: float
     #: Raised when a change of the code (not of a setting or a weight) changes what is found.
     revision: int = 1
+    #: Of a video: which frame of each cell of a grid of `sample_fps` cells per second of the file's own time.
+    sample: SampleMode = SampleMode.FRAMES
+    sample_fps: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        # Without the default sampling, so that pipelines planned before there were videos stay the same ones.
+        return {name: value for name, value in asdict(self).items() if DEFAULT_SAMPLING.get(name) != value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PipelineSpec:
@@ -194,6 +224,7 @@ class PipelineSpec:
         return cls(
             detector=ModelRef(**values.pop("detector")),
             classifier=ModelRef(**values.pop("classifier")),
+            sample=SampleMode(values.pop("sample", SampleMode.FRAMES)),
             **values,
         )
 
@@ -233,3 +264,35 @@ class Face:
     def size_px(self) -> float:
         """The longer side of the box, in pixels: what `per face size` means everywhere."""
         return max(self.x2 - self.x1, self.y2 - self.y1)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What a video's header says. Sizes in pixels of the stored frames, before `rotation` turns them upright."""
+
+    #: FFmpeg's names, e.g. `mp4` and `h264`.
+    container: str
+    codec: str
+    width: int
+    height: int
+    #: Frames per second on average; None where the header doesn't tell.
+    frame_rate: float | None
+    #: Degrees counter-clockwise that a player turns the frames: 0, 90, 180 or 270.
+    rotation: int
+    #: Of the video stream, or what comes nearest; None where the header doesn't tell.
+    duration_seconds: float | None
+    #: When the recording began, by the container's own account; aware.
+    created_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFaces:
+    """A frame of a video that was looked at. Faces may be none; `track_ids` (1, 2, ...) are theirs, local to a job.
+
+    offset_seconds: when it is shown, from the start of the file. covers_seconds: the part of the video it stands for.
+    """
+
+    offset_seconds: float
+    covers_seconds: float
+    faces: tuple[Face, ...]
+    track_ids: tuple[int, ...]

@@ -41,6 +41,7 @@ from common.domain import (
     ObservedAtSource,
     PipelineSpec,
     Reason,
+    VideoInfo,
 )
 from common.planning import PlannedObject
 from common.storage import FILE_BUCKET
@@ -79,6 +80,7 @@ class ClaimedJob:
     etag: str
     size_bytes: int
     last_modified: datetime
+    #: Of an image or a probe, the time in the key if it has one; of a chunk, the start of the recording.
     observed_at: ObservedAt | None
     location_id: int
     time_zone: str
@@ -87,10 +89,23 @@ class ClaimedJob:
     backfill_id: int | None
     lane: Lane
     spec: PipelineSpec
+    #: Half-open range of a chunk, in ms of the file's own time; 0 and 0 for others.
+    range_start_ms: int = 0
+    range_end_ms: int = 0
+    #: The last chunk of its video: it goes on to the end of the file.
+    last: bool = False
+    #: Of a chunk's video, by its header.
+    duration_seconds: float | None = None
 
     @property
     def uri(self) -> str:
         return f"{self.bucket}/{self.key}"
+
+    @property
+    def key_time(self) -> ObservedAt | None:
+        """The time in the key, if it has one: what a newer version of the object is planned with, too."""
+        seen = self.observed_at
+        return seen if seen is not None and seen.source is ObservedAtSource.KEY_PATTERN else None
 
 
 # --- registration -----------------------------------------------------------------------------------------
@@ -120,7 +135,7 @@ def register(
     backfill_id: int | None = None,
     newest: bool = False,
 ) -> Registered:
-    """Put planned objects of one bucket into the ledger: one media object and one job each.
+    """Put planned objects of one bucket into the ledger: one media object and one job each, of a video its probe.
 
     Whatever is known already stays as it is, so registering twice changes nothing. A newer version of a key
     takes the place of the older one: its jobs are cancelled, its rows deleted, its hours marked. Bytes that
@@ -234,7 +249,8 @@ def _revive(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> 
             " AND m.superseded_at IS NOT NULL AND NOT EXISTS (SELECT FROM media_objects c WHERE c.bucket = m.bucket"
             " AND c.key = m.key AND c.superseded_at IS NULL) RETURNING m.id"
             "), again AS (SELECT j.id FROM jobs j JOIN back ON back.id = j.media_object_id"
-            " WHERE j.state IN ('cancelled', 'source_changed') ORDER BY j.id FOR UPDATE OF j"
+            # Chunks are planned anew by the probe, perhaps with another length or start of the recording.
+            " WHERE j.state IN ('cancelled', 'source_changed') AND j.kind <> 'chunk' ORDER BY j.id FOR UPDATE OF j"
             ") UPDATE jobs SET state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0,"
             " lost_leases = 0, finished_at = NULL, reason = NULL, detail = NULL"
             " FROM again WHERE jobs.id = again.id RETURNING jobs.id"
@@ -347,7 +363,7 @@ def take_pending(session: Session, *, limit: int, alone: bool, epoch: str) -> li
         text(
             "WITH picked AS ("
             # A literal and not a parameter, so that every plan can use the index of its half.
-            f" SELECT id FROM jobs WHERE state = 'pending' AND {'alone' if alone else 'NOT alone'} AND kind = 'image'"
+            f" SELECT id FROM jobs WHERE state = 'pending' AND {'alone' if alone else 'NOT alone'}"
             " ORDER BY lane, id LIMIT :limit FOR UPDATE SKIP LOCKED"
             ") UPDATE jobs SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(),"
             " epoch = :epoch FROM picked WHERE jobs.id = picked.id"
@@ -393,7 +409,10 @@ def claim(
             " started_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease)"
             " FROM wanted WHERE jobs.id = wanted.id RETURNING jobs.*"
             ") SELECT held.id, held.token, held.kind, held.attempt, held.media_object_id, held.pipeline_id,"
-            " held.backfill_id, held.lane,"
+            " held.backfill_id, held.lane, held.range_start_ms, held.range_end_ms, m.duration_seconds,"
+            " held.kind = 'chunk' AND NOT EXISTS (SELECT FROM jobs later WHERE later.kind = 'chunk'"
+            " AND later.media_object_id = held.media_object_id AND later.pipeline_id = held.pipeline_id"
+            f" AND later.range_start_ms >= held.range_end_ms AND {_PLANNED.format(jobs='later')}) AS last,"
             " m.bucket, m.key, m.etag, m.size_bytes, m.last_modified, m.observed_at, m.observed_at_source,"
             " m.observed_at_ambiguous, m.location_id, m.camera_id, l.time_zone, p.spec"
             " FROM held JOIN media_objects m ON m.id = held.media_object_id"
@@ -412,10 +431,7 @@ def claim(
             etag=row.etag,
             size_bytes=row.size_bytes,
             last_modified=row.last_modified,
-            # Only a key's time is known for sure before the file is read; a rerun reads EXIF again.
-            observed_at=ObservedAt(row.observed_at, ObservedAtSource.KEY_PATTERN, row.observed_at_ambiguous)
-            if row.observed_at_source == ObservedAtSource.KEY_PATTERN.value
-            else None,
+            observed_at=_known_time(row),
             location_id=row.location_id,
             time_zone=row.time_zone,
             camera_id=row.camera_id,
@@ -423,9 +439,25 @@ def claim(
             backfill_id=row.backfill_id,
             lane=Lane(row.lane),
             spec=PipelineSpec.from_dict(row.spec),
+            range_start_ms=row.range_start_ms,
+            range_end_ms=row.range_end_ms,
+            last=row.last,
+            duration_seconds=row.duration_seconds,
         )
         for row in rows
     ]
+
+
+#: Whether a chunk belongs to the plan of its video as it stands: those of a withdrawn version's plan don't.
+_PLANNED = "{jobs}.state NOT IN ('cancelled', 'source_changed')"
+
+
+def _known_time(row: Any) -> ObservedAt | None:
+    """When the object was taken, as far as that is settled before it is read."""
+    # Only a key's time is known for sure; a rerun reads EXIF again. For a chunk the probe has settled it.
+    if row.observed_at_source == ObservedAtSource.KEY_PATTERN.value or row.kind == JobKind.CHUNK.value:
+        return ObservedAt(row.observed_at, ObservedAtSource(row.observed_at_source), row.observed_at_ambiguous)
+    return None
 
 
 def renew(session: Session, refs: Collection[JobRef], *, lease_seconds: float) -> set[int]:
@@ -444,14 +476,65 @@ def renew(session: Session, refs: Collection[JobRef], *, lease_seconds: float) -
     return set(rows.scalars())
 
 
-def succeed(session: Session, job: ClaimedJob, seen: ObservedAt, *, fence: bool = True) -> None:
+def succeed(
+    session: Session,
+    job: ClaimedJob,
+    seen: ObservedAt,
+    *,
+    reason: Reason | None = None,
+    detail: str | None = None,
+    fence: bool = True,
+) -> None:
     """running → succeeded. The caller writes the job's rows in this same transaction.
+
+    `reason` and `detail` say what is missing where only a part could be analysed.
 
     Raises `StaleJobError` when the job is no longer the caller's. `fence=False` as in `claim`.
     """
     if seen != job.observed_at:
         _set_observed_at(session, job.media_object_id, seen)
-    _end(session, job.ref, "state = 'succeeded', reason = NULL, detail = NULL", AttemptOutcome.SUCCEEDED, fence=fence)
+    _end(session, job.ref, "state = 'succeeded'", AttemptOutcome.SUCCEEDED, reason, detail, fence=fence)
+
+
+def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: Sequence[tuple[int, int]]) -> int:
+    """Keep what a probe learned and insert the chunk jobs of its video; returns how many are new.
+
+    Part of the transaction that ends the probe. A video that has a plan already keeps it, whatever its length of
+    chunks: a second one would count its frames twice.
+    """
+    values = {"media": job.media_object_id, "pipeline": job.pipeline_id}
+    session.execute(
+        update(MediaObject)
+        .where(MediaObject.id == job.media_object_id)
+        .values(
+            container=info.container,
+            codec=info.codec,
+            width=info.width,
+            height=info.height,
+            frame_rate=info.frame_rate,
+            rotation=info.rotation,
+            duration_seconds=info.duration_seconds,
+        )
+    )
+    return _count(
+        session,
+        "INSERT INTO jobs (media_object_id, pipeline_id, backfill_id, kind, lane, range_start_ms, range_end_ms)"
+        " SELECT :media, :pipeline, :backfill, 'chunk', :lane, start_ms, end_ms"
+        " FROM unnest(CAST(:starts AS bigint[]), CAST(:ends AS bigint[])) AS planned (start_ms, end_ms)"
+        " WHERE NOT EXISTS (SELECT FROM jobs WHERE media_object_id = :media AND pipeline_id = :pipeline"
+        f" AND kind = 'chunk' AND {_PLANNED.format(jobs='jobs')})"
+        " ORDER BY start_ms ON CONFLICT (media_object_id, pipeline_id, kind, range_start_ms, range_end_ms)"
+        " DO UPDATE SET state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0, lost_leases = 0,"
+        " finished_at = NULL, reason = NULL, detail = NULL, backfill_id = excluded.backfill_id, lane = excluded.lane"
+        " WHERE jobs.state IN ('cancelled', 'source_changed')",
+        {
+            **values,
+            "backfill": job.backfill_id,
+            "lane": job.lane.value,
+            "starts": [start for start, _ in ranges_ms],
+            "ends": [end for _, end in ranges_ms],
+        },
+    )
 
 
 def retry_later(
@@ -521,15 +604,14 @@ def _end(
 ) -> None:
     """End a running attempt and tell `job_attempts` how. The row before the update still names the attempt."""
     guard = "AND token = :token AND state = 'running'" if fence else ""
-    explain = "" if outcome is AttemptOutcome.SUCCEEDED else ", reason = :reason, detail = :detail"
     finish = "" if outcome in _UNFINISHED else ", finished_at = clock_timestamp()"
     ended = _count(
         session,
         "WITH held AS ("
         f" SELECT id, attempt, worker, started_at FROM jobs WHERE id = :id {guard} FOR UPDATE"
         "), ended AS ("
-        f" UPDATE jobs SET {assignments}{explain}{finish}, token = gen_random_uuid(), lease_until = NULL,"
-        " worker = NULL FROM held WHERE jobs.id = held.id RETURNING jobs.id"
+        f" UPDATE jobs SET {assignments}, reason = :reason, detail = :detail{finish}, token = gen_random_uuid(),"
+        " lease_until = NULL, worker = NULL FROM held WHERE jobs.id = held.id RETURNING jobs.id"
         ") INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
         " SELECT held.id, held.attempt, :outcome, held.worker, held.started_at, :reason, :detail"
         " FROM held JOIN ended ON ended.id = held.id",

@@ -5,6 +5,7 @@ What an object is, when a camera saw it, and why it can't be planned.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,9 +16,13 @@ from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSourc
 from common.storage import ObjectInfo
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
+VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mts", "gif"})
 
 #: A key that seems to name another year was not written by a camera.
 PLAUSIBLE_YEARS = range(1970, 2200)
+
+#: A container that says it was made before this had no clock: MP4 itself is of 2001.
+PLAUSIBLE_CREATION_YEAR = 2000
 
 #: strptime directive → what it matches.
 _DIRECTIVES = {
@@ -131,7 +136,20 @@ def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
 def media_kind(key: str) -> MediaKind | None:
     """What an object holds, by its suffix; None for what Maskwatch does not analyse."""
     suffix = key.rpartition(".")[2].lower() if "." in key.rpartition("/")[2] else ""
-    return MediaKind.IMAGE if suffix in IMAGE_SUFFIXES else None
+    if suffix in IMAGE_SUFFIXES:
+        return MediaKind.IMAGE
+    return MediaKind.VIDEO if suffix in VIDEO_SUFFIXES else None
+
+
+def chunk_ranges(duration_seconds: float | None, chunk_seconds: float) -> list[tuple[int, int]]:
+    """The half-open ranges, in ms of the file's own time, that a video is analysed in: at least one.
+
+    The last one is as long as the others: its job goes on to the end of the file anyway, because headers err. A
+    video that doesn't tell its length is one chunk.
+    """
+    chunk_ms = round(chunk_seconds * 1000)
+    count = max(1, math.ceil((duration_seconds or 0) * 1000 / chunk_ms))
+    return [(index * chunk_ms, (index + 1) * chunk_ms) for index in range(count)]
 
 
 def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) -> PlannedObject | None:
@@ -153,6 +171,25 @@ def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) 
     except LocalTimeError as error:
         return PlannedObject(info, kind, None, Reason.NONEXISTENT_LOCAL_TIME, f"{error} (key {info.key!r})")
     return PlannedObject(info, kind, ObservedAt(instant, ObservedAtSource.KEY_PATTERN, ambiguous))
+
+
+def recording_start(
+    planned: ObservedAt | None, created_at: datetime | None, last_modified: datetime, duration_seconds: float | None
+) -> ObservedAt:
+    """When a recording began: the key's time, else the container's creation time (aware), else LastModified minus the
+    duration, for a camera uploads a recording when it ends.
+
+    A clock that was never set (containers count from 1904 or 1970) or is ahead of the upload says nothing useful.
+    """
+    if planned is not None:
+        return planned
+    if (
+        created_at is not None
+        and created_at.year >= PLAUSIBLE_CREATION_YEAR
+        and created_at <= last_modified + timedelta(days=1)
+    ):
+        return ObservedAt(created_at.astimezone(UTC), ObservedAtSource.CREATION_TIME)
+    return ObservedAt(last_modified - timedelta(seconds=duration_seconds or 0), ObservedAtSource.LAST_MODIFIED)
 
 
 def observed_from_file(

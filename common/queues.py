@@ -23,7 +23,7 @@ from common.settings import get_settings
 class Queue(StrEnum):
     """Every queue. A test shows that each has a consumer."""
 
-    IMAGES = "maskwatch.images"
+    MEDIA = "maskwatch.media"
     PRODUCER = "maskwatch.producer"
     AGGREGATION = "maskwatch.aggregation"
 
@@ -31,7 +31,7 @@ class Queue(StrEnum):
 class TaskName(StrEnum):
     """Every task."""
 
-    ANALYZE_IMAGES = "workers.analyze_images"
+    ANALYZE = "workers.analyze"
     DISPATCH = "producer.dispatch"
     RECONCILE = "producer.reconcile"
     REQUEST_SUMMARY = "producer.request_summary"
@@ -40,7 +40,7 @@ class TaskName(StrEnum):
 
 #: Where the messages of each task go.
 ROUTES: Mapping[TaskName, Queue] = {
-    TaskName.ANALYZE_IMAGES: Queue.IMAGES,
+    TaskName.ANALYZE: Queue.MEDIA,
     TaskName.DISPATCH: Queue.PRODUCER,
     TaskName.RECONCILE: Queue.PRODUCER,
     TaskName.REQUEST_SUMMARY: Queue.PRODUCER,

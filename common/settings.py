@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from common.domain import PipelineSpec
+from common.domain import PipelineSpec, SampleMode
 from common.manifest import ModelKind, pinned_model
 
 _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch" / "models"
@@ -39,6 +39,9 @@ class StorageSettings(BaseModel):
     endpoint_url: str | None = Field(None, description="an S3-compatible server; unset: AWS")
     max_object_bytes: int = Field(100 * 2**20, gt=0, description="a larger image object is quarantined unread")
     list_page_size: int = Field(1000, ge=1, le=1000)
+    block_bytes: int = Field(256 * 1024, ge=4096, description="videos are read in blocks of this size")
+    cached_blocks: int = Field(64, ge=4, description="blocks that a video being read keeps in memory")
+    block_tries: int = Field(4, ge=1, description="tries at one block before the job has to wait")
     connect_timeout_seconds: float = Field(5.0, gt=0)
     read_timeout_seconds: float = Field(30.0, gt=0)
 
@@ -56,6 +59,8 @@ class PipelineSettings(BaseModel):
     widen_below_px: int = Field(90, ge=0)
     widen_factor: float = Field(1.25, ge=1)
     uncertain_below: float = Field(0.6, ge=0.5, le=1)
+    sample_fps: float = Field(1.0, gt=0, le=240, description="frames looked at per second of video")
+    sample: SampleMode = Field(SampleMode.FRAMES, description="frames, or keyframes: cheaper, as many as the video has")
 
     def spec(self) -> PipelineSpec:
         """The pipeline these settings describe, with the weights that the manifest or this machine pins."""
@@ -73,7 +78,13 @@ class WorkerSettings(BaseModel):
     threads: int | None = Field(None, ge=1, description="threads per model runtime; unset: cores // processes")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:n")
     runtime: Literal["onnx", "native"] = Field("onnx", description="ONNX Runtime, or torch and TensorFlow themselves")
-    max_image_pixels: int = Field(100_000_000, gt=0, description="a larger picture is quarantined undecoded")
+    max_image_pixels: int = Field(100_000_000, gt=0, description="a larger picture or frame is quarantined undecoded")
+    max_video_seconds: float = Field(7 * 86400.0, gt=0, description="a longer video is quarantined")
+    chunk_seconds: float = Field(
+        60.0, ge=1, description="a video is analysed in jobs of this length; changes no result"
+    )
+    frame_buffer_bytes: int = Field(128 * 2**20, gt=0, description="decoded frames that wait or are being analysed")
+    batch_frames: int = Field(16, ge=1, description="video frames of one size that are analysed together at most")
     group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
     read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
     read_ahead_bytes: int = Field(64 * 2**20, ge=0)

@@ -147,10 +147,19 @@ class MediaObject(Base):
     kind: Mapped[MediaKind] = mapped_column(_enum(MediaKind, "kind"))
     location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
     camera_id: Mapped[int | None] = mapped_column(ForeignKey("cameras.id"))
-    #: Known at planning from the key's pattern, otherwise filled in by the worker (EXIF, LastModified).
+    #: Of a video, the start of the recording. Known at planning from the key's pattern, otherwise filled in by the
+    #: worker (EXIF, creation time, LastModified).
     observed_at: Mapped[datetime | None]
     observed_at_source: Mapped[ObservedAtSource | None] = mapped_column(_enum(ObservedAtSource, "observed_at_source"))
     observed_at_ambiguous: Mapped[bool] = mapped_column(server_default=text("false"))
+    #: Of a video, known once it was probed (`domain.VideoInfo`).
+    container: Mapped[str | None]
+    codec: Mapped[str | None]
+    width: Mapped[int | None]
+    height: Mapped[int | None]
+    frame_rate: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
+    rotation: Mapped[int | None] = mapped_column(SmallInteger)
+    duration_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
     superseded_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = _created_at()
 
@@ -177,7 +186,8 @@ class Job(Base):
     pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
     backfill_id: Mapped[int | None] = mapped_column(ForeignKey("backfills.id"))
     kind: Mapped[JobKind] = mapped_column(_enum(JobKind, "kind"))
-    #: Half-open range of the file's own time; 0 and 0 for an image.
+    #: Half-open range of the file's own time; 0 and 0 for an image and a probe. The last chunk of a video goes on to
+    #: its end, whatever its header said.
     range_start_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     range_end_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     lane: Mapped[int] = mapped_column(SmallInteger)
@@ -274,6 +284,10 @@ class FaceRow(Base):
     p_with_mask: Mapped[float] = mapped_column(REAL)
     p_without_mask: Mapped[float] = mapped_column(REAL)
     status: Mapped[MaskStatus] = mapped_column(_enum(MaskStatus, "status"))
+    #: When the frame is shown, from the start of its video; 0 for a picture.
+    offset_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("0"))
+    #: Faces of one job with the same number are taken for the same person; NULL for a picture.
+    track_id: Mapped[int | None]
 
 
 class DirtyMark(Base):

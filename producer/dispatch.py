@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from common import ledger
 from common.database import engine, session_scope
+from common.domain import JobKind
 from common.ledger import DispatchedJob, JobRef
 from common.partitions import split_default
 from common.queues import Queue, TaskName, encode_refs, ensure_epoch, queue_length, read_epoch, redis_client, send
@@ -26,7 +27,7 @@ def dispatch(settings: Settings) -> int:
         epoch = read_epoch(client)
         if epoch is None:
             return 0  # a new or wiped Redis: the reconciler comes first, and begins its epoch
-        room = settings.dispatch.queue_cap - queue_length(client, Queue.IMAGES)
+        room = settings.dispatch.queue_cap - queue_length(client, Queue.MEDIA)
     if room <= 0:
         return 0
     with session_scope() as session:
@@ -36,15 +37,21 @@ def dispatch(settings: Settings) -> int:
         others = ledger.take_pending(session, limit=room * settings.worker.group_size, alone=False, epoch=epoch)
     groups = [[job.ref] for job in suspects] + list(group(others, settings.worker.group_size))
     if groups:
-        send(TaskName.ANALYZE_IMAGES, *([encode_refs(refs)] for refs in groups))
+        send(TaskName.ANALYZE, *([encode_refs(refs)] for refs in groups))
         log.info("dispatched", jobs=len(suspects) + len(others), messages=len(groups))
     return len(suspects) + len(others)
 
 
 def group(jobs: Iterable[DispatchedJob], size: int) -> Iterator[list[JobRef]]:
-    """Groups of at most `size` jobs of one pipeline, so that a worker need not switch models inside one."""
+    """Groups of at most `size` image jobs of one pipeline, so that a worker need not switch models inside one.
+
+    Jobs of videos travel alone: each is as much work as a group of pictures.
+    """
     open_groups: dict[int, list[JobRef]] = defaultdict(list)
     for job in jobs:
+        if job.kind is not JobKind.IMAGE:
+            yield [job.ref]
+            continue
         refs = open_groups[job.pipeline_id]
         refs.append(job.ref)
         if len(refs) == size:
@@ -61,7 +68,7 @@ def reconcile(settings: Settings) -> dict[str, int]:
         found = {"expired_leases": ledger.recover_expired(session, max_lost_leases=limits.max_lost_leases)}
     with redis_client() as client:
         epoch = ensure_epoch(client)
-        empty = queue_length(client, Queue.IMAGES) == 0
+        empty = queue_length(client, Queue.MEDIA) == 0
     with session_scope() as session:
         found["lost_messages"] = ledger.recover_queued(
             session, epoch=epoch, overdue_seconds=limits.overdue_seconds, queue_empty=empty

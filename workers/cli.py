@@ -46,7 +46,7 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
     require_runtime(runtime_of(get_settings()))
     if (warning := oversubscribed(settings.processes, settings.threads)) is not None:
         note(f"warning: {warning}")
-    _serve(Queue.IMAGES, name or f"worker-{os.getpid()}", pool="prefork")
+    _serve(Queue.MEDIA, name or f"worker-{os.getpid()}", pool="prefork")
 
 
 @click.command()

@@ -75,7 +75,7 @@ def _clean_up(**_: Any) -> None:
 @signals.task_failure.connect
 def _report_crash(sender: Any = None, task_id: str | None = None, exception: Any = None, **_: Any) -> None:
     """In the main process: a child died. Its jobs need not wait for their lease to run out."""
-    if not isinstance(exception, WorkerLostError) or sender.name != TaskName.ANALYZE_IMAGES.value:
+    if not isinstance(exception, WorkerLostError) or sender.name != TaskName.ANALYZE.value:
         return
     try:
         with session_scope() as session:

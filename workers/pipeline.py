@@ -1,17 +1,25 @@
-"""From a picture to its faces: detect, widen, crop, classify. Knows neither queues nor databases."""
+"""From pictures and video frames to their faces: detect, widen, crop, classify, link.
+
+Knows neither queues nor databases.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import Face, MaskStatus, PipelineSpec
+from common.domain import Face, FrameFaces, MaskStatus, PipelineSpec
 from workers.classification import MaskClassifier
 from workers.classification._ops import crop_for_classification
 from workers.detection import FaceDetector
 from workers.inference import Runtime, limit_opencv_threads
+from workers.overlap import ahead
+from workers.tracking import FaceTracker
 
 
 class PictureAnalyzer(Protocol):
@@ -20,6 +28,21 @@ class PictureAnalyzer(Protocol):
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
         """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first."""
         ...
+
+    def analyze_batch(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
+        """The faces of each frame, uint8 (height, width, 3), in the order of the frames; as `analyze`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A frame of a video as it is analysed. rgb: uint8 (height, width, 3), upright. at, covers: seconds, exact."""
+
+    rgb: NDArray[np.uint8]
+    #: When it is shown, from the start of the file.
+    at: Fraction
+    #: The part of the video that it stands for.
+    covers: Fraction
 
 
 class Analyzer:
@@ -36,6 +59,15 @@ class Analyzer:
         Boxes are the detector's, in pixels of the picture and inside it; what the classifier sees is wider
         where a face is small. A picture without faces gives an empty list.
         """
+        (faces,) = self.analyze_batch([image_rgb])
+        return faces
+
+    def analyze_batch(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
+        """As `analyze`, for several frames. One by one: on a CPU larger batches gain nothing and cost memory, and a
+        face's probabilities would depend, in their last digits, on its neighbours in the batch."""
+        return [self._analyze(image_rgb) for image_rgb in frames_rgb]
+
+    def _analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
         found = self._detector.detect(image_rgb)
         boxes = [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in found.boxes_xyxy]
         crops = [
@@ -48,6 +80,34 @@ class Analyzer:
             face_of(box, float(score), float(p_with), self.spec.uncertain_below)
             for box, score, (p_with, _) in zip(boxes, found.scores, probabilities, strict=True)
         ]
+
+
+def analyze_frames(
+    pictures: Iterable[Picture],
+    analyzer: PictureAnalyzer,
+    frames_per_second: float,
+    *,
+    buffer_bytes: int,
+    batch: int,
+) -> Iterator[FrameFaces]:
+    """The faces of a video's frames, in their order, linked into tracks.
+
+    Frames are read and decoded in a thread of their own, up to `buffer_bytes` ahead (one frame at least), while the
+    ones before them are analysed; those of one size that wait are analysed together, `batch` at most. What the other
+    thread raises is raised here, after the frames that came before.
+    """
+    tracker = FaceTracker(frames_per_second)
+    for group in ahead(
+        pictures,
+        size_of=lambda picture: picture.rgb.nbytes,
+        alike=lambda a, b: a.rgb.shape == b.rgb.shape,
+        max_size=buffer_bytes,
+        max_items=batch,
+    ):
+        faces = analyzer.analyze_batch([picture.rgb for picture in group])
+        for picture, found in zip(group, faces, strict=True):
+            at = float(picture.at)
+            yield FrameFaces(at, float(picture.covers), tuple(found), tuple(tracker.update(found, at)))
 
 
 def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:

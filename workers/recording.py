@@ -1,57 +1,116 @@
 """What a finished job leaves behind, in the one transaction that ends it: the state, the faces, what was
-looked at, and the mark that its hour must be summarized again."""
+looked at, and the marks that its hours must be summarized again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from psycopg import Connection
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.domain import Face, ObservedAt
+from common.domain import Face, FrameFaces, ObservedAt, Reason, VideoInfo
 from common.ledger import ClaimedJob
 
 _COPY_FACES = (
     "COPY faces (observed_at, job_id, media_object_id, location_id, camera_id, pipeline_id,"
-    " x1, y1, x2, y2, size_px, p_face, p_with_mask, p_without_mask, status) FROM STDIN"
+    " x1, y1, x2, y2, size_px, p_face, p_with_mask, p_without_mask, status, offset_seconds, track_id) FROM STDIN"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """Why a job that succeeded could do a part of its range only."""
+
+    reason: Reason
+    detail: str
 
 
 def record_image(session: Session, job: ClaimedJob, faces: Sequence[Face], seen: ObservedAt, *, fence: bool) -> None:
     """End an image job with its faces. Raises `StaleJobError`, and writes nothing, if the job was lost."""
     ledger.succeed(session, job, seen, fence=fence)
     # A picture counts as one frame of no length, faces or not.
+    _count(session, job, [(seen.instant, 0.0)])
+    _copy(session, job, [(seen.instant, 0.0, face, None) for face in faces])
+
+
+def record_probe(
+    session: Session,
+    job: ClaimedJob,
+    info: VideoInfo,
+    seen: ObservedAt,
+    ranges_ms: Sequence[tuple[int, int]],
+    *,
+    fence: bool,
+) -> None:
+    """End a probe with the plan of its video. Raises `StaleJobError`, and writes nothing, if the job was lost."""
+    ledger.plan_chunks(session, job, info, ranges_ms)
+    ledger.succeed(session, job, seen, fence=fence)
+
+
+def record_chunk(
+    session: Session, job: ClaimedJob, frames: Sequence[FrameFaces], shortfall: Shortfall | None, *, fence: bool
+) -> None:
+    """End a chunk with its frames. Raises `StaleJobError`, and writes nothing, if the job was lost."""
+    began = job.observed_at
+    assert began is not None, "a chunk is planned by a probe, which settles when the recording began"
+    ledger.succeed(
+        session,
+        job,
+        began,
+        reason=shortfall.reason if shortfall else None,
+        detail=shortfall.detail if shortfall else None,
+        fence=fence,
+    )
+    placed = [(began.instant + timedelta(seconds=frame.offset_seconds), frame) for frame in frames]
+    _count(session, job, [(at, frame.covers_seconds) for at, frame in placed])
+    _copy(
+        session,
+        job,
+        [
+            (at, frame.offset_seconds, face, track_id)
+            for at, frame in placed
+            for face, track_id in zip(frame.faces, frame.track_ids, strict=True)
+        ],
+    )
+
+
+def _count(session: Session, job: ClaimedJob, frames: Sequence[tuple[datetime, float]]) -> None:
+    """Count frames (when seen, seconds they stand for) in the hours of their location, and mark these."""
     session.execute(
         text(
             "WITH counted AS ("
             " INSERT INTO frame_counts (job_id, hour, location_id, camera_id, pipeline_id, frames, seconds)"
-            " VALUES (:job, date_trunc('hour', CAST(:at AS timestamptz), :zone), :location, :camera, :pipeline, 1, 0)"
-            " RETURNING location_id, pipeline_id, hour"
+            " SELECT :job, date_trunc('hour', at, :zone) AS hour, :location, :camera, :pipeline, count(*), sum(seconds)"
+            " FROM unnest(CAST(:ats AS timestamptz[]), CAST(:seconds AS double precision[])) AS seen (at, seconds)"
+            " GROUP BY hour RETURNING location_id, pipeline_id, hour"
             ") INSERT INTO dirty_marks (location_id, pipeline_id, hour) SELECT * FROM counted"
         ),
         {
             "job": job.ref.id,
-            "at": seen.instant,
+            "ats": [at for at, _ in frames],
+            "seconds": [seconds for _, seconds in frames],
             "zone": job.time_zone,
             "location": job.location_id,
             "camera": job.camera_id,
             "pipeline": job.pipeline_id,
         },
     )
-    if faces:
-        _copy(session, job, faces, seen)
 
 
-def _copy(session: Session, job: ClaimedJob, faces: Sequence[Face], seen: ObservedAt) -> None:
+def _copy(session: Session, job: ClaimedJob, faces: Sequence[tuple[datetime, float, Face, int | None]]) -> None:
+    """Store faces: when seen, the offset in the video, the face, its track."""
+    if not faces:
+        return
     # COPY is about eight times faster than inserts, and is part of the session's transaction all the same.
     connection = session.connection().connection.driver_connection
     assert isinstance(connection, Connection)
     owner = (job.ref.id, job.media_object_id, job.location_id, job.camera_id, job.pipeline_id)
     with connection.cursor() as cursor, cursor.copy(_COPY_FACES) as copy:
-        for face in faces:
+        for at, offset, face, track_id in faces:
             box = (face.x1, face.y1, face.x2, face.y2, face.size_px)
-            copy.write_row(
-                (seen.instant, *owner, *box, face.p_face, face.p_with_mask, face.p_without_mask, face.status.value)
-            )
+            found = (face.p_face, face.p_with_mask, face.p_without_mask, face.status.value)
+            copy.write_row((at, *owner, *box, *found, offset, track_id))

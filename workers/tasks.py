@@ -14,11 +14,12 @@ from workers.lifecycle import draining, stop_worker, worker_name
 log = get_logger(__name__)
 
 
-@app.task(name=TaskName.ANALYZE_IMAGES.value, bind=True)
-def analyze_images(self: Any, message: Any) -> None:
-    """Analyse the image jobs that a message names."""
+@app.task(name=TaskName.ANALYZE.value, bind=True)
+def analyze(self: Any, message: Any) -> None:
+    """Do the jobs that a message names: pictures, the probe of a video, a chunk of one."""
     # Imported here: a worker that only aggregates loads neither decoders nor a model runtime.
-    from workers.images import UnfitWorkerError, analyze_group
+    from workers.attempts import UnfitWorkerError
+    from workers.jobs import run_jobs
 
     try:
         refs = decode_refs(message)
@@ -28,7 +29,7 @@ def analyze_images(self: Any, message: Any) -> None:
         return
     name = worker_name(self.request.hostname, self.request.id)
     try:
-        analyze_group(refs, worker=name, settings=get_settings(), draining=draining)
+        run_jobs(refs, worker=name, settings=get_settings(), draining=draining)
     except UnfitWorkerError as error:
         log.critical("this worker can't do its jobs and stops; the jobs were given back", detail=str(error))
         stop_worker()

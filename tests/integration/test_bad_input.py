@@ -18,7 +18,7 @@ from tests.faults import faulty_s3
 from tests.ledger_rows import rows, scalar, states
 from tests.photos import empty_jpeg, face_jpeg, jpeg, portrait
 from tests.services import Bucket, Services, forget_settings, locate, maskwatch
-from workers.images import analyze_group
+from workers.jobs import run_jobs
 
 
 def work_off() -> None:
@@ -36,7 +36,7 @@ def work_off() -> None:
             ]
         if not jobs:
             return
-        analyze_group([job.ref for job in jobs], worker="test/1", settings=settings)
+        run_jobs([job.ref for job in jobs], worker="test/1", settings=settings)
 
 
 def reasons(session: Session) -> dict[str, tuple[str, str | None]]:
@@ -134,7 +134,7 @@ def test_denied_vanished_and_throttled_keys(
         assert maskwatch("backfill", bucket.uri, "--location", "lobby").returncode == 0
         # One round: what is throttled waits.
         refs = _dispatch_by_hand(session)
-        analyze_group(refs, worker="test/1", settings=get_settings())
+        run_jobs(refs, worker="test/1", settings=get_settings())
         assert reasons(session) == {
             "fine.jpg": ("succeeded", None),
             "secret.jpg": ("quarantined", "access_denied"),

@@ -37,8 +37,10 @@ from common.settings import Settings, get_settings
 from common.storage import open_bucket
 from tests.ledger_rows import NOON, dispatch, face, register, rows, scalar
 from tests.services import Bucket, Services, forget_settings, wait_until
-from workers import images
-from workers.images import UnfitWorkerError, analyze_group, read_ahead
+from workers import attempts, images
+from workers.attempts import UnfitWorkerError
+from workers.images import read_ahead
+from workers.jobs import run_jobs
 
 
 @dataclass
@@ -59,7 +61,7 @@ class FakeAnalyzer:
 @pytest.fixture
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
-    monkeypatch.setattr(images, "analyzer", lambda spec, threads: fake)
+    monkeypatch.setattr(attempts, "analyzer", lambda spec, threads: fake)
     return fake
 
 
@@ -99,7 +101,7 @@ def plan_group(session: Session, bucket: Bucket, count: int) -> list[JobRef]:
 
 
 def analyze(refs: Sequence[JobRef], **options: Any) -> int:
-    return analyze_group(refs, worker="test/1", settings=get_settings(), **options)
+    return run_jobs(refs, worker="test/1", settings=get_settings(), **options)
 
 
 #: Of each job in its order: key, state, attempt, reason, detail.
@@ -255,7 +257,7 @@ def test_a_worker_that_cannot_load_the_models_gives_its_jobs_back(
     def missing(spec: object, threads: int) -> None:
         raise MaskwatchError("no such weights here")
 
-    monkeypatch.setattr(images, "analyzer", missing)
+    monkeypatch.setattr(attempts, "analyzer", missing)
     with pytest.raises(UnfitWorkerError, match="no such weights here"):
         analyze(plan_group(session, bucket, 2))
     assert rows(session, JOBS) == [pending(1), pending(2)]

@@ -105,9 +105,9 @@ def _kill_in_mid_group(
     assert left.get("running", 0) >= 1, f"killed too late to be in mid-group: {left}"
     with crew(folder, "producer", "aggregator", "worker"):
         wait_until(lambda: states(session) == {"succeeded": count}, what="the rest, by another worker")
-        send(TaskName.ANALYZE_IMAGES, [message])
+        send(TaskName.ANALYZE, [message])
         with redis_client() as client:
-            wait_until(lambda: queue_length(client, Queue.IMAGES) == 0, what="the second delivery")
+            wait_until(lambda: queue_length(client, Queue.MEDIA) == 0, what="the second delivery")
         # A job behind it in the queue shows that the second delivery has been worked off.
         bucket.put("zzz.jpg", face_jpeg(999))
         assert maskwatch("backfill", bucket.uri, "--location", "lobby", "--wait").returncode == 0
@@ -201,7 +201,7 @@ def test_redis_holds_a_bounded_number_of_messages(
     dispatch.reconcile(get_settings())
     sent = [dispatch.dispatch(get_settings()) for _ in range(3)]
     with redis_client() as client:
-        assert queue_length(client, Queue.IMAGES) == 3
+        assert queue_length(client, Queue.MEDIA) == 3
     assert sent == [6, 0, 0] and states(session) == {"pending": 14, "queued": 6}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import producer.tasks
-import workers.images
+import workers.jobs
 import workers.tasks
 from common.celery_app import app
 from common.ledger import JobRef
@@ -36,8 +36,8 @@ def test_anything_else_is_refused(message: Any) -> None:
 
 
 def test_a_forged_message_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.images, "analyze_group", lambda *args, **options: pytest.fail("it ran"))
-    workers.tasks.analyze_images.run([["1; DROP TABLE jobs", "x"]])
+    monkeypatch.setattr(workers.jobs, "run_jobs", lambda *args, **options: pytest.fail("it ran"))
+    workers.tasks.analyze.run([["1; DROP TABLE jobs", "x"]])
 
 
 def test_every_task_has_a_route_an_implementation_and_every_queue_a_consumer() -> None:

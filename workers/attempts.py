@@ -1,0 +1,218 @@
+"""One job's way through this process: claimed with others, held by a heartbeat, ended one way or another.
+
+What a job does is the business of `workers.images` and `workers.videos`. Whatever goes wrong in it ends in the ledger,
+and the other jobs go on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from types import TracebackType
+
+from sqlalchemy.exc import DBAPIError
+
+from common import ledger
+from common.database import DatabaseDownError, is_lost, session_scope
+from common.domain import (
+    JobKind,
+    MaskwatchError,
+    MediaKind,
+    PermanentJobError,
+    PipelineSpec,
+    Reason,
+    SourceChangedError,
+    TransientJobError,
+)
+from common.ledger import ClaimedJob, JobRef, StaleJobError
+from common.planning import PlannedObject
+from common.settings import Settings
+from common.storage import open_bucket
+from common.tables import Camera, Location, Pipeline
+from common.telemetry import get_logger
+from workers.inference import Runtime, runtime_of
+from workers.pipeline import PictureAnalyzer, load_analyzer
+
+log = get_logger(__name__)
+
+
+@lru_cache(maxsize=2)
+def analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+    """The loaded models of a pipeline; two, so that a change of pipeline in mid-archive does not thrash."""
+    return load_analyzer(spec, runtime)
+
+
+def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[ClaimedJob]:
+    """The jobs of a message, held by this process, with their models loaded.
+
+    Jobs whose token has changed since they were sent are not ours to do, and are dropped. Raises `UnfitWorkerError`,
+    with the jobs given back, where the models can't be loaded.
+    """
+    limits = settings.ledger
+    with session_scope() as session:
+        jobs = ledger.claim(session, refs, worker=worker, lease_seconds=limits.lease_seconds, fence=limits.fence)
+    if len(jobs) < len(refs):
+        log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))
+    try:
+        # A probe only reads a header.
+        for spec in {job.spec for job in jobs if job.kind is not JobKind.PROBE}:
+            analyzer(spec, runtime_of(settings))
+    except Exception as error:  # whatever a runtime raises when it can't load a model
+        release(jobs)
+        raise UnfitWorkerError(str(error)) from error
+    return jobs
+
+
+def release(jobs: Iterable[ClaimedJob]) -> None:
+    """Give jobs back that were not done, their attempts refunded."""
+    for job in jobs:
+        try:
+            with session_scope() as session:
+                ledger.release(session, job)
+        except StaleJobError:
+            log.info("lost before release", job=job.ref.id)
+
+
+def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bool:
+    """Do a job's work, which ends the job itself when it succeeds; end it otherwise. Whether it succeeded."""
+    try:
+        try:
+            work()
+            return True
+        except DrainedError:
+            release([job])
+            log.info("given back", job=job.ref.id, uri=job.uri)
+        except PermanentJobError as error:
+            with session_scope() as session:
+                ledger.quarantine(session, job, error.reason, f"{job.uri}: {error.detail}")
+            log.warning("quarantined", job=job.ref.id, uri=job.uri, reason=error.reason.value, detail=error.detail)
+        except SourceChangedError as error:
+            _plan_new_version(job, str(error), settings)
+        except TransientJobError as error:
+            _retry_later(job, error.reason, error.detail, settings)
+        except (StaleJobError, DatabaseDownError):
+            # Without the database there is no ledger to tell: the lease runs out, and the job is found.
+            raise
+        except Exception as error:
+            if isinstance(error, DBAPIError) and is_lost(error):
+                raise
+            # A fault of ours or of a library: tried again, then kept for a person to look at.
+            log.exception("unexpected error", job=job.ref.id, uri=job.uri)
+            _retry_later(job, Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}", settings)
+    except StaleJobError as error:
+        log.warning("stale commit refused", job=job.ref.id, uri=job.uri, detail=str(error))
+    return False
+
+
+def _retry_later(job: ClaimedJob, reason: Reason, detail: str, settings: Settings) -> None:
+    limits = settings.ledger
+    with session_scope() as session:
+        state = ledger.retry_later(
+            session,
+            job,
+            reason,
+            f"{job.uri}: {detail}",
+            max_attempts=limits.max_attempts,
+            base=limits.retry_base_seconds,
+            cap=limits.retry_cap_seconds,
+        )
+    log.warning("failed", job=job.ref.id, uri=job.uri, reason=reason.value, detail=detail, state=state.value)
+
+
+def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
+    """The object was replaced after planning: end this job, and register what lies there now."""
+    try:
+        found = open_bucket(job.bucket).stat(job.key)
+    except PermanentJobError as error:
+        with session_scope() as session:
+            ledger.quarantine(session, job, error.reason, error.detail)
+        return
+    except TransientJobError as error:
+        _retry_later(job, error.reason, error.detail, settings)
+        return
+    if found.etag == job.etag:
+        _retry_later(job, Reason.STORAGE_UNAVAILABLE, f"{detail}, and then had it again", settings)
+        return
+    kind = MediaKind.IMAGE if job.kind is JobKind.IMAGE else MediaKind.VIDEO
+    with session_scope() as session:
+        location = session.get_one(Location, job.location_id)
+        camera = session.get_one(Camera, job.camera_id) if job.camera_id is not None else None
+        pipeline = session.get_one(Pipeline, job.pipeline_id)
+        ledger.source_changed(session, job, f"{job.uri}: {detail}")
+        registered = ledger.register(
+            session,
+            [PlannedObject(found, kind, job.key_time)],
+            location=location,
+            camera=camera,
+            pipeline=pipeline,
+            lane=job.lane,
+            backfill_id=job.backfill_id,
+            newest=True,
+        )
+    log.info("source changed", job=job.ref.id, uri=job.uri, planned=registered.new)
+
+
+class UnfitWorkerError(Exception):
+    """This worker can't load what its jobs are pinned to; others may. It must stop, not fail them one by one."""
+
+
+class DrainedError(Exception):
+    """The worker is asked to stop, and this job has time: it is given back."""
+
+
+class Heartbeat:
+    """Renews the leases of a group's unfinished jobs from a thread of its own, while there is progress.
+
+    `lost` holds the ids that the ledger no longer counts as ours. Their work is not interrupted (native code
+    can't be), but its commit would be refused.
+    """
+
+    def __init__(self, jobs: Sequence[ClaimedJob], settings: Settings) -> None:
+        self.lost: set[int] = set()
+        self._limits = settings.ledger
+        self._held = {job.ref.id: job.ref for job in jobs}
+        self._progress_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def done(self, job: ClaimedJob) -> None:
+        """The job has ended: no lease to renew, and a sign of progress."""
+        with self._lock:
+            self._held.pop(job.ref.id, None)
+            self._progress_at = time.monotonic()
+
+    def progress(self) -> None:
+        """A part of a job is done."""
+        with self._lock:
+            self._progress_at = time.monotonic()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._limits.heartbeat_seconds):
+            with self._lock:
+                held = dict(self._held)
+                stalled = time.monotonic() - self._progress_at > self._limits.stall_seconds
+            if stalled:
+                log.error("no progress: leases are left to run out", jobs=sorted(held))
+                continue
+            try:
+                with session_scope() as session:
+                    mine = ledger.renew(session, list(held.values()), lease_seconds=self._limits.lease_seconds)
+            except (MaskwatchError, DBAPIError):
+                log.warning("heartbeat failed", exc_info=True)
+                continue
+            with self._lock:
+                # A job that ended while we asked is not lost, it is done.
+                self.lost |= {job_id for job_id in held if job_id not in mine and job_id in self._held}

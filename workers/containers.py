@@ -1,0 +1,300 @@
+"""Opens a video file: the one place that decides what FFmpeg may do with a stranger's bytes.
+
+The content decides what a file is, never its name. Only the containers and codecs listed here are tried, with the
+demuxer named, so that nothing is guessed: a playlist in a video's clothes is no video. Every way in which a demuxer
+could open another file or address is closed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import Any, NoReturn, Protocol
+
+import av
+from av.error import FFmpegError
+from av.stream import Discard
+
+from common.domain import PermanentJobError, Reason, VideoInfo
+
+#: Names of FFmpeg's decoders.
+CODECS = frozenset(
+    {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "mjpeg", "mpeg4", "mpeg2video", "gif"}
+)
+#: What a person may be told to convert to.
+CONTAINERS = "MP4, MOV, Matroska, WebM, AVI, MPEG-TS or GIF"
+
+#: The first boxes of an MP4 or QuickTime file.
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")
+#: Lengths of MPEG-TS packets: plain, with a time code (M2TS), with parity.
+_TS_PACKETS = (188, 192, 204)
+#: This many sync bytes in their places make an MPEG-TS.
+_TS_SYNCS = 5
+#: Boxes at the top of an MP4 that are looked through for its index.
+_MAX_BOXES = 1000
+
+
+class Reader(Protocol):
+    """A binary file: what `common.blocks.BlockReader` is. `error` is what reading raised, if it did."""
+
+    size: int
+    error: Exception | None
+
+    def read(self, count: int = -1) -> bytes: ...
+
+    def seek(self, offset: int, whence: int = 0) -> int: ...
+
+    def tell(self) -> int: ...
+
+
+class VideoFile:
+    """An opened video. Times are seconds from the start of its video stream, exact."""
+
+    def __init__(self, reader: Reader, *, max_pixels: int, threads: int) -> None:
+        """Raises `PermanentJobError` for what is no video, has no picture in it, or can't or may not be decoded;
+        whatever `reader` raises comes through."""
+        self._reader = reader
+        self._max_pixels = max_pixels
+        self._threads = threads
+        self.format = self._recognise()
+        self._open()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def restart(self) -> None:
+        """Go back to the first packet, also where a container can't seek."""
+        if not self._untouched:
+            self._container.close()
+            self._open()
+
+    def _open(self) -> None:
+        self._reader.seek(0)
+        try:
+            self._container: Any = av.open(
+                self._reader,
+                format=self.format,
+                io_open=_deny,
+                # Also while FFmpeg looks at the first frames to complete the header.
+                container_options={"codec_whitelist": ",".join(sorted(CODECS)), "protocol_whitelist": "none"},
+                metadata_errors="replace",
+            )
+        except FFmpegError as error:
+            self.reraise()
+            raise self._cannot_open(error) from error
+        streams = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
+        if not streams:
+            self._container.close()
+            raise PermanentJobError(
+                Reason.NO_VIDEO_STREAM, "the file holds no video, only sound or data; leave it out or upload the video"
+            )
+        self.stream: Any = streams[0]
+        for other in self._container.streams:
+            if other.index != self.stream.index:
+                other.discard = Discard.all
+        self._prepare_codec()
+        self._untouched = True
+
+    def _prepare_codec(self) -> None:
+        codec = self.stream.codec_context
+        if codec is None or codec.name not in CODECS:
+            name = codec.name if codec is not None else "unknown"
+            raise PermanentJobError(
+                Reason.UNSUPPORTED_CODEC,
+                f"the codec {name!r} can't be decoded here; convert the video to H.264, HEVC, VP9, AV1 or MJPEG",
+            )
+        width, height = codec.width or 0, codec.height or 0
+        if width * height > self._max_pixels:
+            raise PermanentJobError(
+                Reason.FRAME_TOO_LARGE,
+                f"the video's frames have {width} × {height} pixels, the limit is {self._max_pixels} in all; scale it "
+                "down or raise MASKWATCH_WORKER__MAX_IMAGE_PIXELS",
+            )
+        # For sizes that the header doesn't tell, or that change in the middle.
+        codec.options = {**codec.options, "max_pixels": str(self._max_pixels)}
+        codec.thread_count = self._threads
+        codec.thread_type = "AUTO"
+
+    # --- times ---
+
+    @property
+    def start_pts(self) -> int:
+        return int(self.stream.start_time or 0)
+
+    def shown(self, part: Any) -> Fraction | None:
+        """When a packet or frame is shown; None if it doesn't tell. What comes before the start is shown at it.
+
+        Of an AVI it is when a packet is decoded (see `tells_when_shown`).
+        """
+        pts = part.pts if part.pts is not None and self.tells_when_shown else part.dts
+        if pts is None:
+            return None
+        since_start: Fraction = (pts - self.start_pts) * Fraction(self.stream.time_base)
+        return max(Fraction(0), since_start)
+
+    def seconds_of(self, duration: int | None) -> Fraction:
+        return (duration or 0) * Fraction(self.stream.time_base)
+
+    @property
+    def tells_when_shown(self) -> bool:
+        """Whether time stamps tell when a frame is shown. AVI's tell when it is decoded, which B-frames make differ."""
+        return self.format != "avi"
+
+    @property
+    def end(self) -> Fraction | None:
+        """Where the video stream ends by its own account; None where only the file as a whole says so."""
+        if self.stream.duration:
+            return self.seconds_of(self.stream.duration)
+        # Matroska keeps it as text: "00:00:10.000000000".
+        parts = str(self.stream.metadata.get("DURATION", "")).split(":")
+        try:
+            hours, minutes, seconds = (Fraction(part) for part in parts)
+        except ValueError:
+            pass
+        else:
+            total: Fraction = 3600 * hours + 60 * minutes + seconds
+            return total or None
+        return self._whole_length if len(self._container.streams) == 1 else None
+
+    @property
+    def _whole_length(self) -> Fraction | None:
+        length = self._container.duration
+        return Fraction(length, av.time_base) if length and length > 0 else None
+
+    # --- the header ---
+
+    def info(self) -> VideoInfo:
+        """What the header says; for the rotation and a size that it leaves out, the first frame is decoded.
+
+        Raises `PermanentJobError` with empty_video where there is no frame at all.
+        """
+        length = self.end or self._whole_length
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        codec = self.stream.codec_context
+        width, height, rotation = codec.width, codec.height, 0
+        first = self._first_frame()
+        if first is not None:
+            width, height, rotation = first.width, first.height, first.rotation % 360
+        return VideoInfo(
+            container=str(self._container.format.name),
+            codec=str(codec.codec.canonical_name),
+            width=int(width),
+            height=int(height),
+            frame_rate=float(rate) if rate else None,
+            rotation=rotation,
+            duration_seconds=float(length) if length else None,
+            created_at=_created_at(self._container.metadata.get("creation_time")),
+        )
+
+    def _first_frame(self) -> Any | None:
+        """The first frame; None where the first packets are damaged, which says nothing of the others."""
+        packets, self._untouched = 0, False
+        try:
+            for packet in self._container.demux(self.stream):
+                packets += packet.size > 0
+                for frame in packet.decode():
+                    return frame
+        except FFmpegError:
+            self.reraise()
+        if not packets:
+            raise PermanentJobError(Reason.EMPTY_VIDEO, "the video has no frames; upload it again, whole")
+        return None
+
+    # --- packets ---
+
+    def packets(self) -> Iterator[Any]:
+        """The packets of the video stream from here on, without the empty one that PyAV ends with."""
+        self._untouched = False
+        for packet in self._container.demux(self.stream):
+            if packet.size:
+                yield packet
+
+    def seek(self, at: Fraction) -> bool:
+        """Go to a keyframe that begins, by the container's index, at or before `at`; False where that fails."""
+        self._untouched = False
+        target = self.start_pts + int(at / Fraction(self.stream.time_base))
+        try:
+            self._container.seek(target, stream=self.stream, backward=True)
+        except FFmpegError:
+            self.reraise()
+            return False
+        return True
+
+    def reraise(self) -> None:
+        """Raise what reading the object raised, if that is behind an error of FFmpeg's."""
+        if self._reader.error is not None:
+            raise self._reader.error
+
+    # --- recognition ---
+
+    def _recognise(self) -> str:
+        self._reader.seek(0)
+        head = b""
+        while len(head) < 4096 and (more := self._reader.read(4096 - len(head))):
+            head += more
+        if not head:
+            raise PermanentJobError(Reason.EMPTY_FILE, "the file is empty; upload it again")
+        found = recognise(head)
+        if found is None:
+            raise PermanentJobError(Reason.UNREADABLE_VIDEO, f"the content is no {CONTAINERS} video; convert it")
+        return found
+
+    def _cannot_open(self, error: FFmpegError) -> PermanentJobError:
+        if self.format == "mp4" and not self._has_index():
+            detail = "its index (the moov box) is missing, as in a recording that was cut off; upload it again, whole"
+        else:
+            words = " ".join(str(error.strerror or error).split())[:200]
+            detail = f"the {self.format} file is damaged and can't be opened ({words}); upload it again"
+        return PermanentJobError(Reason.UNREADABLE_VIDEO, detail)
+
+    def _has_index(self) -> bool:
+        """Whether an MP4 has its moov box, whole (ISO/IEC 14496-12, section 4.2: size, type, larger size)."""
+        position = 0
+        for _ in range(_MAX_BOXES):
+            self._reader.seek(position)
+            header = self._reader.read(16)
+            if len(header) < 8:
+                return False
+            size, kind = struct.unpack(">I4s", header[:8])
+            if size == 1 and len(header) == 16:
+                (size,) = struct.unpack(">Q", header[8:])
+            elif size == 0:
+                size = self._reader.size - position
+            if kind == b"moov":
+                return bool(position + size <= self._reader.size)
+            if size < 8:
+                return False
+            position += size
+        return False
+
+
+def recognise(head: bytes) -> str | None:
+    """FFmpeg's name for the container that begins with these bytes (4 kB will do); None for any other content."""
+    if head[4:8] in _MP4_BOXES:
+        return "mp4"
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "avi"
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    for length in _TS_PACKETS:
+        for offset in range(length):
+            syncs = head[offset::length][:_TS_SYNCS]
+            if len(syncs) == _TS_SYNCS and set(syncs) == {0x47}:
+                return "mpegts"
+    return None
+
+
+def _deny(url: str, _flags: int, _options: dict[str, str]) -> NoReturn:
+    raise PermissionError(f"a video may not open {url!r}")
+
+
+def _created_at(text: str | None) -> datetime | None:
+    try:
+        created = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return created if created.tzinfo is not None else created.replace(tzinfo=UTC)

@@ -1,0 +1,35 @@
+"""The jobs of one message: claimed together, ended one by one, whatever their kind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from common.domain import JobKind
+from common.ledger import JobRef
+from common.settings import Settings
+from workers import attempts
+from workers.attempts import Heartbeat
+from workers.images import analyze_images
+from workers.videos import run_video_job
+
+
+def run_jobs(
+    refs: Sequence[JobRef], *, worker: str, settings: Settings, draining: Callable[[], bool] = lambda: False
+) -> int:
+    """Claim these jobs and end each of them; returns how many succeeded.
+
+    Raises `workers.attempts.UnfitWorkerError`, with the jobs given back, where their models can't be loaded.
+    """
+    jobs = attempts.claim(refs, worker, settings)
+    deadline = time.monotonic() + settings.worker.soft_time_limit_seconds
+    images = [job for job in jobs if job.kind is JobKind.IMAGE]
+    succeeded = 0
+    with Heartbeat(jobs, settings) as heartbeat:
+        if images:
+            succeeded += analyze_images(images, heartbeat, settings, draining=draining, deadline=deadline)
+        for job in jobs:
+            if job.kind is not JobKind.IMAGE:
+                succeeded += run_video_job(job, heartbeat, settings, draining=draining, deadline=deadline)
+                heartbeat.done(job)
+    return succeeded

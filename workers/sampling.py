@@ -1,0 +1,294 @@
+"""Which frames of a video are looked at, and how they are reached without decoding more than they need.
+
+The rule. A grid of R cells per second lies over the file's own time: cell k is [k/R, (k+1)/R) seconds. Of each cell
+the first frame that is shown in it is taken, or, for keyframes, the first keyframe in it. A cell belongs to the chunk
+that contains its start. So the frames that are taken do not depend on how a file is cut into chunks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from av.error import FFmpegError
+from av.stream import Discard
+
+from common.domain import PermanentJobError, PipelineSpec, Reason, SampleMode
+from workers.containers import VideoFile
+
+#: Seconds before the wanted time at which a keyframe is looked for, one after the other: an index may go by decoding
+#: times, and a container without one lands in the middle of a group of pictures.
+_MARGINS = (0, 1, 4, 16, 64, 256)
+#: Decoding times that step back by more than this are broken; smaller steps are rounding.
+_BACKWARD_SECONDS = 1
+#: A video that ends this much before its header says is cut off.
+_SHORT_SECONDS = 1
+#: Packets that wait for a decision whether they must be decoded, in bytes.
+_HELD_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Cells of 1/fps seconds over the file's own time, beginning at 0."""
+
+    fps: Fraction
+
+    @classmethod
+    def of(cls, spec: PipelineSpec) -> Grid:
+        # By way of its decimal digits: 29.97 means 2997/100.
+        return cls(Fraction(str(spec.sample_fps)))
+
+    def cell(self, at: Fraction) -> int:
+        """The cell that a time lies in."""
+        return math.floor(at * self.fps)
+
+    def start(self, cell: int) -> Fraction:
+        """When a cell begins, in seconds."""
+        return cell / self.fps
+
+    def first_from(self, at_ms: int) -> int:
+        """The first cell that begins at or after a time: [first_from(a), first_from(b)) are those of a chunk [a, b)."""
+        return math.ceil(Fraction(at_ms, 1000) * self.fps)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A frame that was taken. frame: PyAV's; at: when it is shown, in seconds; cell: the one it stands for."""
+
+    frame: Any
+    at: Fraction
+    cell: int
+
+
+class Sampler:
+    """Takes the frames of the cells [first, stop) of a video; stop None: to the end of the file.
+
+    After the iteration `cut_off_at` says where the video ended before it should have, in seconds, or is None; what was
+    decoded until then has been given.
+    """
+
+    def __init__(self, video: VideoFile, grid: Grid, mode: SampleMode, first: int, stop: int | None) -> None:
+        self.cut_off_at: Fraction | None = None
+        self._video = video
+        self._grid = grid
+        self._mode = mode
+        self._stop = stop
+        #: The first cell that has no frame yet.
+        self._wanted = first
+        #: Up to where packets were seen, needed or not.
+        self._reached = Fraction(0)
+        #: The longest time from one keyframe to the next, once there were two.
+        self._spacing: Fraction | None = None
+        self._damage: str | None = None
+        self._decoded = 0
+        #: Times of packets whose frames have not come yet, a heap, where only packets have times.
+        self._fed: list[Fraction] = []
+
+    def __iter__(self) -> Iterator[Sample]:
+        if self._is_done():
+            return
+        try:
+            yield from self._keyframes() if self._mode is SampleMode.KEYFRAMES else self._frames()
+        except FFmpegError as error:
+            # The demuxer gives up: what came before it counts.
+            self._video.reraise()
+            self._damage = error.strerror
+        if self._is_done():
+            return
+        self.cut_off_at = self._missing_from()
+        if self.cut_off_at is None and self._damage is not None and not self._decoded:
+            raise PermanentJobError(
+                Reason.UNREADABLE_VIDEO, f"no frame of it can be decoded ({self._damage}); upload it again"
+            )
+
+    def _is_done(self) -> bool:
+        return self._stop is not None and self._wanted >= self._stop
+
+    def _missing_from(self) -> Fraction | None:
+        """The file has ended: from where on something is missing, by its header; None if nothing is."""
+        end = self._video.end
+        if end is None:
+            return None
+        expected = end if self._stop is None else min(end, self._grid.start(self._stop))
+        unseen: Fraction | None = Fraction(0)
+        if self._mode is SampleMode.KEYFRAMES:
+            # The frames behind the last keyframe were not looked at; how many they may be, the others tell.
+            unseen = self._spacing
+        if unseen is None or self._reached + unseen >= expected - _SHORT_SECONDS:
+            return None
+        return self._reached
+
+    def _see(self, packet: Any) -> Fraction | None:
+        """When a packet is shown, which is kept as the time that was reached."""
+        shown = self._video.shown(packet)
+        if shown is not None:
+            self._reached = max(self._reached, shown + self._video.seconds_of(packet.duration))
+        return shown
+
+    # --- every frame ---
+
+    def _frames(self) -> Iterator[Sample]:
+        gate = _Gate()
+        for packet in self._packets():
+            ready = gate.admit(packet, self._see(packet), self._grid.start(self._wanted))
+            if ready.fresh:
+                self._video.stream.codec_context.flush_buffers()
+                self._fed.clear()
+            for each in ready.packets:
+                taken = yield from self._take(self._decode(each))
+                if self._is_done():
+                    return
+                if taken:
+                    gate.close()
+        yield from self._take(self._decode(None))
+
+    def _take(self, frames: list[Any]) -> Generator[Sample, None, bool]:
+        """Gives those of the decoded frames that are the first of their cells; returns whether there was one."""
+        taken = False
+        for frame in frames:
+            at = self._shown(frame)
+            if at is None or self._is_done():
+                continue
+            self._decoded += 1
+            cell = self._grid.cell(at)
+            if self._stop is not None and cell >= self._stop:
+                self._wanted = self._stop
+            elif cell >= self._wanted:
+                self._wanted = cell + 1
+                taken = True
+                yield Sample(frame, at, cell)
+        return taken
+
+    def _decode(self, packet: Any | None) -> list[Any]:
+        if packet is not None and not self._video.tells_when_shown:
+            heapq.heappush(self._fed, self._video.shown(packet) or Fraction(0))
+        try:
+            return list(self._video.stream.codec_context.decode(packet))
+        except FFmpegError as error:
+            self._damage = error.strerror
+            return []
+
+    def _shown(self, frame: Any) -> Fraction | None:
+        """When a frame is shown; frames come from the decoder in the order of showing."""
+        if self._video.tells_when_shown:
+            return self._video.shown(frame)
+        # The packets' times say when they are decoded. In their order they are the times of showing.
+        return heapq.heappop(self._fed) if self._fed else None
+
+    def _packets(self) -> Iterator[Any]:
+        """Packets from a keyframe that is shown at or before the first wanted cell, or from the first of all."""
+        start = self._grid.start(self._wanted)
+        found = False
+        if start > 0 and self._video.format != "gif":  # whose frames all need the ones before them
+            for margin in _MARGINS:
+                at = start - margin
+                if at <= 0 or not self._video.seek(at):
+                    break
+                packets = self._video.packets()
+                keyframe = next((packet for packet in packets if packet.is_keyframe), None)
+                shown = self._video.shown(keyframe) if keyframe is not None else None
+                if shown is not None and shown <= start:
+                    found = True
+                    break
+        if not found:
+            self._video.restart()
+            packets, keyframe = self._video.packets(), None
+        yield from _forward(packets, keyframe, Fraction(self._video.stream.time_base))
+
+    # --- keyframes alone ---
+
+    def _keyframes(self) -> Iterator[Sample]:
+        video = self._video
+        start = self._grid.start(self._wanted)
+        sought = start > 0 and video.format != "gif" and video.seek(start)
+        if not sought:
+            video.restart()
+        # Where the container's index tells keyframes from others, the others are not even read.
+        video.stream.discard = Discard.nonkey
+        before: Fraction | None = None
+        try:
+            for packet in _forward(video.packets(), None, Fraction(video.stream.time_base)):
+                at = self._see(packet)
+                if at is None:
+                    continue
+                if packet.is_keyframe:
+                    if before is not None:
+                        self._spacing = max(self._spacing or Fraction(0), at - before)
+                    before = at
+                cell = self._grid.cell(at)
+                if self._stop is not None and cell >= self._stop:
+                    self._wanted = self._stop
+                    return
+                if not packet.is_keyframe or cell < self._wanted:
+                    continue
+                frames = self._decode(packet) + self._decode(None)
+                video.stream.codec_context.flush_buffers()
+                if frames:
+                    self._decoded += 1
+                    self._wanted = cell + 1
+                    yield Sample(frames[0], at, cell)
+        finally:
+            video.stream.discard = Discard.default
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Packets to decode now. fresh: they begin with a keyframe, and what the decoder still knows is not needed."""
+
+    packets: list[Any]
+    fresh: bool = False
+
+
+class _Gate:
+    """Holds packets back that may turn out not to be needed.
+
+    Once a cell has its frame, nothing is needed until the next cell begins. If a keyframe comes that is shown before
+    that, or just then, decoding can begin with it and everything held is dropped. If a packet comes that is shown in
+    the wanted cell, all that is held must be decoded for it.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Any] | None = []
+        self._held_bytes = 0
+        self._fresh = False
+
+    def close(self) -> None:
+        """The wanted cell has its frame: hold back what comes."""
+        self._held, self._held_bytes, self._fresh = [], 0, False
+
+    def admit(self, packet: Any, shown: Fraction | None, wanted_from: Fraction) -> _Ready:
+        """The packets to decode after this one came."""
+        if self._held is None:
+            return _Ready([packet])
+        if packet.is_keyframe and shown is not None and shown <= wanted_from:
+            self._held, self._held_bytes, self._fresh = [], 0, True
+        self._held.append(packet)
+        self._held_bytes += packet.size
+        if shown is not None and shown < wanted_from and self._held_bytes < _HELD_BYTES:
+            return _Ready([])
+        ready = _Ready(self._held, self._fresh)
+        self._held = None
+        return ready
+
+
+def _forward(packets: Iterator[Any], first: Any | None, time_base: Fraction) -> Iterator[Any]:
+    """The packets, `first` before the others. Raises `PermanentJobError` where their time runs backwards."""
+    latest: int | None = None
+    if first is not None:
+        yield first
+        latest = first.dts
+    for packet in packets:
+        if packet.dts is not None:
+            if latest is not None and (latest - packet.dts) * time_base > _BACKWARD_SECONDS:
+                seconds = float((latest - packet.dts) * time_base)
+                raise PermanentJobError(
+                    Reason.BROKEN_TIMESTAMPS,
+                    f"its time stamps run backwards by {seconds:.1f} s, so nobody can tell when a frame was taken; "
+                    "write it anew with continuous time stamps",
+                )
+            latest = packet.dts if latest is None else max(latest, packet.dts)
+        yield packet

@@ -1,0 +1,142 @@
+"""Jobs of videos: the probe, which plans, and the chunks, which are analysed. A video is never read whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from fractions import Fraction
+
+from common.blocks import BlockReader
+from common.database import session_scope
+from common.domain import FrameFaces, PermanentJobError, Reason, TransientJobError
+from common.ledger import ClaimedJob, StaleJobError
+from common.planning import chunk_ranges, recording_start
+from common.settings import Settings, StorageSettings
+from common.storage import ObjectInfo, open_bucket
+from workers import attempts
+from workers.attempts import DrainedError, Heartbeat
+from workers.containers import VideoFile
+from workers.frames import to_picture
+from workers.inference import runtime_of
+from workers.pipeline import Picture, analyze_frames
+from workers.recording import Shortfall, record_chunk, record_probe
+from workers.sampling import Grid, Sampler
+
+
+def run_video_job(
+    job: ClaimedJob, heartbeat: Heartbeat, settings: Settings, *, draining: Callable[[], bool], deadline: float
+) -> bool:
+    """Do a probe or a chunk and end its job, or give it back; whether it succeeded. deadline: by `time.monotonic()`."""
+
+    def go_on() -> None:
+        heartbeat.progress()
+        if job.ref.id in heartbeat.lost:
+            raise StaleJobError(f"job {job.ref.id} is no longer this worker's")
+        if draining():
+            raise DrainedError
+        if time.monotonic() > deadline:
+            raise TransientJobError(
+                Reason.TIME_LIMIT,
+                f"not done within {settings.worker.soft_time_limit_seconds} s; shorten MASKWATCH_WORKER__CHUNK_SECONDS "
+                "before the video is planned, or raise MASKWATCH_WORKER__SOFT_TIME_LIMIT_SECONDS",
+            )
+
+    def work() -> None:
+        go_on()
+        if job.range_end_ms:
+            analyze_chunk(job, settings, go_on)
+        else:
+            probe(job, settings)
+
+    return attempts.settle(job, work, settings)
+
+
+def probe(job: ClaimedJob, settings: Settings) -> None:
+    """Read a video's header, and plan its chunks in the transaction that ends the job."""
+    with opened(ObjectInfo(job.bucket, job.key, job.etag, job.size_bytes, job.last_modified), settings) as video:
+        info = video.info()
+    limits = settings.worker
+    if (info.duration_seconds or 0) > limits.max_video_seconds:
+        raise PermanentJobError(
+            Reason.VIDEO_TOO_LONG,
+            f"it is {info.duration_seconds:,.0f} s long by its header, the limit is {limits.max_video_seconds:,.0f}; "
+            "split it or raise MASKWATCH_WORKER__MAX_VIDEO_SECONDS",
+        )
+    if info.width * info.height > limits.max_image_pixels:
+        raise PermanentJobError(Reason.FRAME_TOO_LARGE, f"its frames have {info.width} × {info.height} pixels")
+    seen = recording_start(job.key_time, info.created_at, job.last_modified, info.duration_seconds)
+    ranges = chunk_ranges(info.duration_seconds, limits.chunk_seconds)
+    with session_scope() as session:
+        record_probe(session, job, info, seen, ranges, fence=settings.ledger.fence)
+
+
+def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None] = lambda: None) -> None:
+    """Analyse the frames of a chunk, and record them in the transaction that ends the job.
+
+    `go_on` is called before each batch of frames and raises what should end the work early.
+    """
+    grid = Grid.of(job.spec)
+    first = grid.first_from(job.range_start_ms)
+    stop = None if job.last else grid.first_from(job.range_end_ms)
+    with opened(ObjectInfo(job.bucket, job.key, job.etag, job.size_bytes, job.last_modified), settings) as video:
+        sampler = Sampler(video, grid, job.spec.sample, first, stop)
+        frames: list[FrameFaces] = []
+        for frame in analyze_frames(
+            pictures(sampler, grid, job.duration_seconds),
+            attempts.analyzer(job.spec, runtime_of(settings)),
+            job.spec.sample_fps,
+            buffer_bytes=settings.worker.frame_buffer_bytes,
+            batch=settings.worker.batch_frames,
+        ):
+            go_on()
+            frames.append(frame)
+    shortfall = _shortfall(job, sampler.cut_off_at, bool(frames))
+    with session_scope() as session:
+        record_chunk(session, job, frames, shortfall, fence=settings.ledger.fence)
+
+
+def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> Iterator[Picture]:
+    """The frames that a sampler takes, as they are analysed."""
+    for sample in sampler:
+        # The last cell ends with the video; by its header, so that every chunk length comes to the same.
+        end = grid.start(sample.cell + 1)
+        if duration_seconds is not None and Fraction(duration_seconds) > sample.at:
+            end = min(end, Fraction(duration_seconds))
+        yield Picture(to_picture(sample.frame), sample.at, end - grid.start(sample.cell))
+
+
+def _shortfall(job: ClaimedJob, cut_off_at: Fraction | None, something: bool) -> Shortfall | None:
+    """What to say of a chunk that should have had more; raises it where there was nothing at all."""
+    if cut_off_at is None:
+        return None
+    until = timedelta(milliseconds=round(cut_off_at * 1000))
+    of = "" if job.duration_seconds is None else f" of {timedelta(milliseconds=round(job.duration_seconds * 1000))}"
+    detail = f"the video is cut off: it can be decoded up to {until}{of}"
+    if not something:
+        raise PermanentJobError(Reason.TRUNCATED_VIDEO, f"{detail}, which is before this chunk; upload it again, whole")
+    return Shortfall(Reason.TRUNCATED_VIDEO, f"{job.uri}: {detail}; until there it was analysed")
+
+
+@contextmanager
+def opened(info: ObjectInfo, settings: Settings) -> Iterator[VideoFile]:
+    """A video to read from, pinned to its ETag. Errors as `workers.containers.VideoFile`, and those of reading."""
+    with block_reader(info, settings.storage) as reader:
+        video = VideoFile(reader, max_pixels=settings.worker.max_image_pixels, threads=runtime_of(settings).threads)
+        try:
+            yield video
+        finally:
+            video.close()
+
+
+def block_reader(info: ObjectInfo, settings: StorageSettings) -> BlockReader:
+    """An object as a file that is read in blocks."""
+    store = open_bucket(info.bucket)
+    return BlockReader(
+        lambda start, stop: store.read_range(info.key, info.etag, start, stop),
+        info.size_bytes,
+        block_bytes=settings.block_bytes,
+        cached_blocks=settings.cached_blocks,
+        tries=settings.block_tries,
+    )

@@ -16,7 +16,7 @@ from common.domain import MaskwatchError, PermanentJobError
 #: Command name → where it lives and the line that `maskwatch --help` shows, in the order people need them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("common.local.demo:demo", "See it work: sample footage through the whole system."),
-    "run": ("common.local.run:run", "From pictures to a compliance table, on this machine."),
+    "run": ("common.local.run:run", "From pictures and videos to a compliance table, on this machine."),
     "backfill": ("producer.cli:backfill", "Enqueue a bucket prefix or a folder."),
     "summary": ("common.reporting.cli:summary", "Compliance per location by hour, day or week."),
     "report": ("common.reporting.cli:report", "Write a report.html with a plot per location."),
@@ -25,9 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "locations": ("common.commands:locations", "Add or list locations and their time zones."),
     "cameras": ("common.commands:cameras", "Add or list cameras."),
     "pipelines": ("common.commands:pipelines", "List pinned models and settings, promote one."),
-    "annotate": ("workers.cli:annotate", "Draw the faces of pictures, green with mask, red without."),
+    "annotate": ("workers.cli:annotate", "Draw the faces of pictures or a video, green with mask, red without."),
     "summarize": ("workers.cli:summarize", "Bring the hourly summaries up to date now."),
-    "worker": ("workers.cli:worker", "Run a worker that analyses pictures."),
+    "worker": ("workers.cli:worker", "Run a worker that analyses pictures and videos."),
     "aggregator": ("workers.cli:aggregator", "Run a worker that only builds summaries."),
     "producer": ("producer.cli:producer", "Run the dispatcher and the reconciler."),
     "local": ("common.local.cli:local", "The embedded Postgres, Redis and S3 of this machine."),
@@ -75,7 +75,7 @@ def cli() -> None:
     \b
     First steps:
       maskwatch demo                                      see everything work on sample footage
-      maskwatch run photos/ --location lobby              your own pictures, one command to a table
+      maskwatch run footage/ --location lobby             your own pictures and videos, one command to a table
       maskwatch backfill s3://footage/2026/ --location lobby --wait
     """
 

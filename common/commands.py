@@ -4,12 +4,16 @@ jobs and status. Each opens the transaction and leaves the work to the modules t
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from common.console import json_option, note, percent, print_json, print_table
 from common.domain import JobState, MaskwatchError
+
+if TYPE_CHECKING:
+    from common.tables import Job
 
 #: What the ledger's ids can be.
 JOB_ID = click.IntRange(1, 2**63 - 1)
@@ -265,7 +269,7 @@ def list_jobs(state: str | None, limit: int, as_json: bool) -> None:
     from common.tables import Job, MediaObject
 
     query = (
-        select(Job.id, Job.state, Job.attempt, Job.reason, Job.detail, MediaObject.bucket, MediaObject.key)
+        select(Job, MediaObject.bucket, MediaObject.key)
         .join(MediaObject, MediaObject.id == Job.media_object_id)
         .order_by(Job.id.desc())
         .limit(limit)
@@ -275,20 +279,29 @@ def list_jobs(state: str | None, limit: int, as_json: bool) -> None:
     with deployment(), session_scope() as session:
         rows = [
             {
-                "id": row.id,
-                "state": row.state.value,
-                "attempt": row.attempt,
-                "uri": f"{row.bucket}/{row.key}",
-                "reason": row.reason,
-                "detail": row.detail,
+                "id": job.id,
+                "kind": job.kind.value,
+                "range": _range(job),
+                "state": job.state.value,
+                "attempt": job.attempt,
+                "uri": f"{bucket}/{key}",
+                "reason": job.reason,
+                "detail": job.detail,
             }
-            for row in session.execute(query)
+            for job, bucket, key in session.execute(query).tuples()
         ]
     if as_json:
         print_json(rows)
     else:
-        columns = ["id", "state", "attempt", "uri", "reason"]
+        columns = ["id", "kind", "range", "state", "attempt", "uri", "reason"]
         print_table("Jobs", columns, [[row[column] for column in columns] for row in rows])
+
+
+def _range(job: Job) -> str | None:
+    """The part of a video that a chunk is about, in its own time; None for other jobs."""
+    if not job.range_end_ms:
+        return None
+    return "–".join(str(timedelta(milliseconds=ms)) for ms in (job.range_start_ms, job.range_end_ms))
 
 
 @jobs.command("show")
@@ -314,12 +327,17 @@ def show_job(job_id: int, as_json: bool) -> None:
         attempts = session.scalars(select(JobAttempt).where(JobAttempt.job_id == job_id).order_by(JobAttempt.id))
         shown: dict[str, Any] = {
             "id": job.id,
+            "kind": job.kind.value,
+            "range": _range(job),
             "state": job.state.value,
             "uri": f"{media.bucket}/{media.key}",
             "etag": media.etag,
             "size_bytes": media.size_bytes,
             "observed_at": media.observed_at,
             "observed_at_source": media.observed_at_source and media.observed_at_source.value,
+            "container": media.container,
+            "codec": media.codec,
+            "duration_seconds": media.duration_seconds,
             "pipeline": job.pipeline_id,
             "attempt": job.attempt,
             "failures": job.failures,

@@ -28,7 +28,7 @@ def backfill(
     wait: bool,
     as_json: bool,
 ) -> None:
-    """Enqueue every picture below SOURCE: s3://bucket/prefix, or a folder.
+    """Enqueue every picture and video below SOURCE: s3://bucket/prefix, or a folder.
 
     Doing it again adds nothing: what is known is skipped, what was replaced is analysed anew. Objects of
     other kinds are counted and named.
@@ -38,6 +38,7 @@ def backfill(
       maskwatch backfill s3://footage/2026/ --location lobby --wait
       maskwatch backfill s3://footage/door/ --location lobby --camera door \\
           --time-pattern 'door/%Y/%m/%d/%H-%M-%S.jpg' --since 2026-03-01
+      maskwatch backfill s3://footage/gate/ --location gate --sample-fps 2
     """
     from common import ledger
     from common.database import session_scope
@@ -93,7 +94,8 @@ def describe(report: BackfillReport) -> None:
         note(f"  {report.outside_range} outside --since/--until")
     if report.others:
         named = ", ".join(report.others_named)
-        note(f"  {report.others} are no pictures and were left out: {named}{' ...' if report.others > 5 else ''}")
+        named += " ..." if report.others > len(report.others_named) else ""
+        note(f"  {report.others} are neither pictures nor videos and were left out: {named}")
     if report.elsewhere:
         note(f"  {report.elsewhere} belong to another location or camera and stay there: {report.first_elsewhere}")
     if not report.shown:

@@ -64,7 +64,7 @@ def submit(
     clock). Each page is one transaction: a crash keeps the pages before it.
 
     Raises `MaskwatchError` for an unknown location or camera, a source that can't be listed, and a time
-    pattern that fits none of the first page of pictures (a typo must not quarantine an archive).
+    pattern that fits none of the first page of pictures and videos (a typo must not quarantine an archive).
     """
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
@@ -85,8 +85,8 @@ def submit(
         page = next(pages, None)
     if pattern and page and page.planned and all(p.reason is Reason.TIME_PATTERN_MISMATCH for p in page.planned):
         raise MaskwatchError(
-            f"the time pattern {time_pattern!r} matches none of the first {len(page.planned)} pictures below "
-            f"{source} (the first is {page.planned[0].info.key!r}); nothing was enqueued"
+            f"the time pattern {time_pattern!r} matches none of the first {len(page.planned)} pictures and videos "
+            f"below {source} (the first is {page.planned[0].info.key!r}); nothing was enqueued"
         )
     with session_scope() as session:
         row = Backfill(

@@ -19,10 +19,10 @@ __all__ = ["aggregator", "annotate", "summarize", "worker"]
 @runtime_options
 @click.option("--name", default=None, help="A name for logs and for `jobs show` (default: the process id).")
 def worker(processes: int | None, threads: int | None, name: str | None) -> None:
-    """Run a worker that analyses pictures, until SIGTERM.
+    """Run a worker that analyses pictures and videos, until SIGTERM.
 
-    On SIGTERM it finishes the picture at hand, gives the others back, and exits. Without the GPU it is told to use it
-    does not start.
+    On SIGTERM it finishes the picture at hand, gives the others and a chunk of video back, and exits. Without the GPU
+    it is told to use it does not start.
 
     \b
     Examples, on a machine with 8 cores, and on one with a GPU:

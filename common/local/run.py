@@ -1,4 +1,4 @@
-"""`maskwatch run`: from pictures to a compliance table with one command, on this machine.
+"""`maskwatch run`: from footage to a compliance table with one command, on this machine.
 
 It starts what the work needs, has `maskwatch backfill` do it, and stops what it started.
 """
@@ -37,14 +37,15 @@ def run(
     by: str,
     as_json: bool,
 ) -> None:
-    """From the pictures below SOURCE (a folder or s3://bucket/prefix) to a compliance table.
+    """From the pictures and videos below SOURCE (a folder or s3://bucket/prefix) to a compliance table.
 
     A location or camera that is new is added. Starts a producer, an aggregator and workers, waits until
     everything is analysed and summarized, and stops them. Results stay in the database; running it again adds nothing.
 
     \b
     Example:
-      maskwatch run photos/ --location lobby --time-zone Europe/Berlin
+      maskwatch run footage/ --location lobby --time-zone Europe/Berlin
+      maskwatch run videos/ --location street --sample-fps 2
     """
     from common.database import session_scope
     from common.deployment import deployment, uses_embedded_stack
@@ -90,7 +91,9 @@ def run(
         return
     note(f"{report['listed']} objects: {report['new']} new, {report['known']} known already")
     if report["others"]:
-        note(f"{report['others']} are no pictures and were left out: {', '.join(report['others_named'])}")
+        note(
+            f"{report['others']} are neither pictures nor videos and were left out: {', '.join(report['others_named'])}"
+        )
     print_compliance(rows, by)
     for entry in failed:
         note(f"quarantined: {entry.detail} ({entry.reason})")

@@ -1,0 +1,201 @@
+"""The plan of a video in the ledger: made once, by its probe; withdrawn with its version; made anew when that is back."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy.orm import Session
+
+from common import catalog, ledger
+from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, VideoInfo
+from common.ledger import ClaimedJob, StaleJobError
+from common.planning import PlannedObject, chunk_ranges
+from common.settings import get_settings
+from common.storage import ObjectInfo
+from tests.ledger_rows import NOON, claim, dispatch, face, rows, scalar, states
+from workers.recording import record_chunk, record_probe
+
+BEGAN = ObservedAt(NOON, ObservedAtSource.CREATION_TIME)
+INFO = VideoInfo("mp4", "h264", 640, 480, 25.0, 0, 150.0, NOON)
+
+
+def plan_video(session: Session, etag: str = "e1", *, sample_fps: float = 1.0, key: str = "gate.mp4") -> None:
+    """Register a video, as a backfill with this sampling does."""
+    location = catalog.add_location(session, "lobby", "UTC")
+    settings = get_settings().pipeline.model_copy(update={"sample_fps": sample_fps})
+    pipeline = catalog.ensure_pipeline(session, settings.spec())
+    location.promoted_pipeline_id = pipeline.id
+    info = ObjectInfo("s3://footage", key, etag, 1000, NOON + timedelta(seconds=len(etag)))
+    video = PlannedObject(info, MediaKind.VIDEO, None)
+    ledger.register(session, [video], location=location, camera=None, pipeline=pipeline, lane=Lane.BACKFILL)
+    session.commit()
+
+
+def next_job(session: Session) -> ClaimedJob:
+    (job,) = claim(session, dispatch(session, limit=1))
+    return job
+
+
+def end_probe(session: Session, job: ClaimedJob, chunk_seconds: float = 60) -> None:
+    record_probe(session, job, INFO, BEGAN, chunk_ranges(INFO.duration_seconds, chunk_seconds), fence=True)
+    session.commit()
+
+
+def end_chunk(session: Session, job: ClaimedJob, *, fence: bool = True) -> None:
+    """With a face in each of two frames."""
+    start = job.range_start_ms / 1000
+    frames = [FrameFaces(start + at, 1.0, (face(),), (1,)) for at in (0.0, 1.0)]
+    record_chunk(session, job, frames, None, fence=fence)
+    session.commit()
+
+
+CHUNKS = "SELECT state, range_start_ms, range_end_ms FROM jobs WHERE kind = 'chunk' ORDER BY range_start_ms, id"
+
+
+def test_a_probe_plans_the_chunks_in_the_transaction_that_ends_it(session: Session) -> None:
+    plan_video(session)
+    job = next_job(session)
+    assert (job.kind, job.observed_at, job.last) == (JobKind.PROBE, None, False)
+    record_probe(session, job, INFO, BEGAN, chunk_ranges(150, 60), fence=True)
+    session.rollback()
+    assert rows(session, CHUNKS) == []
+    end_probe(session, job)
+    assert rows(session, CHUNKS) == [
+        ("pending", 0, 60_000),
+        ("pending", 60_000, 120_000),
+        ("pending", 120_000, 180_000),
+    ]
+    kept = (
+        "SELECT container, codec, width, height, frame_rate, rotation, duration_seconds, observed_at FROM media_objects"
+    )
+    assert rows(session, kept) == [("mp4", "h264", 640, 480, 25.0, 0, 150.0, NOON)]
+    chunks = claim(session, dispatch(session))
+    assert [chunk.last for chunk in chunks] == [False, False, True]
+    assert {chunk.observed_at for chunk in chunks} == {BEGAN}
+    # Not the key's: a newer version of the object would not be planned with it.
+    assert {chunk.key_time for chunk in chunks} == {None}
+
+
+def test_a_probe_that_was_lost_plans_nothing(session: Session) -> None:
+    plan_video(session)
+    job = next_job(session)
+    ledger.report_crash(session, "w/1", max_crashes=3)
+    session.commit()
+    with pytest.raises(StaleJobError):
+        end_probe(session, job)
+    session.rollback()
+    assert rows(session, CHUNKS) == []
+
+
+def test_a_video_is_planned_once_per_pipeline_whatever_the_chunk_length_is_later(session: Session) -> None:
+    plan_video(session)
+    end_probe(session, next_job(session), chunk_seconds=60)
+    plan_video(session)
+    assert len(rows(session, CHUNKS)) == 3
+    # Another sampling is another pipeline, with a plan of its own.
+    plan_video(session, sample_fps=2)
+    probe = next(job for job in claim(session, dispatch(session)) if job.kind is JobKind.PROBE)
+    assert probe.spec.sample_fps == 2
+    end_probe(session, probe, chunk_seconds=150)
+    per_pipeline = "SELECT count(*) FROM jobs WHERE kind = 'chunk' GROUP BY pipeline_id ORDER BY pipeline_id"
+    assert rows(session, per_pipeline) == [(3,), (1,)]
+
+
+def test_a_second_plan_is_not_laid_over_the_first(session: Session) -> None:
+    """Should a probe ever run again while its chunks live, their plan stays: two would count frames twice."""
+    plan_video(session)
+    probe = next_job(session)
+    end_probe(session, probe, chunk_seconds=60)
+    assert ledger.plan_chunks(session, probe, INFO, chunk_ranges(150, 50)) == 0
+    session.commit()
+    assert len(rows(session, CHUNKS)) == 3
+
+
+def test_a_newer_version_takes_chunks_and_rows_away_and_is_probed(session: Session) -> None:
+    plan_video(session, "e1")
+    end_probe(session, next_job(session))
+    first, second, _ = claim(session, dispatch(session))
+    end_chunk(session, first)
+    plan_video(session, "e22")
+    assert states(session) == {"cancelled": 4, "pending": 1}
+    assert scalar(session, "SELECT count(*) FROM faces") == 0
+    assert scalar(session, "SELECT count(*) FROM frame_counts") == 0
+    assert scalar(session, "SELECT count(DISTINCT hour) FROM dirty_marks") == 1
+    # The worker that lives on with a chunk of the old version can't commit.
+    with pytest.raises(StaleJobError):
+        end_chunk(session, second)
+    session.rollback()
+    assert scalar(session, "SELECT count(*) FROM faces") == 0
+
+
+def test_a_version_that_comes_back_is_probed_again_and_may_get_other_chunks(session: Session) -> None:
+    plan_video(session, "e1")
+    end_probe(session, next_job(session), chunk_seconds=60)
+    plan_video(session, "e22")
+    ledger.register(
+        session,
+        [
+            PlannedObject(
+                ObjectInfo("s3://footage", "gate.mp4", "e1", 1000, NOON + timedelta(hours=1)), MediaKind.VIDEO, None
+            )
+        ],
+        location=catalog.get_location(session, "lobby"),
+        camera=None,
+        pipeline=catalog.ensure_pipeline(session, get_settings().pipeline.spec()),
+        lane=Lane.BACKFILL,
+    )
+    session.commit()
+    probe = next_job(session)
+    assert (probe.kind, probe.etag) == (JobKind.PROBE, "e1")
+    end_probe(session, probe, chunk_seconds=120)
+    live = "SELECT range_start_ms, range_end_ms FROM jobs WHERE kind = 'chunk' AND state = 'pending' ORDER BY 1"
+    assert rows(session, live) == [(0, 120_000), (120_000, 240_000)]
+    # The cancelled chunks of the earlier plan don't keep the new one from having its last.
+    assert [chunk.last for chunk in claim(session, dispatch(session))] == [False, True]
+
+
+def test_a_plan_of_the_same_length_takes_up_the_chunks_that_were_cancelled(session: Session) -> None:
+    plan_video(session, "e1")
+    probe = next_job(session)
+    end_probe(session, probe)
+    for chunk in claim(session, dispatch(session)):
+        ledger._end(session, chunk.ref, "state = 'cancelled'", ledger.AttemptOutcome.CANCELLED)
+    assert ledger.plan_chunks(session, probe, INFO, chunk_ranges(150, 60)) == 3
+    session.commit()
+    assert states(session) == {"succeeded": 1, "pending": 3}
+
+
+@pytest.mark.parametrize("fence", [True, False])
+def test_a_chunk_that_is_recorded_twice_counts_once_because_of_the_fence(session: Session, fence: bool) -> None:
+    plan_video(session)
+    end_probe(session, next_job(session), chunk_seconds=150)
+    (chunk,) = claim(session, dispatch(session))
+    end_chunk(session, chunk, fence=fence)
+    try:
+        end_chunk(session, chunk, fence=fence)
+    except StaleJobError:
+        session.rollback()
+    faces, frames = (
+        scalar(session, "SELECT count(*) FROM faces"),
+        scalar(session, "SELECT sum(frames) FROM frame_counts"),
+    )
+    assert (faces, frames) == ((2, 2) if fence else (4, 4))
+
+
+def test_frames_count_in_the_hours_they_were_shown_in(session: Session) -> None:
+    plan_video(session)
+    probe = next_job(session)
+    began = ObservedAt(NOON - timedelta(seconds=90), ObservedAtSource.CREATION_TIME)
+    record_probe(session, probe, INFO, began, [(0, 180_000)], fence=True)
+    session.commit()
+    frames = [
+        FrameFaces(at, 1.0, (face(),) if at == 89.5 else (), (7,) if at == 89.5 else ()) for at in (0.0, 89.5, 90.0)
+    ]
+    record_chunk(session, next_job(session), frames, None, fence=True)
+    session.commit()
+    hours = rows(session, "SELECT hour, frames, seconds FROM frame_counts ORDER BY hour")
+    assert hours == [(NOON - timedelta(hours=1), 2, 2.0), (NOON, 1, 1.0)]
+    assert scalar(session, "SELECT count(*) FROM dirty_marks") == 2
+    found = "SELECT observed_at, offset_seconds, track_id FROM face_results"
+    assert rows(session, found) == [(NOON - timedelta(seconds=0.5), 89.5, 7)]

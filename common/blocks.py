@@ -8,7 +8,7 @@ fetched is tried again here: whoever reads goes on where it was and never notice
 from __future__ import annotations
 
 import random
-import time
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +28,8 @@ RETRY_SECONDS = 0.5
 class BlockReader:
     """A binary file to read and seek in, of `size` bytes. Not for several threads at once.
 
-    `error` holds what a fetch raised at last: FFmpeg turns whatever its reader raises into an error of its own.
+    `error` holds what a fetch raised at last: FFmpeg turns whatever its reader raises into an error of its own. From
+    then on there is nothing to read: FFmpeg asks again, and an error of the same would only be logged by PyAV.
     """
 
     def __init__(self, fetch: Fetch, size: int, *, block_bytes: int, cached_blocks: int, tries: int) -> None:
@@ -42,7 +43,7 @@ class BlockReader:
         self._last_block = -1
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
         self._pool = ThreadPoolExecutor(max_workers=AHEAD, thread_name_prefix="blocks")
-        self._closed = False
+        self._closed = threading.Event()
         self._sizes: list[int] = []
 
     @property
@@ -60,7 +61,7 @@ class BlockReader:
 
     def close(self) -> None:
         """Fetch nothing more."""
-        self._closed = True
+        self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._blocks.clear()
 
@@ -81,10 +82,11 @@ class BlockReader:
         return self._position
 
     def read(self, count: int = -1) -> bytes:
-        """At most `count` bytes (all that is left of the block, at most), b"" at the end of the object."""
-        if self.error is not None:
-            raise self.error
-        if self._position >= self.size or count == 0:
+        """At most `count` bytes (all that is left of the block, at most), b"" at the end of the object.
+
+        Raises what fetching raised, once.
+        """
+        if self.error is not None or self._position >= self.size or count == 0:
             return b""
         index, offset = divmod(self._position, self._block_bytes)
         try:
@@ -124,9 +126,9 @@ class BlockReader:
             try:
                 data = self._fetch(start, stop)
             except TransientJobError:
-                if attempt == self._tries or self._closed:
+                wait = random.uniform(0, RETRY_SECONDS * 2 ** (attempt - 1))
+                if attempt == self._tries or self._closed.wait(wait):
                     raise
-                time.sleep(random.uniform(0, RETRY_SECONDS * 2 ** (attempt - 1)))
             else:
                 self._sizes.append(len(data))
                 return data

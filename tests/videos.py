@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -144,6 +146,20 @@ def make_video(
         if sound is not None:
             _write_silence(file, sound, Fraction(len(times) if times is not None else frames) / Fraction(fps))
     return buffer.getvalue()
+
+
+def index_first(mp4: bytes) -> bytes:
+    """The MP4 with its index (the moov box) before its frames, as for the web."""
+    with tempfile.TemporaryDirectory() as folder, av.open(io.BytesIO(mp4)) as source:
+        # FFmpeg reads the file again to move the index, which it can't in memory.
+        path = Path(folder, "video.mp4")
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    file.mux(packet)
+        return path.read_bytes()
 
 
 def _converted(frame: Any, pixels: str, colours: Colours | None) -> Any:

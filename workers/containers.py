@@ -143,6 +143,12 @@ class VideoFile:
         return self.format != "avi"
 
     @property
+    def enterable(self) -> bool:
+        """Whether decoding can begin at any keyframe. Not in a GIF, whose frames build on all before them, nor in an AVI
+        with B-frames, where only counting from the first one tells when a frame is shown."""
+        return self.format != "gif" and (self.tells_when_shown or not self.stream.codec_context.has_b_frames)
+
+    @property
     def end(self) -> Fraction | None:
         """Where the video stream ends by its own account; None where only the file as a whole says so."""
         if self.stream.duration:
@@ -154,14 +160,19 @@ class VideoFile:
         except ValueError:
             pass
         else:
-            total: Fraction = 3600 * hours + 60 * minutes + seconds
-            return total or None
+            return self._without_start(3600 * hours + 60 * minutes + seconds)
         return self._whole_length if len(self._container.streams) == 1 else None
 
     @property
     def _whole_length(self) -> Fraction | None:
         length = self._container.duration
-        return Fraction(length, av.time_base) if length and length > 0 else None
+        return self._without_start(Fraction(length, av.time_base)) if length and length > 0 else None
+
+    def _without_start(self, length: Fraction) -> Fraction | None:
+        """Matroska counts its length from 0, and not from where the video begins."""
+        if self.format == "matroska":
+            length -= self.start_pts * Fraction(self.stream.time_base)
+        return length if length > 0 else None
 
     # --- the header ---
 

@@ -15,7 +15,6 @@ from fractions import Fraction
 from typing import Any
 
 from av.error import FFmpegError
-from av.stream import Discard
 
 from common.domain import PermanentJobError, PipelineSpec, Reason, SampleMode
 from workers.containers import VideoFile
@@ -81,8 +80,6 @@ class Sampler:
         self._wanted = first
         #: Up to where packets were seen, needed or not.
         self._reached = Fraction(0)
-        #: The longest time from one keyframe to the next, once there were two.
-        self._spacing: Fraction | None = None
         self._damage: str | None = None
         self._decoded = 0
         #: Times of packets whose frames have not come yet, a heap, where only packets have times.
@@ -114,13 +111,7 @@ class Sampler:
         if end is None:
             return None
         expected = end if self._stop is None else min(end, self._grid.start(self._stop))
-        unseen: Fraction | None = Fraction(0)
-        if self._mode is SampleMode.KEYFRAMES:
-            # The frames behind the last keyframe were not looked at; how many they may be, the others tell.
-            unseen = self._spacing
-        if unseen is None or self._reached + unseen >= expected - _SHORT_SECONDS:
-            return None
-        return self._reached
+        return self._reached if self._reached < expected - _SHORT_SECONDS else None
 
     def _see(self, packet: Any) -> Fraction | None:
         """When a packet is shown, which is kept as the time that was reached."""
@@ -133,6 +124,8 @@ class Sampler:
 
     def _frames(self) -> Iterator[Sample]:
         gate = _Gate()
+        if self._video.enterable:
+            gate.close()
         for packet in self._packets():
             ready = gate.admit(packet, self._see(packet), self._grid.start(self._wanted))
             if ready.fresh:
@@ -142,7 +135,7 @@ class Sampler:
                 taken = yield from self._take(self._decode(each))
                 if self._is_done():
                     return
-                if taken:
+                if taken and self._video.enterable:
                     gate.close()
         yield from self._take(self._decode(None))
 
@@ -183,7 +176,7 @@ class Sampler:
         """Packets from a keyframe that is shown at or before the first wanted cell, or from the first of all."""
         start = self._grid.start(self._wanted)
         found = False
-        if start > 0 and self._video.format != "gif":  # whose frames all need the ones before them
+        if start > 0 and self._video.enterable:
             for margin in _MARGINS:
                 at = start - margin
                 if at <= 0 or not self._video.seek(at):
@@ -203,36 +196,23 @@ class Sampler:
 
     def _keyframes(self) -> Iterator[Sample]:
         video = self._video
-        start = self._grid.start(self._wanted)
-        sought = start > 0 and video.format != "gif" and video.seek(start)
-        if not sought:
-            video.restart()
-        # Where the container's index tells keyframes from others, the others are not even read.
-        video.stream.discard = Discard.nonkey
-        before: Fraction | None = None
-        try:
-            for packet in _forward(video.packets(), None, Fraction(video.stream.time_base)):
-                at = self._see(packet)
-                if at is None:
-                    continue
-                if packet.is_keyframe:
-                    if before is not None:
-                        self._spacing = max(self._spacing or Fraction(0), at - before)
-                    before = at
-                cell = self._grid.cell(at)
-                if self._stop is not None and cell >= self._stop:
-                    self._wanted = self._stop
-                    return
-                if not packet.is_keyframe or cell < self._wanted:
-                    continue
-                frames = self._decode(packet) + self._decode(None)
-                video.stream.codec_context.flush_buffers()
-                if frames:
-                    self._decoded += 1
-                    self._wanted = cell + 1
-                    yield Sample(frames[0], at, cell)
-        finally:
-            video.stream.discard = Discard.default
+        # Not by FFmpeg's `discard`, which would leave the others unread, too: it gives keyframes wrong times.
+        for packet in self._packets():
+            at = self._see(packet)
+            if at is None or not packet.is_keyframe:
+                continue
+            cell = self._grid.cell(at)
+            if self._stop is not None and cell >= self._stop:
+                self._wanted = self._stop
+                return
+            if cell < self._wanted:
+                continue
+            frames = self._decode(packet) + self._decode(None)
+            video.stream.codec_context.flush_buffers()
+            if frames:
+                self._decoded += 1
+                self._wanted = cell + 1
+                yield Sample(frames[0], at, cell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +232,7 @@ class _Gate:
     """
 
     def __init__(self) -> None:
-        self._held: list[Any] | None = []
+        self._held: list[Any] | None = None
         self._held_bytes = 0
         self._fresh = False
 

@@ -1,4 +1,4 @@
-"""The plan of a video in the ledger: made once, by its probe; withdrawn with its version; made anew when that is back."""
+"""The plan of a video in the ledger: made once by its probe, withdrawn with its version, made anew when that is back."""
 
 from __future__ import annotations
 

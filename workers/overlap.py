@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,7 +22,9 @@ def ahead(
 
     `items` is iterated in a thread of its own. It stops while what waits and what the consumer has in hand add up to
     more than `max_size`, so that at least one item is always on its way. When the consumer leaves, the thread ends
-    behind the item at hand. What `items` raises is raised behind the items that came before it.
+    behind the item at hand, and a generator is closed: nothing of it runs later, when what it reads from may be gone.
+    What `items` raises is raised behind the items that came before it. A group belongs to the consumer until it asks
+    for the next one, and is emptied then.
     """
     changed = threading.Condition()
     waiting: deque[T] = deque()
@@ -41,6 +43,8 @@ def ahead(
         except BaseException as error:  # handed over, whatever it is
             state.error = error
         finally:
+            if isinstance(items, Generator):
+                items.close()
             with changed:
                 state.ended = True
                 changed.notify_all()

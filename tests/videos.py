@@ -134,6 +134,9 @@ def make_video(
             if rotation:
                 stream.set_display_rotation(rotation)
         sound = file.add_stream(_SOUND.get(container, "aac"), rate=48000, layout="mono") if audio else None
+        if not frames:
+            # The header, which comes with the first packet otherwise.
+            file.start_encoding()
         if stream is not None:
             seconds = times if times is not None else [Fraction(number) / Fraction(fps) for number in range(frames)]
             for number, at in enumerate(seconds):

@@ -87,6 +87,7 @@ class VideoFile:
         streams = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not streams:
             self._container.close()
+            self._check_index()
             raise PermanentJobError(
                 Reason.NO_VIDEO_STREAM, "the file holds no video, only sound or data; leave it out or upload the video"
             )
@@ -144,7 +145,7 @@ class VideoFile:
 
     @property
     def enterable(self) -> bool:
-        """Whether decoding can begin at any keyframe. Not in a GIF, whose frames build on all before them, nor in an AVI
+        """Whether decoding can begin at any keyframe. Not in a GIF, whose frames build on all before, nor in an AVI
         with B-frames, where only counting from the first one tells when a frame is shown."""
         return self.format != "gif" and (self.tells_when_shown or not self.stream.codec_context.has_b_frames)
 
@@ -210,6 +211,7 @@ class VideoFile:
         except FFmpegError:
             self.reraise()
         if not packets:
+            self._check_index()
             raise PermanentJobError(Reason.EMPTY_VIDEO, "the video has no frames; upload it again, whole")
         return None
 
@@ -253,12 +255,19 @@ class VideoFile:
         return found
 
     def _cannot_open(self, error: FFmpegError) -> PermanentJobError:
+        self._check_index()
+        words = " ".join(str(error.strerror or error).split())[:200]
+        return PermanentJobError(
+            Reason.UNREADABLE_VIDEO, f"the {self.format} file is damaged and can't be opened ({words}); upload it again"
+        )
+
+    def _check_index(self) -> None:
+        """Nothing was found: say so if it is for want of an MP4's index."""
         if self.format == "mp4" and not self._has_index():
-            detail = "its index (the moov box) is missing, as in a recording that was cut off; upload it again, whole"
-        else:
-            words = " ".join(str(error.strerror or error).split())[:200]
-            detail = f"the {self.format} file is damaged and can't be opened ({words}); upload it again"
-        return PermanentJobError(Reason.UNREADABLE_VIDEO, detail)
+            raise PermanentJobError(
+                Reason.UNREADABLE_VIDEO,
+                "its index (the moov box) is missing, as in a recording that was cut off; upload it again, whole",
+            )
 
     def _has_index(self) -> bool:
         """Whether an MP4 has its moov box, whole (ISO/IEC 14496-12, section 4.2: size, type, larger size)."""
@@ -291,7 +300,8 @@ def recognise(head: bytes) -> str | None:
         return "avi"
     if head[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
-    for length in _TS_PACKETS:
+    # Text that repeats itself may have a G, the sync byte, in the right places; but a NUL it hasn't.
+    for length in _TS_PACKETS if 0 in head else ():
         for offset in range(length):
             syncs = head[offset::length][:_TS_SYNCS]
             if len(syncs) == _TS_SYNCS and set(syncs) == {0x47}:
@@ -300,7 +310,9 @@ def recognise(head: bytes) -> str | None:
 
 
 def _deny(url: str, _flags: int, _options: dict[str, str]) -> NoReturn:
-    raise PermissionError(f"a video may not open {url!r}")
+    raise PermanentJobError(
+        Reason.UNREADABLE_VIDEO, f"it refers to another file ({url[:200]!r}), which is never opened; upload it whole"
+    )
 
 
 def _created_at(text: str | None) -> datetime | None:

@@ -19,9 +19,9 @@ _ANSWERS = {
 
 
 @contextmanager
-def faulty_s3(endpoint_url: str, faults: dict[str, int]) -> Iterator[str]:
+def faulty_s3(endpoint_url: str, faults: dict[str, int | list[int]]) -> Iterator[str]:
     """The URL of a server that answers a GET or HEAD of a key in `faults` with that status; the dict may be
-    changed while it runs."""
+    changed while it runs. A list is of one status for each request to come, 0 to let it through."""
     upstream = urlsplit(endpoint_url)
 
     class Handler(BaseHTTPRequestHandler):
@@ -31,7 +31,9 @@ def faulty_s3(endpoint_url: str, faults: dict[str, int]) -> Iterator[str]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             _, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
             status = faults.get(key) if self.command in ("GET", "HEAD") else None
-            if status is not None:
+            if isinstance(status, list):
+                status = status.pop(0) if status else 0
+            if status:
                 text = f"<Error><Code>{_ANSWERS[status]}</Code><Message>fault</Message></Error>".encode()
                 self._answer(status, [("Content-Type", "application/xml")], text)
                 return

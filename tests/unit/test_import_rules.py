@@ -73,7 +73,18 @@ def reachable(start: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("start", ["workers.pipeline", "workers.decoding", "workers.inference"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "workers.pipeline",
+        "workers.decoding",
+        "workers.inference",
+        "workers.containers",
+        "workers.sampling",
+        "workers.frames",
+        "workers.overlap",
+    ],
+)
 def test_the_pipeline_knows_neither_queue_nor_database(start: str) -> None:
     modules = reachable(start)
     assert "common.domain" in modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -19,9 +19,9 @@ _ANSWERS = {
 
 
 @contextmanager
-def faulty_s3(endpoint_url: str, faults: dict[str, int | list[int]]) -> Iterator[str]:
-    """The URL of a server that answers a GET or HEAD of a key in `faults` with that status; the dict may be
-    changed while it runs. A list is of one status for each request to come, 0 to let it through."""
+def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]]) -> Iterator[str]:
+    """The URL of a server that answers a GET or HEAD of a key in `faults` with that status; they may
+    be changed while it runs. A list is of one status for each request to come, 0 to let it through."""
     upstream = urlsplit(endpoint_url)
 
     class Handler(BaseHTTPRequestHandler):

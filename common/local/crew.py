@@ -42,7 +42,10 @@ def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
             if stack:
                 pids.append(stack.spawn(name, argv, environment))
             else:
-                started.append(subprocess.Popen(argv, env={**os.environ, **environment}, start_new_session=True))
+                # Standard output is for the results of the command that needs them.
+                started.append(
+                    subprocess.Popen(argv, env={**os.environ, **environment}, stdout=sys.stderr, start_new_session=True)
+                )
                 pids.append(started[-1].pid)
         yield pids
     finally:

@@ -119,7 +119,7 @@ def make_video(
         file.metadata.update(metadata or {})
         stream = None
         if video:
-            uniform = times is None and (start * Fraction(fps)).denominator == 1
+            uniform = times is None and (Fraction(start) * Fraction(fps)).denominator == 1
             stream = file.add_stream(codec, rate=Fraction(fps), options={**_OPTIONS.get(codec, {}), **(options or {})})
             stream.width, stream.height = size
             stream.pix_fmt = pixels or _PIXELS.get(codec, "yuv420p")

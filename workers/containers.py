@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, NoReturn, Protocol
 
 import av
@@ -32,6 +33,20 @@ _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"s
 _TS_PACKETS = (188, 192, 204)
 #: This many sync bytes in their places make an MPEG-TS.
 _TS_SYNCS = 5
+#: Places in an MPEG-TS whose clocks are compared, and how far from each a clock is looked for, in bytes.
+_TS_CLOCKS = 16
+_TS_WINDOW = 64 * 1024
+#: The clock of an MPEG-TS begins anew after so many ticks (ISO/IEC 13818-1, section 2.4.3.5).
+_TS_TICKS = 2**33
+#: Packets that are tried until one gives a frame.
+_FIRST_PACKETS = 1000
+#: Places of an MPEG-TS whose clocks are compared, and how far behind each one a clock is looked for, in bytes.
+_TS_PLACES = 16
+_TS_WINDOW_BYTES = 64 * 1024
+#: The clock of an MPEG-TS begins anew after so many ticks (ISO/IEC 13818-1, section 2.4.3.5).
+_TS_TICKS = 2**33
+#: Packets that are tried until one gives the first frame.
+_FIRST_PACKETS = 1000
 #: Boxes at the top of an MP4 that are looked through for its index.
 _MAX_BOXES = 1000
 
@@ -152,6 +167,8 @@ class VideoFile:
     @property
     def end(self) -> Fraction | None:
         """Where the video stream ends by its own account; None where only the file as a whole says so."""
+        if self.format == "avi" and (length := self._length_of_cut_avi()):
+            return length
         if self.stream.duration:
             return self.seconds_of(self.stream.duration)
         # Matroska keeps it as text: "00:00:10.000000000".
@@ -169,6 +186,17 @@ class VideoFile:
         length = self._container.duration
         return self._without_start(Fraction(length, av.time_base)) if length and length > 0 else None
 
+    def _length_of_cut_avi(self) -> Fraction | None:
+        """How long an AVI was by its main header (RIFF size, microseconds per frame, frames), if its end is missing:
+        FFmpeg then goes by what is left of it."""
+        if self._head[24:28] != b"avih" or len(self._head) < 52:
+            return None
+        (size,) = struct.unpack("<I", self._head[4:8])
+        if size + 8 <= self._reader.size:
+            return None
+        microseconds, frames = struct.unpack("<I12xI", self._head[32:52])
+        return Fraction(microseconds * frames, 1_000_000) or None
+
     def _without_start(self, length: Fraction) -> Fraction | None:
         """Matroska counts its length from 0, and not from where the video begins."""
         if self.format == "matroska":
@@ -180,8 +208,11 @@ class VideoFile:
     def info(self) -> VideoInfo:
         """What the header says; for the rotation and a size that it leaves out, the first frame is decoded.
 
-        Raises `PermanentJobError` with empty_video where there is no frame at all.
+        Raises `PermanentJobError` with empty_video where there is no frame at all, and with broken_timestamps where
+        the clock of an MPEG-TS is set back: who seeks in it by time would find the wrong part, and not notice.
         """
+        if self.format == "mpegts":
+            self._check_clocks()
         length = self.end or self._whole_length
         rate = self.stream.average_rate or self.stream.guessed_rate
         codec = self.stream.codec_context
@@ -189,6 +220,12 @@ class VideoFile:
         first = self._first_frame()
         if first is not None:
             width, height, rotation = first.width, first.height, first.rotation % 360
+        if not width or not height:
+            raise PermanentJobError(
+                Reason.UNREADABLE_VIDEO,
+                "neither its header nor its first frame tells a size that can be decoded: it is damaged, or its frames "
+                f"have more than the {self._max_pixels} pixels that MASKWATCH_WORKER__MAX_IMAGE_PIXELS allows",
+            )
         return VideoInfo(
             container=str(self._container.format.name),
             codec=str(codec.codec.canonical_name),
@@ -204,16 +241,43 @@ class VideoFile:
         """The first frame; None where the first packets are damaged, which says nothing of the others."""
         packets, self._untouched = 0, False
         try:
+            # The last, empty packet asks the decoder for what it still holds.
             for packet in self._container.demux(self.stream):
                 packets += packet.size > 0
                 for frame in packet.decode():
                     return frame
+                if packets == _FIRST_PACKETS:
+                    return None
         except FFmpegError:
             self.reraise()
-        if not packets:
-            self._check_index()
-            raise PermanentJobError(Reason.EMPTY_VIDEO, "the video has no frames; upload it again, whole")
-        return None
+            if packets:
+                return None
+        self._check_index()
+        raise PermanentJobError(Reason.EMPTY_VIDEO, "the video has no frames; upload it again, whole")
+
+    def _check_clocks(self) -> None:
+        """Compare the clocks at some places of an MPEG-TS. A part may be missing between them, but none comes twice."""
+        position, clocks, of = self._reader.tell(), [], None
+        for place in range(_TS_PLACES):
+            found = _ts_clock(self._read(self._reader.size * place // _TS_PLACES, _TS_WINDOW_BYTES), of)
+            if found is not None:
+                of, clock = found
+                clocks.append(clock)
+        self._reader.seek(position)
+        # What is just below the largest number of ticks is followed by what is just above 0.
+        if any((later - clock) % _TS_TICKS > _TS_TICKS // 2 for clock, later in pairwise(clocks)):
+            raise PermanentJobError(
+                Reason.BROKEN_TIMESTAMPS,
+                "its clock is set back in the middle, as in recordings that were joined byte by byte, so nobody can "
+                "tell when a frame was taken; upload the parts, or write it anew with continuous time stamps",
+            )
+
+    def _read(self, start: int, count: int) -> bytes:
+        self._reader.seek(start)
+        data = b""
+        while len(data) < count and (more := self._reader.read(count - len(data))):
+            data += more
+        return data
 
     # --- packets ---
 
@@ -243,13 +307,10 @@ class VideoFile:
     # --- recognition ---
 
     def _recognise(self) -> str:
-        self._reader.seek(0)
-        head = b""
-        while len(head) < 4096 and (more := self._reader.read(4096 - len(head))):
-            head += more
-        if not head:
+        self._head = self._read(0, 4096)
+        if not self._head:
             raise PermanentJobError(Reason.EMPTY_FILE, "the file is empty; upload it again")
-        found = recognise(head)
+        found = recognise(self._head)
         if found is None:
             raise PermanentJobError(Reason.UNREADABLE_VIDEO, f"the content is no {CONTAINERS} video; convert it")
         return found
@@ -301,11 +362,35 @@ def recognise(head: bytes) -> str | None:
     if head[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
     # Text that repeats itself may have a G, the sync byte, in the right places; but a NUL it hasn't.
-    for length in _TS_PACKETS if 0 in head else ():
+    return "mpegts" if 0 in head and _ts_layout(head) is not None else None
+
+
+def _ts_layout(data: bytes) -> tuple[int, int] | None:
+    """(length of a packet, offset of the first) of a piece of MPEG-TS; None if it is none."""
+    for length in _TS_PACKETS:
         for offset in range(length):
-            syncs = head[offset::length][:_TS_SYNCS]
+            syncs = data[offset::length][:_TS_SYNCS]
             if len(syncs) == _TS_SYNCS and set(syncs) == {0x47}:
-                return "mpegts"
+                return length, offset
+    return None
+
+
+def _ts_clock(data: bytes, of: int | None) -> tuple[int, int] | None:
+    """(packet id, ticks) of the first clock in a piece of MPEG-TS, or of the first with this id.
+
+    That is the base of a program clock reference, in 1/90,000 s (ISO/IEC 13818-1, section 2.4.3.4).
+    """
+    layout = _ts_layout(data)
+    if layout is None:
+        return None
+    length, offset = layout
+    for start in range(offset, len(data) - 188, length):
+        packet = data[start : start + 12]
+        # Sync byte; an adaptation field is there, is long enough, and holds a clock.
+        if packet[0] == 0x47 and packet[3] & 0x20 and packet[4] >= 7 and packet[5] & 0x10:
+            found = int.from_bytes(packet[1:3]) & 0x1FFF
+            if of in (None, found):
+                return found, int.from_bytes(packet[6:11]) >> 7
     return None
 
 

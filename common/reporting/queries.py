@@ -15,6 +15,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
 from common.catalog import get_location
+from common.domain import ObservedAtSource
 
 
 class Period(StrEnum):
@@ -189,6 +190,8 @@ def coverage(session: Session) -> dict[str, Coverage]:
                count(DISTINCT m.id) FILTER (WHERE j.state = 'succeeded' AND m.observed_at_source = 'key_pattern')
                    AS key_pattern,
                count(DISTINCT m.id) FILTER (WHERE j.state = 'succeeded' AND m.observed_at_source = 'exif') AS exif,
+               count(DISTINCT m.id) FILTER (WHERE j.state = 'succeeded' AND m.observed_at_source = 'creation_time')
+                   AS creation_time,
                count(DISTINCT m.id) FILTER (WHERE j.state = 'succeeded' AND m.observed_at_source = 'last_modified')
                    AS last_modified
         FROM jobs j
@@ -197,7 +200,7 @@ def coverage(session: Session) -> dict[str, Coverage]:
         WHERE j.kind <> 'probe' OR j.state <> 'succeeded'
         GROUP BY l.name
     """
-    sources = ("key_pattern", "exif", "last_modified")
+    sources = tuple(source.value for source in ObservedAtSource)
     return {
         row.name: Coverage(
             row.analysed,

@@ -1,0 +1,47 @@
+"""The child process of `benchmarks.video`: analyses one chunk as a worker does and prints its own peak memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from common.settings import get_settings
+from common.storage import open_bucket, split_uri
+from workers.inference import runtime_of
+from workers.pipeline import analyze_frames, load_analyzer
+from workers.sampling import Grid, Sampler
+from workers.videos import opened, pictures
+
+
+def main(path: Path) -> None:
+    """Analyse the whole of a video in one chunk, at one frame a second."""
+    settings = get_settings()
+    bucket, key = split_uri(f"file://{path.absolute()}")
+    spec = settings.pipeline.spec()
+    analyzer = load_analyzer(spec, runtime_of(settings, processes=1))
+    started = time.perf_counter()
+    with opened(open_bucket(bucket).stat(key), settings) as video:
+        grid = Grid(Fraction(1))
+        frames = list(
+            analyze_frames(
+                pictures(Sampler(video, grid, spec.sample, 0, None), grid, None),
+                analyzer,
+                1.0,
+                buffer_bytes=settings.worker.frame_buffer_bytes,
+                batch=settings.worker.batch_frames,
+            )
+        )
+    # The kernel counts in kilobytes (getrusage(2)).
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    faces = sum(len(frame.faces) for frame in frames)
+    print(
+        json.dumps({"frames": len(frames), "faces": faces, "peak_mb": peak_mb, "took": time.perf_counter() - started})
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

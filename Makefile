@@ -26,8 +26,9 @@ format: $(VENV)/.test  ## Put the sources into the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.test  ## Measure the whole road, and every model in every runtime; figures belong in docs/performance.md
+bench: $(VENV)/.test  ## Measure the road, video, and every model in every runtime (an hour); figures belong in docs/performance.md
 	$(BIN)/python -m benchmarks.road
+	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.models
 
 clean:  ## Stop and remove everything that the targets above made

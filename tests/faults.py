@@ -26,6 +26,8 @@ def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]]) -> Itera
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # Head and body are written one after the other; with the algorithm each answer waits 40 ms.
+        disable_nagle_algorithm = True
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -114,41 +114,45 @@ def make_video(
     counter-clockwise by which a player turns it. audio: a second stream of silence. video False: nothing else.
     picture: other pictures than those of `numbered`. options, muxer: for the encoder and the container.
     """
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container, options=dict(muxer or {})) as file:
-        file.metadata.update(metadata or {})
-        stream = None
-        if video:
-            uniform = times is None and (Fraction(start) * Fraction(fps)).denominator == 1
-            stream = file.add_stream(codec, rate=Fraction(fps), options={**_OPTIONS.get(codec, {}), **(options or {})})
-            stream.width, stream.height = size
-            stream.pix_fmt = pixels or _PIXELS.get(codec, "yuv420p")
-            encoder = stream.codec_context
-            encoder.time_base = 1 / Fraction(fps) if uniform else Fraction(1, 1000)
-            encoder.gop_size = gop
-            if codec in _BIDIRECTIONAL:
-                encoder.max_b_frames = bframes
-            encoder.thread_count = 1
-            if colours is not None:
-                encoder.colorspace, encoder.color_range = colours.tag, colours.full_tag
-            if rotation:
-                stream.set_display_rotation(rotation)
-        sound = file.add_stream(_SOUND.get(container, "aac"), rate=48000, layout="mono") if audio else None
-        if not frames:
-            # The header, which comes with the first packet otherwise.
-            file.start_encoding()
-        if stream is not None:
-            seconds = times if times is not None else [Fraction(number) / Fraction(fps) for number in range(frames)]
-            for number, at in enumerate(seconds):
-                rgb = picture(number) if picture is not None else numbered(number, size)
-                frame = _converted(av.VideoFrame.from_ndarray(rgb, format="rgb24"), stream.pix_fmt, colours)
-                frame.pts = round((Fraction(at) + Fraction(start)) / encoder.time_base)
-                frame.time_base = encoder.time_base
-                file.mux(stream.encode(frame))
-            file.mux(stream.encode(None))
-        if sound is not None:
-            _write_silence(file, sound, Fraction(len(times) if times is not None else frames) / Fraction(fps))
-    return buffer.getvalue()
+    # Not in memory: where FFmpeg moves an index to the front, it opens the file once more.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "video")
+        with av.open(str(path), "w", format=container, options=dict(muxer or {})) as file:
+            file.metadata.update(metadata or {})
+            stream = None
+            if video:
+                uniform = times is None and (Fraction(start) * Fraction(fps)).denominator == 1
+                stream = file.add_stream(
+                    codec, rate=Fraction(fps), options={**_OPTIONS.get(codec, {}), **(options or {})}
+                )
+                stream.width, stream.height = size
+                stream.pix_fmt = pixels or _PIXELS.get(codec, "yuv420p")
+                encoder = stream.codec_context
+                encoder.time_base = 1 / Fraction(fps) if uniform else Fraction(1, 1000)
+                encoder.gop_size = gop
+                if codec in _BIDIRECTIONAL:
+                    encoder.max_b_frames = bframes
+                encoder.thread_count = 1
+                if colours is not None:
+                    encoder.colorspace, encoder.color_range = colours.tag, colours.full_tag
+                if rotation:
+                    stream.set_display_rotation(rotation)
+            sound = file.add_stream(_SOUND.get(container, "aac"), rate=48000, layout="mono") if audio else None
+            if not frames:
+                # The header, which comes with the first packet otherwise.
+                file.start_encoding()
+            if stream is not None:
+                seconds = times if times is not None else [Fraction(number) / Fraction(fps) for number in range(frames)]
+                for number, at in enumerate(seconds):
+                    rgb = picture(number) if picture is not None else numbered(number, size)
+                    frame = _converted(av.VideoFrame.from_ndarray(rgb, format="rgb24"), stream.pix_fmt, colours)
+                    frame.pts = round((Fraction(at) + Fraction(start)) / encoder.time_base)
+                    frame.time_base = encoder.time_base
+                    file.mux(stream.encode(frame))
+                file.mux(stream.encode(None))
+            if sound is not None:
+                _write_silence(file, sound, Fraction(len(times) if times is not None else frames) / Fraction(fps))
+        return path.read_bytes()
 
 
 def index_first(mp4: bytes) -> bytes:

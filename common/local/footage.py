@@ -1,15 +1,14 @@
-"""Makes the sample footage of the demo: pictures of three cameras whose faces and masks are known.
+"""Makes the sample footage of the demo: pictures of three cameras and a video of a fourth, with known faces and masks.
 
 `common/local/people.py` draws the people and `common/local/scenes.py` the places; this module decides who
-stands where and when, adds what a camera adds (noise, JPEG), and writes the truth beside the pictures.
-Needs the layers `local` (scikit-image) and `worker` (Pillow, NumPy).
+stands where and when in the pictures, adds what a camera adds (noise, JPEG), and writes the truth beside the footage.
+`common/local/walkers.py` makes the video. Needs the layers `local` (scikit-image) and `worker` (Pillow, NumPy, PyAV).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -17,12 +16,13 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from common.domain import MaskStatus, Reason
-from common.local import people
-from common.local.scenes import SCENES, Scene
-from common.local.truth import BadObject, Box, TrueCamera, TrueFace, TruePicture, Truth
+from common.domain import Reason
+from common.local import people, walkers
+from common.local.figures import FACE_SIZE_NATIVE, Person, caption, hides, paste
+from common.local.scenes import FILMED, SCENES, Scene
+from common.local.truth import BadObject, TrueCamera, TruePicture, TrueVideo, Truth
 
 #: Saturday and Sunday; Berlin's clocks go from 02:00 to 03:00 on the second.
 DAYS = (date(2026, 3, 28), date(2026, 3, 29))
@@ -35,39 +35,15 @@ COMPLIANCE = {"lobby": (0.92, 0.55), "market-street": (0.3, 0.65)}
 HEIGHT_SPREAD = 0.035
 #: A figure's face keeps clear of everyone nearer by this share of the face's own size.
 CLEARANCE = 0.3
-
-FACE_SIZE_NATIVE = max(people.FACE_BOX[2] - people.FACE_BOX[0], people.FACE_BOX[3] - people.FACE_BOX[1])
-
-
-@dataclass(frozen=True, slots=True)
-class _Person:
-    """Someone in a picture: the figure's top left corner and scale in pixels of the picture."""
-
-    look: people.Look
-    x: float
-    y: float
-    scale: float
-
-    def placed(self, box: Box) -> Box:
-        """A box of the figure as a box of the picture."""
-        if self.look.flipped:
-            box = people.flipped_box(box)
-        return (
-            self.x + box[0] * self.scale, self.y + box[1] * self.scale,
-            self.x + box[2] * self.scale, self.y + box[3] * self.scale,
-        )  # fmt: skip
-
-    @property
-    def face(self) -> TrueFace:
-        label = MaskStatus.WITHOUT_MASK if self.look.mask is None else MaskStatus.WITH_MASK
-        box = self.placed(people.FACE_BOX)
-        return TrueFace((round(box[0], 1), round(box[1], 1), round(box[2], 1), round(box[3], 1)), label)
+#: When each filmed camera's video begins, on the first of the days.
+FILM_TIME = time(10, 15)
 
 
 def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22) -> Truth:
-    """Write the pictures, a few bad objects and `truth.json` under the folder `out`; the same for the same seed.
+    """Write pictures, a video, a few bad objects and `truth.json` under the folder `out`; the same for the same seed.
 
-    Keys are paths relative to `out/bucket`, for example `lobby/door/2026/03/28/09-15-00.jpg`, in local time.
+    Keys are paths relative to `out/bucket`, for example `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The
+    truth has a `TruePicture` for every picture, and for every second of a video.
     """
     bucket = out / "bucket"
     pictures = []
@@ -77,7 +53,14 @@ def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22) -> Tr
         for local_time in schedule(rng, images_per_camera):
             pictures.append(_make_picture(bucket, location, camera, local_time, rng))
     bad_objects = _make_bad_objects(bucket, pictures[0])
-    truth = Truth(seed, tuple(cameras()), tuple(pictures), tuple(bad_objects))
+    videos = []
+    for number, (location, camera) in enumerate(FILMED):
+        rng = np.random.default_rng([seed, len(SCENES) + number])
+        video, frames = _make_video(bucket, location, camera, rng)
+        videos.append(video)
+        pictures += frames
+        bad_objects.append(_make_bad_video(bucket, video))
+    truth = Truth(seed, tuple(cameras()), tuple(pictures), tuple(bad_objects), tuple(videos))
     truth.save(out / "truth.json")
     return truth
 
@@ -90,9 +73,10 @@ def cameras() -> list[TrueCamera]:
             camera,
             TIME_ZONES[location],
             prefix=f"{location}/{camera}/",
-            time_pattern=f"{location}/{camera}/%Y/%m/%d/%H-%M-%S.jpg",
+            time_pattern=f"{location}/{camera}/%Y/%m/%d/%H-%M-%S.{suffix}",
         )
-        for location, camera in SCENES
+        for scenes, suffix in ((SCENES, "jpg"), (FILMED, "mp4"))
+        for location, camera in scenes
     ]
 
 
@@ -113,9 +97,9 @@ def _make_picture(
     persons = _crowd(scene, location, local_time, rng)
     image = _empty(location, camera).copy()
     for person in persons:
-        _paste(image, person)
+        paste(image, person)
     image = _photographed(image, local_time, rng)
-    _caption(image, f"{location} {camera}  {local_time:%Y-%m-%d %H:%M:%S}")
+    caption(image, _title(location, camera, local_time))
     key = f"{location}/{camera}/{local_time:%Y/%m/%d/%H-%M-%S}.jpg"
     path = bucket / key
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,9 +109,46 @@ def _make_picture(
         location=location,
         camera=camera,
         local_time=local_time,
-        observed_at=local_time.replace(tzinfo=ZoneInfo(TIME_ZONES[location])).astimezone(UTC),
+        observed_at=_instant(local_time, location),
         faces=tuple(person.face for person in persons),
     )
+
+
+def _make_video(
+    bucket: Path, location: str, camera: str, rng: np.random.Generator
+) -> tuple[TrueVideo, list[TruePicture]]:
+    start = datetime.combine(DAYS[0], FILM_TIME)
+    key = f"{location}/{camera}/{start:%Y/%m/%d/%H-%M-%S}.mp4"
+    path = bucket / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def title(seconds: float) -> str:
+        return _title(location, camera, start + timedelta(seconds=seconds))
+
+    frames = []
+    for shown in walkers.film(path, FILMED[location, camera], title, rng):
+        local_time = start + timedelta(seconds=shown.offset_seconds)
+        frames.append(
+            TruePicture(
+                key=key,
+                location=location,
+                camera=camera,
+                local_time=local_time,
+                observed_at=_instant(local_time, location),
+                faces=shown.faces,
+                offset_seconds=shown.offset_seconds,
+                ignored=shown.ignored,
+            )
+        )
+    return TrueVideo(key, walkers.SECONDS, walkers.FRAMES_PER_SECOND, walkers.VISITS), frames
+
+
+def _title(location: str, camera: str, local_time: datetime) -> str:
+    return f"{location} {camera}  {local_time:%Y-%m-%d %H:%M:%S}"
+
+
+def _instant(local_time: datetime, location: str) -> datetime:
+    return local_time.replace(tzinfo=ZoneInfo(TIME_ZONES[location])).astimezone(UTC)
 
 
 @cache
@@ -135,13 +156,13 @@ def _empty(location: str, camera: str) -> Image.Image:
     return SCENES[location, camera].empty()
 
 
-def _crowd(scene: Scene, location: str, local_time: datetime, rng: np.random.Generator) -> list[_Person]:
+def _crowd(scene: Scene, location: str, local_time: datetime, rng: np.random.Generator) -> list[Person]:
     """One to six people, farthest first, every face in full view."""
     daytime = local_time.hour >= 6
     wanted = int(rng.integers(2, 7)) if daytime else int(rng.integers(1, 3))
     early, late = COMPLIANCE[location]
     share = early + (late - early) * min(1.0, max(0.0, (local_time.hour - 8) / 10))
-    persons: list[_Person] = []
+    persons: list[Person] = []
     for _ in range(60 * wanted):
         if len(persons) == wanted:
             break
@@ -151,7 +172,7 @@ def _crowd(scene: Scene, location: str, local_time: datetime, rng: np.random.Gen
     return sorted(persons, key=lambda person: person.scale)
 
 
-def _someone(scene: Scene, mask_share: float, rng: np.random.Generator) -> _Person:
+def _someone(scene: Scene, mask_share: float, rng: np.random.Generator) -> Person:
     # Most faces are small, as they are in real footage: even on a logarithmic scale, 28 to 110 px, with a
     # few people right before the camera and a few far away.
     low, high = [(28, 110), (110, 200), (18, 24)][int(rng.choice(3, p=[0.87, 0.09, 0.04]))]
@@ -170,43 +191,17 @@ def _someone(scene: Scene, mask_share: float, rng: np.random.Generator) -> _Pers
     # The floor is narrow at its far end.
     reach = 0.14 + 0.36 * min(1.0, scale * FACE_SIZE_NATIVE / 75)
     x = (0.5 + rng.uniform(-reach, reach)) * scene.width - people.FIGURE_SIZE[0] / 2 * scale
-    return _Person(look, x, scene.horizon * scene.height + 0.12 * people.FIGURE_SIZE[1] * scale - eyes + lift, scale)
+    return Person(look, x, scene.horizon * scene.height + 0.12 * people.FIGURE_SIZE[1] * scale - eyes + lift, scale)
 
 
-def _in_view(person: _Person, scene: Scene) -> bool:
+def _in_view(person: Person, scene: Scene) -> bool:
     x1, y1, x2, y2 = person.placed(people.HEAD_BOX)
     return x1 >= 2 and y1 >= 34 and x2 <= scene.width - 2 and y2 <= scene.height - 2
 
 
-def _apart(a: _Person, b: _Person) -> bool:
-    """Whether the farther one's face is hidden by nothing of the nearer one."""
+def _apart(a: Person, b: Person) -> bool:
     near, far = (a, b) if a.scale >= b.scale else (b, a)
-    face = far.placed(people.FACE_BOX)
-    margin = CLEARANCE * (face[3] - face[1])
-    grown = (face[0] - margin, face[1] - margin, face[2] + margin, face[3] + margin)
-    body = (15.0, 145.0, 380.0, float(people.FIGURE_SIZE[1]))
-    return not (_meet(grown, near.placed(people.HEAD_BOX)) or _meet(grown, near.placed(body)))
-
-
-def _meet(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _paste(image: Image.Image, person: _Person) -> None:
-    # Sampled at the exact fraction of a pixel, so that the box of its face is exact too.
-    left, top = math.floor(person.x), math.floor(person.y)
-    inverse = 1 / person.scale
-    width, height = (math.ceil(side * person.scale) + 1 for side in people.FIGURE_SIZE)
-    shift_x, shift_y = (person.x - left) * inverse, (person.y - top) * inverse
-    box = (-shift_x, -shift_y, width * inverse - shift_x, height * inverse - shift_y)
-    pad = math.ceil(inverse) + 2
-    figure = people.figure(person.look)
-    padded = Image.new("RGBA", (figure.width + 2 * pad, figure.height + 2 * pad))
-    padded.paste(figure, (pad, pad))
-    visible = (box[0] + pad, box[1] + pad, min(box[2] + pad, padded.width), min(box[3] + pad, padded.height))
-    size = (round((visible[2] - visible[0]) / inverse), round((visible[3] - visible[1]) / inverse))
-    resized = padded.resize(size, Image.Resampling.LANCZOS, box=visible)
-    image.paste(resized, (left, top), resized)
+    return not hides(near, far, CLEARANCE)
 
 
 def _photographed(image: Image.Image, local_time: datetime, rng: np.random.Generator) -> Image.Image:
@@ -221,13 +216,6 @@ def _photographed(image: Image.Image, local_time: datetime, rng: np.random.Gener
     noise = rng.normal(0, 3.5, (height, width, 1)).astype(np.float32)
     lit = pixels * vignette * np.float32(exposure) * tint + noise
     return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
-
-
-def _caption(image: Image.Image, words: str) -> None:
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(16)
-    draw.rectangle((0, 0, 14 + draw.textlength(words, font), 26), fill=(18, 18, 20))
-    draw.text((7, 4), words, font=font, fill=(230, 230, 226))
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:
@@ -252,3 +240,11 @@ def _make_bad_objects(bucket: Path, whole: TruePicture) -> list[BadObject]:
         BadObject(empty, Reason.EMPTY_FILE, "an object of 0 bytes"),
         BadObject(notes, None, "not a picture: counted and named, no job"),
     ]
+
+
+def _make_bad_video(bucket: Path, whole: TrueVideo) -> BadObject:
+    """Cut off in the middle: what an MP4 needs to be opened comes at its end."""
+    content = (bucket / whole.key).read_bytes()
+    key = f"{whole.key.rpartition('/')[0]}/10-50-00.mp4"
+    (bucket / key).write_bytes(content[: len(content) // 2])
+    return BadObject(key, Reason.UNREADABLE_VIDEO, "an MP4 cut off in its middle, before its index")

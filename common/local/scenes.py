@@ -175,8 +175,80 @@ def _awnings(draw: ImageDraw.ImageDraw, width: int, height: int) -> None:
         draw.rectangle((x0 * width, top + drop, x1 * width, top + drop + 5), fill=(70, 60, 52))
 
 
+@dataclass(frozen=True, slots=True)
+class Corridor:
+    """A straight corridor, seen from its middle at eye level; another one crosses its far end.
+
+    Lengths are pixels of a whole figure (`people.FIGURE_SIZE`) from the camera's axis. Depth is told by the scale at
+    which a figure is seen there: (x, y) at scale s is the pixel (width / 2 + x * s, horizon * height + y * s).
+    """
+
+    half_width: float = 950
+    floor: float = 880
+    ceiling: float = -550
+    #: Where the side walls end and the crossing begins, and where the crossing's own wall stands.
+    corner_scale: float = 0.25
+    end_scale: float = 0.19
+
+    def opening(self, width: int) -> tuple[int, int]:
+        """The columns [left, right) between which the crossing is seen; beyond them the side walls hide it."""
+        reach = round(self.half_width * self.corner_scale)
+        return width // 2 - reach, width // 2 + reach
+
+
+CORRIDOR = Corridor()
+CORRIDOR_HORIZON = 0.31
+
+
+def lobby_corridor(width: int, height: int) -> Image.Image:
+    """A corridor with doors on both sides, and a notice board on the wall it leads to."""
+    hall = CORRIDOR
+    side, floor, ceiling, corner, end = hall.half_width, hall.floor, hall.ceiling, hall.corner_scale, hall.end_scale
+
+    def seen(x: float, y: float, scale: float) -> Point:
+        return width / 2 + x * scale, CORRIDOR_HORIZON * height + y * scale
+
+    def on_wall(x: float, top: float, bottom: float, far: float, near: float) -> list[Point]:
+        return [seen(x, top, near), seen(x, top, far), seen(x, bottom, far), seen(x, bottom, near)]
+
+    def level(x: float, y: float, far: float, near: float) -> list[Point]:
+        return [seen(-x, y, far), seen(x, y, far), seen(x, y, near), seen(-x, y, near)]
+
+    image = Image.new("RGB", (width, height), (186, 184, 176))
+    tiles = _checkered((158, 160, 158), (142, 145, 144))
+    plaster = _gradient(512, 512, (214, 212, 202), (182, 178, 166))
+    light = _gradient(512, 512, (222, 222, 216), (190, 190, 186))
+    # The crossing: wider than what is seen of it.
+    far_wall = [seen(-1600, ceiling, end), seen(1600, ceiling, end), seen(1600, floor, end), seen(-1600, floor, end)]
+    _lay(image, _gradient(512, 512, (176, 186, 186), (160, 168, 166)), far_wall)
+    _lay(image, light, level(1600, ceiling, end, corner))
+    _lay(image, _tiled(tiles, 12, 2), level(1600, floor, end, corner))
+    near = 0.6
+    _lay(image, light, level(side, ceiling, corner, near))
+    _lay(image, _tiled(tiles, 7, 10), level(side, floor, corner, near * 2))
+    for x in (-side, side):
+        _lay(image, plaster, on_wall(x, ceiling, floor, corner, near))
+    draw = ImageDraw.Draw(image)
+    for x, colour in ((-side, (112, 128, 134)), (side, (140, 118, 94))):
+        draw.polygon(on_wall(x, -230, floor, 0.31, 0.4), fill=colour, outline=(86, 84, 80))
+        draw.polygon(on_wall(x, floor - 60, floor, corner, 0.31), fill=(132, 130, 124))  # skirting boards
+        draw.polygon(on_wall(x, floor - 60, floor, 0.4, near), fill=(132, 130, 124))
+        draw.line([seen(x, ceiling, corner), seen(x, ceiling, near)], fill=(178, 176, 168), width=3)
+        draw.line([seen(x, ceiling, corner), seen(x, floor, corner)], fill=(150, 148, 140), width=2)
+    draw.rectangle((*seen(-420, -160, end), *seen(420, 330, end)), fill=(126, 100, 74), outline=(92, 76, 60), width=3)
+    for x, y, colour in ((-340, -100, (224, 220, 206)), (-60, -90, (200, 212, 218)), (200, -110, (222, 206, 170))):
+        draw.rectangle((*seen(x, y, end), *seen(x + 170, y + 240, end)), fill=colour)
+    for near_edge, far_edge in ((0.45, 0.37), (0.31, 0.275)):
+        draw.polygon(level(170, ceiling, far_edge, near_edge), fill=(250, 250, 244))  # lamps
+    return image
+
+
+#: The cameras that take pictures.
 SCENES: dict[tuple[str, str], Scene] = {
     ("lobby", "door"): Scene(1280, 720, 0.2, lobby_door),
     ("lobby", "stairs"): Scene(960, 540, 0.2, lobby_stairs),
     ("market-street", "gate"): Scene(1120, 630, 0.22, market_gate),
 }
+
+#: The cameras that film. People walk through them as through a `Corridor`.
+FILMED: dict[tuple[str, str], Scene] = {("lobby", "corridor"): Scene(960, 540, CORRIDOR_HORIZON, lobby_corridor)}

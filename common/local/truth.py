@@ -7,7 +7,7 @@ faces that the system stored, and compares the two. It draws nothing and needs n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -41,7 +41,11 @@ class TrueFace:
 
 @dataclass(frozen=True, slots=True)
 class TruePicture:
-    """A picture, by its key in the bucket. `local_time` is naive: what the location's wall clock showed."""
+    """A picture, by its key in the bucket, or a frame of a video, by its key and its time in the video.
+
+    `local_time` is naive: what the location's wall clock showed. `faces` are in full view; `ignored` are boxes of faces
+    that are hidden or cut off in part: they need not be found, and what is found there is not wrong.
+    """
 
     key: str
     location: str
@@ -49,6 +53,18 @@ class TruePicture:
     local_time: datetime
     observed_at: datetime
     faces: tuple[TrueFace, ...]
+    offset_seconds: float = 0.0
+    ignored: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrueVideo:
+    """A video, by its key in the bucket. visits: how many people are seen in it, each from coming to leaving."""
+
+    key: str
+    seconds: float
+    frames_per_second: float
+    visits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +80,7 @@ class TrueCamera:
 
 @dataclass(frozen=True, slots=True)
 class BadObject:
-    """An object that is no good picture. `reason` is what its job ends with; None: it never becomes a job."""
+    """An object that is no good picture or video. `reason` is what its job ends with; None: it never becomes a job."""
 
     key: str
     reason: Reason | None
@@ -73,12 +89,13 @@ class BadObject:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """All that is known about one set of sample footage."""
+    """All that is known about one set of sample footage. `pictures` holds the frames of its videos, too."""
 
     seed: int
     cameras: tuple[TrueCamera, ...]
     pictures: tuple[TruePicture, ...]
     bad_objects: tuple[BadObject, ...]
+    videos: tuple[TrueVideo, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write it as JSON; datetimes as ISO 8601."""
@@ -99,6 +116,7 @@ class Truth:
                 BadObject(bad["key"], Reason(bad["reason"]) if bad["reason"] else None, bad["note"])
                 for bad in values["bad_objects"]
             ),
+            videos=tuple(TrueVideo(**video) for video in values["videos"]),
         )
 
 
@@ -111,28 +129,53 @@ def _picture(values: dict[str, Any]) -> TruePicture:
         local_time=datetime.fromisoformat(values["local_time"]),
         observed_at=datetime.fromisoformat(values["observed_at"]),
         faces=faces,
+        offset_seconds=values["offset_seconds"],
+        ignored=tuple(tuple(box) for box in values["ignored"]),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFace:
-    """A face the system found, by the key of its picture. Box: xyxy pixels of the picture."""
+    """A face the system found, by the key of its picture or video. Box: xyxy pixels of the picture or frame.
+
+    offset_seconds: when in its video; 0 for a picture.
+    """
 
     key: str
     box: Box
     status: MaskStatus
+    offset_seconds: float = 0.0
 
 
 def stored_faces(session: Session, bucket: str) -> list[StoredFace]:
-    """The faces of `face_results` whose pictures lie in `bucket` (for example `s3://footage`)."""
+    """The faces of `face_results` whose pictures and videos lie in `bucket` (for example `s3://footage`)."""
     base = bucket.rstrip("/") + "/"
     rows = session.execute(
-        text("SELECT uri, x1, y1, x2, y2, status FROM face_results WHERE starts_with(uri, :base) ORDER BY face_id"),
+        text(
+            "SELECT uri, offset_seconds, x1, y1, x2, y2, status FROM face_results"
+            " WHERE starts_with(uri, :base) ORDER BY face_id"
+        ),
         {"base": base},
     )
     return [
-        StoredFace(row.uri.removeprefix(base), (row.x1, row.y1, row.x2, row.y2), MaskStatus(row.status)) for row in rows
+        StoredFace(
+            row.uri.removeprefix(base), (row.x1, row.y1, row.x2, row.y2), MaskStatus(row.status), row.offset_seconds
+        )
+        for row in rows
     ]
+
+
+def stored_visits(session: Session, bucket: str) -> dict[str, int]:
+    """The visits that were counted in each video of `bucket`, by key: its tracks. A video without faces is left out."""
+    base = bucket.rstrip("/") + "/"
+    rows = session.execute(
+        text(
+            "SELECT uri, count(DISTINCT (job_id, track_id)) AS visits FROM face_results"
+            " WHERE starts_with(uri, :base) AND track_id IS NOT NULL GROUP BY uri ORDER BY uri"
+        ),
+        {"base": base},
+    )
+    return {row.uri.removeprefix(base): row.visits for row in rows}
 
 
 @dataclass(slots=True)
@@ -140,11 +183,15 @@ class TruthReport:
     """How stored faces agree with the truth. Shares are in [0, 1], None where there is nothing to share.
 
     Found and labelled are counted over true faces of `min_size_px` and more; smaller ones are in
-    `small_faces` and `small_found` only. `confusion[label][status]` counts the found ones.
+    `small_faces` and `small_found` only. `confusion[label][status]` counts the found ones. `frames` are those of
+    videos that the truth tells of. `visits_counted` is None where nobody said how many the system counted.
     """
 
     min_size_px: float
     pictures: int
+    frames: int = 0
+    visits: int = 0
+    visits_counted: int | None = None
     faces: int = 0
     found: int = 0
     labelled_right: int = 0
@@ -178,14 +225,17 @@ class TruthReport:
             for status, count in statuses.items()
             if count and status != label
         ]
+        visits = f"{self.visits}" + ("" if self.visits_counted is None else f", counted {self.visits_counted}")
         return [
             ("pictures", str(self.pictures)),
+            ("frames of videos", str(self.frames)),
             (f"faces of {self.min_size_px:g} px and more", str(self.faces)),
             ("found (IoU ≥ 0.5)", _share(self.found, self.faces)),
             ("of those, labelled right", _share(self.labelled_right, self.found)),
             *wrong,
             ("smaller faces found", _share(self.small_found, self.small_faces)),
             ("detections where no face is", str(self.extra)),
+            *([("visits in videos", visits)] if self.visits else []),
         ]
 
 
@@ -193,24 +243,46 @@ def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({part / whole:.1%})" if whole else "none to find"
 
 
-def compare_with_truth(stored: Iterable[StoredFace], truth: Truth, min_size_px: float = MIN_SIZE_PX) -> TruthReport:
-    """Match stored faces to true ones within each picture and count.
+def compare_with_truth(
+    stored: Iterable[StoredFace],
+    truth: Truth,
+    min_size_px: float = MIN_SIZE_PX,
+    counted_visits: Mapping[str, int] | None = None,
+) -> TruthReport:
+    """Match stored faces to true ones within each picture and each frame, and count.
 
-    Pairs are taken greedily, best IoU first, one to one, down to `MATCH_IOU`. Stored faces of pictures
-    that the truth does not know count as extra.
+    Pairs are taken greedily, best IoU first, one to one, down to `MATCH_IOU`. Stored faces of pictures and frames
+    that the truth does not know count as extra. counted_visits: what `stored_visits` gives.
     """
-    by_key: dict[str, list[StoredFace]] = {}
+    found_at: dict[_Moment, list[StoredFace]] = {}
     for one in stored:
-        by_key.setdefault(one.key, []).append(one)
-    report = TruthReport(min_size_px, pictures=len(truth.pictures))
+        found_at.setdefault(_moment(one), []).append(one)
+    videos = {video.key for video in truth.videos}
+    frames = sum(picture.key in videos for picture in truth.pictures)
+    report = TruthReport(
+        min_size_px,
+        pictures=len(truth.pictures) - frames,
+        frames=frames,
+        visits=sum(video.visits for video in truth.videos),
+        visits_counted=None if counted_visits is None else sum(counted_visits.get(key, 0) for key in videos),
+    )
     for picture in truth.pictures:
-        found = by_key.pop(picture.key, [])
+        found = found_at.pop(_moment(picture), [])
         pairs = dict(match([face.box for face in picture.faces], [face.box for face in found]))
-        report.extra += len(found) - len(pairs)
+        others = [face for index, face in enumerate(found) if index not in pairs.values()]
+        report.extra += sum(not any(_mostly_in(face.box, box) for box in picture.ignored) for face in others)
         for index, face in enumerate(picture.faces):
             _count(report, face, found[pairs[index]] if index in pairs else None)
-    report.extra += sum(len(faces) for faces in by_key.values())
+    report.extra += sum(len(faces) for faces in found_at.values())
     return report
+
+
+#: A picture's key, and a time in ms: what a database and a decoder say of the same frame differs in the last digits.
+_Moment = tuple[str, int]
+
+
+def _moment(shown: StoredFace | TruePicture) -> _Moment:
+    return shown.key, round(shown.offset_seconds * 1000)
 
 
 def _count(report: TruthReport, true: TrueFace, stored: StoredFace | None) -> None:
@@ -243,9 +315,19 @@ def match(true: Sequence[Box], stored: Sequence[Box]) -> Iterator[tuple[int, int
 
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two xyxy boxes, in [0, 1]."""
+    shared = _shared(a, b)
+    if not shared:
+        return 0.0
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def _shared(a: Box, b: Box) -> float:
+    """The area that both cover."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+    return max(0.0, width) * max(0.0, height)
+
+
+def _mostly_in(box: Box, ignored: Box) -> bool:
+    """Whether half of the box lies in the ignored one, as COCO judges detections in its ignored regions."""
+    return _shared(box, ignored) >= 0.5 * (box[2] - box[0]) * (box[3] - box[1])

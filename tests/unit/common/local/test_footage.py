@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.domain import MaskStatus, Reason
+from common.blocks import BlockReader
+from common.domain import MaskStatus, PermanentJobError, Reason
+from common.local import walkers
 from common.local.footage import DAYS, TIME_ZONES, make_footage, schedule
-from common.local.truth import StoredFace, Truth, compare_with_truth
+from common.local.truth import StoredFace, TruePicture, Truth, compare_with_truth
 from common.settings import PipelineSettings
+from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface
 from workers.inference import Runtime
 
@@ -23,20 +27,27 @@ PER_CAMERA = 12
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
     out = tmp_path_factory.mktemp("footage")
-    return out, make_footage(out, images_per_camera=PER_CAMERA)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walkers, "SECONDS", 8)  # what a whole one shows is tested with the walkers
+        return out, make_footage(out, images_per_camera=PER_CAMERA)
+
+
+def photographs(truth: Truth) -> list[TruePicture]:
+    return [picture for picture in truth.pictures if picture.key.endswith(".jpg")]
 
 
 def test_truth_lists_every_object(footage: tuple[Path, Truth]) -> None:
     out, truth = footage
     files = {path.relative_to(out / "bucket").as_posix() for path in (out / "bucket").rglob("*") if path.is_file()}
-    listed = [picture.key for picture in truth.pictures] + [bad.key for bad in truth.bad_objects]
-    assert sorted(files) == sorted(listed)
+    listed = [picture.key for picture in photographs(truth)] + [video.key for video in truth.videos]
+    assert sorted(files) == sorted(listed + [bad.key for bad in truth.bad_objects])
     assert Truth.load(out / "truth.json") == truth
 
 
 def test_three_cameras_two_locations_two_days(footage: tuple[Path, Truth]) -> None:
     _, truth = footage
-    for camera in truth.cameras:
+    assert len(truth.cameras) == 4
+    for camera in truth.cameras[:3]:
         pictures = [picture for picture in truth.pictures if picture.key.startswith(camera.prefix)]
         assert len(pictures) == PER_CAMERA
         assert {picture.local_time.date() for picture in pictures} == set(DAYS)
@@ -47,7 +58,7 @@ def test_three_cameras_two_locations_two_days(footage: tuple[Path, Truth]) -> No
 def test_keys_and_instants_agree_with_the_local_time(footage: tuple[Path, Truth]) -> None:
     _, truth = footage
     patterns = {(camera.location, camera.name): camera.time_pattern for camera in truth.cameras}
-    for picture in truth.pictures:
+    for picture in photographs(truth):
         zone = ZoneInfo(TIME_ZONES[picture.location])
         read = datetime.strptime(picture.key, patterns[picture.location, picture.camera]).replace(tzinfo=zone)
         assert read == picture.observed_at
@@ -66,9 +77,22 @@ def test_times_are_distinct_and_in_order() -> None:
     )
 
 
+def test_frames_of_the_video(footage: tuple[Path, Truth]) -> None:
+    _, truth = footage
+    (video,) = truth.videos
+    frames = [picture for picture in truth.pictures if picture.key == video.key]
+    assert video.key.startswith(truth.cameras[3].prefix)
+    assert [frame.offset_seconds for frame in frames] == [float(second) for second in range(8)]
+    start = frames[0].observed_at
+    zone = ZoneInfo(TIME_ZONES[frames[0].location])
+    assert datetime.strptime(video.key, truth.cameras[3].time_pattern).replace(tzinfo=zone) == start
+    assert all(frame.observed_at - start == timedelta(seconds=frame.offset_seconds) for frame in frames)
+    assert all(picture.offset_seconds == 0 and picture.ignored == () for picture in photographs(truth))
+
+
 def test_faces_lie_inside_and_apart(footage: tuple[Path, Truth]) -> None:
     out, truth = footage
-    for picture in truth.pictures:
+    for picture in photographs(truth):
         with Image.open(out / "bucket" / picture.key) as image:
             width, height = image.size
         assert 1 <= len(picture.faces) <= 6
@@ -97,13 +121,21 @@ def test_bad_objects_are_bad(footage: tuple[Path, Truth]) -> None:
     with Image.open(by_reason[Reason.TRUNCATED_IMAGE]) as image, pytest.raises(OSError, match="truncated"):
         image.load()
     assert by_reason[None].suffix == ".txt"
+    content = by_reason[Reason.UNREADABLE_VIDEO].read_bytes()
+    with (
+        BlockReader(lambda a, b: content[a:b], len(content), block_bytes=2**16, cached_blocks=8, tries=1) as reader,
+        pytest.raises(PermanentJobError) as caught,
+    ):
+        VideoFile(reader, max_pixels=10**7, threads=1)
+    assert caught.value.reason is Reason.UNREADABLE_VIDEO
 
 
-def test_same_seed_same_bytes(tmp_path: Path) -> None:
+def test_same_seed_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walkers, "SECONDS", 2)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         make_footage(tmp_path / name, seed=seed, images_per_camera=1)
     contents = [
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.jpg")}
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
         for name in "abc"
     ]
     assert contents[0] == contents[1]
@@ -114,6 +146,7 @@ def test_the_detector_finds_the_faces_where_the_truth_says(footage: tuple[Path, 
     out, truth = footage
     detector = load_centerface(PipelineSettings().spec(), Runtime(threads=2))
     stored = []
+    truth = replace(truth, pictures=tuple(photographs(truth)))
     for picture in truth.pictures:
         with Image.open(out / "bucket" / picture.key) as image:
             boxes = detector.detect(np.asarray(image.convert("RGB"))).boxes_xyxy.tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from common.local.truth import (
     TrueCamera,
     TrueFace,
     TruePicture,
+    TrueVideo,
     Truth,
     compare_with_truth,
     iou,
@@ -79,6 +80,57 @@ def test_counts() -> None:
     assert ("  without mask, labelled with mask", "1") in report.table()
 
 
+FILM = "lobby/corridor/1.mp4"
+
+
+def film_of(*frames: TruePicture) -> Truth:
+    return Truth(7, (), frames, (), (TrueVideo(FILM, 32.0, 10.0, visits=6),))
+
+
+def frame(offset_seconds: float, *faces: TrueFace, ignored: tuple[Box, ...] = ()) -> TruePicture:
+    start = datetime(2026, 3, 28, 9, tzinfo=UTC) + timedelta(seconds=offset_seconds)
+    return TruePicture(
+        FILM, "lobby", "corridor", start.replace(tzinfo=None), start, faces, offset_seconds, ignored
+    )  # fmt: skip
+
+
+def test_frames_are_known_by_key_and_time() -> None:
+    truth = film_of(frame(0.0, TrueFace(box(0), WITH)), frame(1.0, TrueFace(box(0), WITH)), frame(2.0))
+    stored = [
+        StoredFace(FILM, box(0), WITH, 1.0000004),
+        StoredFace(FILM, box(0), WITH, 2.0),  # has left by then
+        StoredFace(FILM, box(0), WITH, 0.5),  # a frame that the truth does not know
+        StoredFace(KEY, box(0), WITH),
+    ]
+    report = compare_with_truth(stored, truth)
+    assert (report.pictures, report.frames) == (0, 3)
+    assert (report.faces, report.found, report.extra) == (2, 1, 3)
+    assert compare_with_truth([StoredFace(FILM, box(0), WITH)], truth).found == 1
+
+
+def test_faces_that_are_hidden_in_part_count_neither_way() -> None:
+    truth = film_of(frame(0.0, TrueFace(box(0), WITH), ignored=(box(100, 10), box(200))))
+    nothing = compare_with_truth([], truth)
+    assert (nothing.faces, nothing.found, nothing.extra) == (1, 0, 0)
+    stored = [
+        StoredFace(FILM, box(0), WITH),
+        StoredFace(FILM, box(205), WITHOUT),
+        StoredFace(FILM, box(100, 8), WITHOUT),
+        StoredFace(FILM, box(100, 40), WITH),  # far larger than what is ignored there
+    ]
+    report = compare_with_truth(stored, truth)
+    assert (report.faces, report.found, report.labelled_right, report.extra) == (1, 1, 1, 1)
+
+
+def test_visits_are_compared() -> None:
+    report = compare_with_truth([], film_of(), counted_visits={FILM: 7, "lobby/corridor/other.mp4": 2})
+    assert (report.visits, report.visits_counted) == (6, 7)
+    assert ("visits in videos", "6, counted 7") in report.table()
+    assert ("visits in videos", "6, counted 0") in compare_with_truth([], film_of(), counted_visits={}).table()
+    assert ("visits in videos", "6") in compare_with_truth([], film_of()).table()
+    assert not [row for row in compare_with_truth([], truth_of()).table() if row[0].startswith("visits")]
+
+
 def test_nothing_to_find_is_no_share() -> None:
     report = compare_with_truth([], truth_of())
     assert (report.found_share, report.labelled_right_share) == (None, None)
@@ -86,9 +138,11 @@ def test_nothing_to_find_is_no_share() -> None:
 
 
 def test_truth_survives_its_file(tmp_path: Path) -> None:
-    truth = truth_of(TrueFace((0.5, 1, 30, 40), WITHOUT))
-    truth.save(tmp_path / "truth.json")
-    assert Truth.load(tmp_path / "truth.json") == truth
+    picture = truth_of(TrueFace((0.5, 1, 30, 40), WITHOUT))
+    film = film_of(frame(1.0, TrueFace((0.5, 1, 30, 40), WITH), ignored=((1.5, 2, 3, 4),)))
+    for truth in (picture, film):
+        truth.save(tmp_path / "truth.json")
+        assert Truth.load(tmp_path / "truth.json") == truth
 
 
 def test_missing_truth_is_named(tmp_path: Path) -> None:

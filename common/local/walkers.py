@@ -1,0 +1,267 @@
+"""Films the corridor of the sample footage: people come round a corner, walk past the camera and leave.
+
+Who walks where and when is written down here, so every face of every frame is known. `common/local/figures.py` says
+where a figure's face lies, `common/local/scenes.py` draws the corridor. Needs the layers `local` and `worker` (PyAV).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.local import people
+from common.local.figures import Person, caption, hides
+from common.local.scenes import CORRIDOR, Scene
+from common.local.truth import Box, TrueFace
+
+SECONDS = 32
+FRAMES_PER_SECOND = 10
+#: What the truth tells of: the frames that are looked at, by the default of `PipelineSettings.sample_fps`.
+TOLD_PER_SECOND = 1
+
+#: When people come, in seconds, and on which side of the corridor (-1 left) they walk towards the camera.
+TOWARDS = ((0.0, -1), (2.2, 1), (6.0, -1), (8.5, 1), (13.0, -1))
+#: When someone crosses the view before the camera, from right to left.
+ACROSS = 18.5
+VISITS = len(TOWARDS) + 1
+
+#: A face that something comes closer to than this share of its height is not in full view.
+CLEARANCE = 0.1
+#: From the picture's edge, pixels.
+EDGE = 2
+#: The middle of a figure, and the row of its eyes.
+MIDDLE, EYES = people.FIGURE_SIZE[0] / 2, 100
+#: The picture's noise, in steps of luma. Luma of limited range leaves more than twice as much below black.
+NOISE, NOISE_LIMIT = 1.3, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Where someone is at a time. x: from the middle of the corridor, as in `scenes.Corridor`; scale: how near."""
+
+    seconds: float
+    x: float
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Walker:
+    """Someone on their way. lift: by how much their eyes are above the camera, in pixels of the figure."""
+
+    look: people.Look
+    way: tuple[Stop, ...]
+    lift: float
+
+    def at(self, seconds: float, scene: Scene) -> Person | None:
+        """Where their figure is in the picture; None before the first stop and after the last."""
+        for a, b in pairwise(self.way):
+            if a.seconds <= seconds < b.seconds:
+                share = (seconds - a.seconds) / (b.seconds - a.seconds)
+                x = a.x + (b.x - a.x) * share
+                # In equal times nearer by equal factors: slower the nearer, as people do before a door.
+                scale = a.scale * (b.scale / a.scale) ** share
+                stride = math.pi * 1.7 * (seconds - self.way[0].seconds)
+                up = self.lift + 6 * abs(math.sin(stride))
+                return Person(
+                    self.look,
+                    scene.width / 2 + (x + 4 * math.sin(stride) - MIDDLE) * scale,
+                    scene.horizon * scene.height - (EYES + up) * scale,
+                    scale,
+                )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What one frame shows. ignored: of faces that are hidden or cut off in part, what lies in the picture."""
+
+    offset_seconds: float
+    faces: tuple[TrueFace, ...]
+    ignored: tuple[Box, ...]
+
+
+def film(path: Path, scene: Scene, title: Callable[[float], str], rng: np.random.Generator) -> list[Shown]:
+    """Write the video, H.264 in MP4 without a time of its own, and return what its frames of whole seconds show.
+
+    title: what the camera writes into the picture, for a time in the video.
+    """
+    walkers = cast(rng)
+    cut_outs = {walker.look: _CutOut.of(walker.look) for walker in walkers}
+    empty = _vignetted(scene.empty())
+    shown = []
+
+    def pictures() -> Iterator[Image.Image]:
+        for number in range(SECONDS * FRAMES_PER_SECOND):
+            seconds = number / FRAMES_PER_SECOND
+            persons = _present(walkers, seconds, scene)
+            if number % (FRAMES_PER_SECOND // TOLD_PER_SECOND) == 0:
+                shown.append(_told(seconds, persons, scene))
+            picture = empty.copy()
+            for person in persons:
+                cut_outs[person.look].paste(picture, person, _columns(person, scene))
+            caption(picture, title(seconds))
+            yield picture
+
+    _encode(path, pictures(), rng)
+    return shown
+
+
+def cast(rng: np.random.Generator) -> list[Walker]:
+    """The people of a video, half of them with a mask, each in another coat."""
+    coats = rng.permutation(len(people.COAT_COLOURS))
+    styles = rng.permutation(len(people.MASK_STYLES))
+    masked = rng.permutation(VISITS) < VISITS // 2
+    ways = [_towards(start, side, float(rng.uniform(350, 410))) for start, side in TOWARDS] + [_across(ACROSS)]
+    return [
+        Walker(
+            people.Look(
+                mask=people.MASK_STYLES[styles[number]] if masked[number] else None,
+                coat=people.COAT_COLOURS[coats[number]],
+                trousers=people.TROUSER_COLOURS[rng.integers(len(people.TROUSER_COLOURS))],
+                flipped=bool(rng.random() < 0.5),
+                gain=float(rng.uniform(0.88, 1.04)),
+            ),
+            way,
+            lift=float(np.clip(rng.normal(0, 25), -45, 45)),
+        )
+        for number, way in enumerate(ways)
+    ]
+
+
+def _towards(start: float, side: int, lane: float) -> tuple[Stop, ...]:
+    """Round the corner, along one side of the corridor, and out of the picture beside the camera."""
+    corner = CORRIDOR.corner_scale
+    return tuple(
+        Stop(start + seconds, side * x, scale)
+        for seconds, x, scale in (
+            (0.0, 1300, 0.86 * corner),
+            (1.3, 960, 0.92 * corner),
+            (2.2, 775, corner),
+            (5.2, lane, 0.43),
+            (10.2, lane, 1.05),
+            (11.8, 700, 1.3),
+        )
+    )
+
+
+def _across(start: float) -> tuple[Stop, ...]:
+    return Stop(start, 810, 0.75), Stop(start + 13, -745, 0.85)
+
+
+def _present(walkers: Sequence[Walker], seconds: float, scene: Scene) -> list[Person]:
+    persons = [person for walker in walkers if (person := walker.at(seconds, scene)) is not None]
+    return sorted(persons, key=lambda person: person.scale)
+
+
+def _columns(person: Person, scene: Scene) -> tuple[int, int]:
+    """The columns of the picture that this person may be seen in: behind the corner, between the walls."""
+    return CORRIDOR.opening(scene.width) if person.scale < CORRIDOR.corner_scale else (0, scene.width)
+
+
+def _told(seconds: float, persons: Sequence[Person], scene: Scene) -> Shown:
+    """persons: the farthest first."""
+    faces, ignored = [], []
+    for number, person in enumerate(persons):
+        face = person.face
+        left, right = _columns(person, scene)
+        x1, y1, x2, y2 = face.box
+        whole = x1 >= left + EDGE and x2 <= right - EDGE and y1 >= EDGE and y2 <= scene.height - EDGE
+        if whole and not any(hides(near, person, CLEARANCE) for near in persons[number + 1 :]):
+            faces.append(face)
+        elif x1 < right and x2 > left:
+            ignored.append((max(x1, left), y1, min(x2, right), y2))
+    return Shown(seconds, tuple(faces), tuple(ignored))
+
+
+@dataclass(frozen=True, slots=True)
+class _CutOut:
+    """A figure ready to be scaled again and again: colours multiplied by coverage, and margins all around.
+
+    half: the same at half the size, from which a small one is made in a third of the time.
+    """
+
+    whole: Image.Image
+    half: Image.Image
+    pad: int
+
+    @classmethod
+    def of(cls, look: people.Look) -> _CutOut:
+        pad = 24
+        width, height = people.FIGURE_SIZE
+        padded = Image.new("RGBA", (width + 2 * pad, height + 2 * pad))
+        padded.paste(people.figure(look), (pad, pad))
+        whole = padded.convert("RGBa")
+        return cls(whole, whole.reduce(2), pad)
+
+    def paste(self, picture: Image.Image, person: Person, columns: tuple[int, int]) -> None:
+        """Draw what of the figure lies in the picture and in these columns, [left, right)."""
+        x, y = person.x - self.pad * person.scale, person.y - self.pad * person.scale
+        image, scale = (self.whole, person.scale) if person.scale > 0.5 else (self.half, person.scale * 2)
+        left, top = max(math.ceil(x), columns[0]), max(math.ceil(y), 0)
+        right = min(math.floor(x + image.width * scale), columns[1])
+        bottom = min(math.floor(y + image.height * scale), picture.height)
+        if left >= right or top >= bottom:
+            return
+        inverse = 1 / scale
+        # At the exact fraction of a pixel, so that the box of its face is exact too.
+        box = ((left - x) * inverse, (top - y) * inverse, (right - x) * inverse, (bottom - y) * inverse)
+        seen = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box).convert("RGBA")
+        picture.paste(seen, (left, top), seen)
+
+
+def _vignetted(picture: Image.Image) -> Image.Image:
+    rows, columns = np.ogrid[-1 : 1 : picture.height * 1j, -1 : 1 : picture.width * 1j]
+    dark = (1 - 0.13 * (rows**2 + columns**2) / 2)[..., None]
+    return Image.fromarray((np.asarray(picture) * dark).astype(np.uint8))
+
+
+def _encode(path: Path, pictures: Iterator[Image.Image], rng: np.random.Generator) -> None:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    first = next(pictures)
+    with av.open(str(path), "w", format="mp4") as file:
+        # Without mbtree, which this preset leaves out, a view that hardly changes takes four times the bytes.
+        options = {"preset": "superfast", "crf": "25", "x264-params": "mbtree=1:rc-lookahead=10"}
+        stream = file.add_stream("libx264", rate=Fraction(FRAMES_PER_SECOND), options=options)
+        stream.width, stream.height = first.size
+        stream.pix_fmt = "yuv420p"
+        encoder = stream.codec_context
+        encoder.gop_size = 2 * FRAMES_PER_SECOND
+        # With one thread the same pictures give the same bytes on any machine.
+        encoder.thread_count = 1
+        # BT.709, limited range: AVCOL_*_BT709 and AVCOL_RANGE_MPEG (FFmpeg, libavutil/pixfmt.h).
+        encoder.colorspace = encoder.color_primaries = encoder.color_trc = encoder.color_range = 1
+        noise = _noise(first.size, rng)
+        for number, picture in enumerate(chain([first], pictures)):
+            frame = av.VideoFrame.from_image(picture).reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
+            )
+            _add_noise(frame, noise, rng)
+            frame.pts, frame.time_base = number, Fraction(1, FRAMES_PER_SECOND)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+def _noise(size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A sheet of noise larger than the picture; negative values as their complement to 256."""
+    sheet = np.clip(rng.normal(0, NOISE, (size[1] + 64, size[0] + 64)), -NOISE_LIMIT, NOISE_LIMIT)
+    return np.round(sheet).astype(np.int8).view(np.uint8)
+
+
+def _add_noise(frame: Any, noise: NDArray[np.uint8], rng: np.random.Generator) -> None:
+    """Another part of the sheet for every frame, on its luma."""
+    down, right = (int(shift) for shift in rng.integers(64, size=2))
+    plane = frame.planes[0]
+    luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
+    # Adding the complement subtracts, and limited range leaves room: nothing runs over.
+    luma += noise[down : down + frame.height, right : right + frame.width]

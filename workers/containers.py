@@ -92,6 +92,8 @@ class VideoFile:
                 self._reader,
                 format=self.format,
                 io_open=_deny,
+                # FFmpeg decodes the first frame to complete the header. (Of an MPEG-TS it doesn't take this option.)
+                options={"max_pixels": str(self._max_pixels)},
                 # Also while FFmpeg looks at the first frames to complete the header.
                 container_options={"codec_whitelist": ",".join(sorted(CODECS)), "protocol_whitelist": "none"},
                 metadata_errors="replace",

@@ -473,6 +473,37 @@ def sof(width: int, height: int) -> bytes:
     return b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", height, width)
 
 
+def sps(width: int, height: int) -> bytes:
+    """The parameter set of an H.264 stream (ITU-T H.264, section 7.3.2.1.1), baseline, of frames of this size."""
+
+    def golomb(value: int) -> str:
+        digits = f"{value + 1:b}"
+        return "0" * (len(digits) - 1) + digits
+
+    # Its id, numbering, order, reference frames; whole frames; nothing cropped, nothing else told.
+    bits = golomb(0) + golomb(0) + golomb(2) + golomb(1) + "0"
+    bits += golomb(width // 16 - 1) + golomb(height // 16 - 1) + "11" + "0" + "0" + "1"
+    bits += "0" * (-len(bits) % 8)
+    body = int(bits, 2).to_bytes(len(bits) // 8)
+    assert b"\0\0" not in body  # which would have to be escaped
+    return b"\x67\x42\x00\x33" + body
+
+
+def with_sps(mp4: bytes, new: bytes) -> bytes:
+    """An MP4 of H.264 with another parameter set."""
+
+    def edit(stsd: bytes) -> bytes:
+        at = stsd.index(b"avcC") - 4
+        ((_, config),) = atoms(stsd[at : at + struct.unpack(">I", stsd[at : at + 4])[0]])
+        (length,) = struct.unpack(">H", config[6:8])
+        config = config[:6] + struct.pack(">H", len(new)) + new + config[8 + length :]
+        ((kind, entry),) = atoms(stsd[8:])
+        entry = entry[:78] + struct.pack(">I4s", len(config) + 8, b"avcC") + config
+        return stsd[:8] + struct.pack(">I4s", len(entry) + 8, kind) + entry
+
+    return edited(mp4, (*STBL, b"stsd"), edit)
+
+
 def claims() -> dict[str, bytes]:
     """Small files whose headers claim enormous frames."""
     avi, gif, mp4 = video("avi", "mjpeg"), video("gif", "gif"), video("mp4", "mjpeg")
@@ -490,6 +521,8 @@ def claims() -> dict[str, bytes]:
         "both.mp4": claiming(
             claiming(mp4, stsd, bytes(16) + struct.pack(">HH", *large)), sof(*small), sof(*large)
         ),
+        "stream.mp4": with_sps(video(), sps(100_000, 100_000)),
+        "wide.mp4": with_sps(video(), sps(16_000, 8_000)),
         "track.mkv": claiming(
             mkv, b"\xb0\x82\x01\x40\xba\x81\xf0", b"\xb0\x82\xff\xfe\xba\x81\xf0"
         ),
@@ -501,6 +534,11 @@ def claims() -> dict[str, bytes]:
     }  # fmt: skip
 
 
+def test_a_parameter_set_that_is_written_here_works() -> None:
+    with av.open(io.BytesIO(with_sps(video(), sps(64, 48)))) as file:
+        assert [number_of(to_picture(frame)) for frame in file.decode(video=0)] == list(range(FRAMES))
+
+
 def test_enormous_frames_end_in_the_ledger(session: Session, bucket: Bucket) -> None:
     for key, content in claims().items():
         plan(session, bucket, key, content)
@@ -509,12 +547,13 @@ def test_enormous_frames_end_in_the_ledger(session: Session, bucket: Bucket) -> 
     # Where the frames themselves are small, the header's claim does no harm.
     check_whole(session, "good.avi", "header.avi", "track.mp4")
     assert seen(session, "track.mkv") == ALL[:4]
-    assert reason_of(session, "both.mkv") == "frame_too_large"
-    for key in ("both.avi", "screen.gif", "both.mp4"):
+    assert reason_of(session, "wide.mp4") == "frame_too_large"
+    for key in ("both.avi", "screen.gif", "both.mp4", "both.mkv"):
         assert reason_of(session, key) == "unreadable_video", key
         (probe,) = ended(session)[key]
         assert probe.detail is not None and "MASKWATCH_WORKER__MAX_IMAGE_PIXELS" in probe.detail
-    assert outcomes(session, "frames.avi") == [WHOLE[0], *[("chunk", "quarantined", "unreadable_video")] * 3]
+    for key in ("frames.avi", "stream.mp4"):
+        assert outcomes(session, key) == [WHOLE[0], *[("chunk", "quarantined", "unreadable_video")] * 3]
 
 
 #: Opens a file, decodes what it can, and prints by how many MB the process has grown at most.
@@ -556,7 +595,7 @@ def test_claims_take_no_memory(tmp_path: Path) -> None:
         )  # fmt: skip
         return int(done.stdout)
 
-    for name in ("both.avi", "both.mkv", "screen.gif"):
+    for name in ("both.avi", "both.mkv", "screen.gif", "wide.mp4"):
         assert growth(name, claims()[name], 1_000_000) < 60, name
     # The measure notices frames that are really large: 25 megapixels take 75 MB as RGB alone.
     real = make_video("avi", "mjpeg", 1, size=(5000, 5000), picture=lambda _: np.zeros((5000, 5000, 3), np.uint8))

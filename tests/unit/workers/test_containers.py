@@ -279,6 +279,58 @@ def test_an_mp4_that_is_damaged_otherwise_blames_no_index() -> None:
     assert "moov" not in caught.value.detail
 
 
+# --- lengths and clocks that FFmpeg gets wrong ---
+
+
+@pytest.mark.parametrize("left", [0.9, 0.8, 0.7])
+def test_a_cut_avi_is_as_long_as_it_was(left: float) -> None:
+    content = video("avi, mjpeg", 60)
+    cut = content[: int(left * len(content))]
+    with av.open(io.BytesIO(cut)) as file:
+        assert sum(1 for packet in file.demux(video=0) if packet.size) < 60
+    assert opened(cut).info().duration_seconds == opened(cut).end == 6
+
+
+def test_an_avi_that_was_never_finished_tells_no_length() -> None:
+    # A recorder that loses power leaves the sizes and counts as they were in the beginning.
+    content = bytearray(video("avi, mjpeg"))
+    content[4:8], content[48:52] = b"\xff\xff\xff\xff", bytes(4)
+    file = opened(bytes(content))
+    info = file.info()
+    assert info.duration_seconds is None or info.duration_seconds == pytest.approx(2, abs=0.5)
+    file.restart()
+    assert len(list(file.packets())) == 20
+
+
+def ts(start: Fraction | float, frames: int = 20) -> bytes:
+    return make_video("mpegts", frames=frames, start=start)
+
+
+def with_time_codes(content: bytes) -> bytes:
+    """As cameras write it (M2TS): four bytes before each packet."""
+    return b"".join(b"\0\0\0\0" + content[at : at + 188] for at in range(0, len(content), 188))
+
+
+#: Where the clock of an MPEG-TS begins anew.
+TURN = 2**33 / 90000
+
+
+@pytest.mark.parametrize("pack", [bytes, with_time_codes])
+@pytest.mark.parametrize("second", [0, 50, 99, 101.5])
+def test_a_clock_that_is_set_back_is_noticed(pack: Any, second: float) -> None:
+    with pytest.raises(PermanentJobError, match="clock is set back") as caught:
+        opened(pack(ts(100) + ts(second))).info()
+    assert caught.value.reason is Reason.BROKEN_TIMESTAMPS
+
+
+@pytest.mark.parametrize("pack", [bytes, with_time_codes])
+@pytest.mark.parametrize(("first", "second"), [(100, 102), (100, 1000), (TURN - 2, 0), (TURN - 1, 2)])
+def test_a_clock_that_goes_on_is_none_that_is_set_back(pack: Any, first: float, second: float) -> None:
+    assert opened(pack(ts(first) + ts(second))).info().duration_seconds is not None
+    # Nor is one that turns over in the middle of a recording.
+    assert opened(pack(ts(TURN - 1))).info().duration_seconds == pytest.approx(2, abs=0.11)
+
+
 # --- what is read ---
 
 
@@ -293,10 +345,12 @@ def large_mp4() -> bytes:
     return make_video("mp4", "libx264", 80, size=(320, 240), picture=noise, options={"qp": "30"}, audio=True)
 
 
-@pytest.mark.parametrize("kind", ["mp4", "mp4, index first", "mkv", "avi"])
+@pytest.mark.parametrize("kind", ["mp4", "mp4, index first", "mkv", "avi", "ts"])
 def test_a_probe_reads_a_small_part(kind: str) -> None:
     if kind == "avi":
         content = make_video("avi", "mjpeg", 300, size=(320, 240), picture=noise)
+    elif kind == "ts":
+        content = make_video("mpegts", "libx264", 300, size=(320, 240), picture=noise, options={"qp": "30"})
     elif kind == "mkv":
         content = make_video("matroska", "libx264", 80, size=(320, 240), picture=noise, options={"qp": "30"})
     else:
@@ -305,9 +359,10 @@ def test_a_probe_reads_a_small_part(kind: str) -> None:
     with blocks(content, 64 * 1024) as reader:
         file = VideoFile(reader, max_pixels=MAX_PIXELS, threads=1)
         info = file.info()
-        assert reader.fetched_bytes < len(content) / 5
+        # An MPEG-TS has no header: its beginning, its end and some clocks are read.
+        assert reader.fetched_bytes < len(content) / (2 if kind == "ts" else 5)
         file.close()
-    assert info.duration_seconds == pytest.approx(30 if kind == "avi" else 8, abs=0.01)
+    assert info.duration_seconds == pytest.approx(30 if kind in ("avi", "ts") else 8, abs=0.01)
 
 
 def test_one_that_is_sought_in_reads_a_small_part() -> None:

@@ -353,23 +353,28 @@ class DispatchedJob:
     pipeline_id: int
 
 
-def take_pending(session: Session, *, limit: int, alone: bool, epoch: str) -> list[DispatchedJob]:
+def take_pending(
+    session: Session, *, limit: int, alone: bool, epoch: str, video_counts_as: int = 1
+) -> list[DispatchedJob]:
     """pending → queued for at most `limit` jobs, live lane first. Publish only after the commit.
 
-    `alone` selects the jobs that are sent in a message of their own. SKIP LOCKED: two dispatchers share the
-    work instead of waiting for each other.
+    `alone` selects the jobs that are sent in a message of their own. A video's job counts as `video_counts_as` of the
+    limit: it fills a message that would hold so many pictures. SKIP LOCKED: two dispatchers share the work instead of
+    waiting for each other.
     """
     rows = session.execute(
         text(
             "WITH picked AS ("
             # A literal and not a parameter, so that every plan can use the index of its half.
-            f" SELECT id FROM jobs WHERE state = 'pending' AND {'alone' if alone else 'NOT alone'}"
+            f" SELECT id, lane, kind FROM jobs WHERE state = 'pending' AND {'alone' if alone else 'NOT alone'}"
             " ORDER BY lane, id LIMIT :limit FOR UPDATE SKIP LOCKED"
+            "), counted AS (SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :video END) OVER (ORDER BY lane, id)"
+            " AS total FROM picked"
             ") UPDATE jobs SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(),"
-            " epoch = :epoch FROM picked WHERE jobs.id = picked.id"
+            " epoch = :epoch FROM counted WHERE jobs.id = counted.id AND counted.total <= :limit"
             " RETURNING jobs.id, jobs.token, jobs.kind, jobs.pipeline_id, jobs.lane"
         ),
-        {"limit": limit, "epoch": epoch},
+        {"limit": limit, "epoch": epoch, "video": video_counts_as},
     ).all()
     rows = sorted(rows, key=lambda row: (row.lane, row.id))
     return [DispatchedJob(JobRef(row.id, row.token), JobKind(row.kind), row.pipeline_id) for row in rows]

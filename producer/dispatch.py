@@ -34,8 +34,9 @@ def dispatch(settings: Settings) -> int:
         ledger.wake_retries(session)
         suspects = ledger.take_pending(session, limit=room, alone=True, epoch=epoch)
         room -= len(suspects)
-        others = ledger.take_pending(session, limit=room * settings.worker.group_size, alone=False, epoch=epoch)
-    groups = [[job.ref] for job in suspects] + list(group(others, settings.worker.group_size))
+        size = settings.worker.group_size
+        others = ledger.take_pending(session, limit=room * size, alone=False, epoch=epoch, video_counts_as=size)
+    groups = [[job.ref] for job in suspects] + list(group(others, size))
     if groups:
         send(TaskName.ANALYZE, *([encode_refs(refs)] for refs in groups))
         log.info("dispatched", jobs=len(suspects) + len(others), messages=len(groups))

@@ -377,5 +377,10 @@ def test_dispatch_reads_only_what_is_pending(session: Session, alone: bool) -> N
     session.rollback()
     session.execute(ledger.text("SET LOCAL enable_seqscan = off"))
     (statement,) = (text for text in seen if "picked" in text)
-    plan = session.connection().exec_driver_sql(f"EXPLAIN {statement}", {"epoch": "e", "limit": 1}).scalars().all()
+    plan = (
+        session.connection()
+        .exec_driver_sql(f"EXPLAIN {statement}", {"epoch": "e", "limit": 1, "video": 1})
+        .scalars()
+        .all()
+    )
     assert any(("ix_jobs_pending_alone" if alone else "ix_jobs_pending ") in line for line in plan), plan

@@ -1,19 +1,23 @@
-"""The plan of a video in the ledger: made once by its probe, withdrawn with its version, made anew when that is back."""
+"""The plan of a video in the ledger: made once by its probe, gone with its version, made anew when that is back."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+import producer.dispatch
 from common import catalog, ledger
 from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, VideoInfo
 from common.ledger import ClaimedJob, StaleJobError
 from common.planning import PlannedObject, chunk_ranges
+from common.queues import Queue, queue_length, redis_client
 from common.settings import get_settings
 from common.storage import ObjectInfo
-from tests.ledger_rows import NOON, claim, dispatch, face, rows, scalar, states
+from tests.ledger_rows import NOON, claim, dispatch, face, register_many, rows, scalar, states
+from tests.services import forget_settings
 from workers.recording import record_chunk, record_probe
 
 BEGAN = ObservedAt(NOON, ObservedAtSource.CREATION_TIME)
@@ -110,6 +114,30 @@ def test_a_second_plan_is_not_laid_over_the_first(session: Session) -> None:
     assert ledger.plan_chunks(session, probe, INFO, chunk_ranges(150, 50)) == 0
     session.commit()
     assert len(rows(session, CHUNKS)) == 3
+
+
+def test_redis_holds_a_bounded_number_of_messages_of_videos_too(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASKWATCH_DISPATCH__QUEUE_CAP", "5")
+    forget_settings()
+    plan_video(session)
+    end_probe(session, next_job(session), chunk_seconds=2)  # 75 chunks
+    register_many(session, 40)
+    producer.dispatch.reconcile(get_settings())
+    sent = []
+    for _ in range(3):
+        producer.dispatch.dispatch(get_settings())
+        with redis_client() as client:
+            sent.append(queue_length(client, Queue.MEDIA))
+    assert sent == [5, 5, 5]
+    assert states(session)["queued"] == 5
+    # Pictures still share their messages, behind the chunks.
+    with redis_client() as client:
+        client.delete(Queue.MEDIA.value)
+    session.execute(text("UPDATE jobs SET state = 'cancelled' WHERE kind = 'chunk'"))
+    session.commit()
+    assert producer.dispatch.dispatch(get_settings()) == 40
 
 
 def test_a_newer_version_takes_chunks_and_rows_away_and_is_probed(session: Session) -> None:

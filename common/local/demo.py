@@ -39,8 +39,8 @@ _OWN = ("footage", "annotated", "state", "summary.json", "report.html")
 def demo(out_dir: Path, workers: int, as_json: bool) -> None:
     """See Maskwatch work, on this machine alone: needs no configuration, no network and no GPU.
 
-    Makes sample footage of two locations and three cameras over two days, puts it into a bucket of the
-    embedded S3 server, and runs the real thing over it: producer, Redis, workers, Postgres, aggregator.
+    Makes sample footage of two locations and four cameras over two days, one of them with video, puts it into a bucket
+    of the embedded S3 server, and runs the real thing over it: producer, Redis, workers, Postgres, aggregator.
     Leaves a report, annotated pictures and a database to query in OUT.
 
     \b
@@ -94,7 +94,7 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     from common.deployment import deployment
     from common.local.crew import call, crew
     from common.local.footage import make_footage
-    from common.local.truth import compare_with_truth, stored_faces
+    from common.local.truth import compare_with_truth, stored_faces, stored_visits
     from common.reporting import queries
     from common.reporting.cli import print_compliance
     from common.reporting.report import write_report
@@ -117,7 +117,9 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
         note("4/5  drawing the pictures, writing the report")
         call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
         with session_scope() as session:
-            report = compare_with_truth(stored_faces(session, f"s3://{BUCKET}"), truth)
+            base = f"s3://{BUCKET}"
+            visits = stored_visits(session, base)
+            report = compare_with_truth(stored_faces(session, base), truth, counted_visits=visits)
             rows = queries.compliance(session, None, "day")
             failed = queries.quarantined(session, 100)
             jobs = {state.value: count for state, count in ledger.counts_by_state(session).items() if count}
@@ -180,6 +182,6 @@ Go on with SQL:
   {command} jobs list --state quarantined
   unset MASKWATCH_STATE_DIR
 
-Your own pictures:
-  {command} run photos/ --location lobby --time-zone Europe/Berlin"""
+Your own footage:
+  {command} run footage/ --location lobby --time-zone Europe/Berlin"""
     )

@@ -48,8 +48,11 @@ def test_the_demo(newcomer: Path) -> None:
     truth = summary["truth"]
     assert truth["found_share"] >= 0.95 and truth["labelled_right_share"] >= 0.95
     assert truth["faces"] >= 100  # the shares are of something
-    assert {entry["reason"] for entry in summary["quarantined_objects"]} == {"truncated_image", "empty_file"}
-    assert summary["jobs"] == {"succeeded": 66, "quarantined": 2}
+    reasons = {entry["reason"] for entry in summary["quarantined_objects"]}
+    assert reasons == {"truncated_image", "empty_file", "unreadable_video"}
+    # 66 pictures, the probe of a video and its one chunk.
+    assert summary["jobs"] == {"succeeded": 68, "quarantined": 3}
+    assert (truth["frames"], truth["visits"]) == (32, 6)
     assert {row["location"] for row in summary["compliance_by_day"]} == {"lobby", "market-street"}
     assert "<svg" in (out / "report.html").read_text() or "data:image" in (out / "report.html").read_text()
     assert len(list((out / "annotated").glob("*.jpg"))) == 66

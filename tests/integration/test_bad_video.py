@@ -34,7 +34,7 @@ from tests.photos import empty_jpeg
 from tests.services import Bucket, Services, forget_settings
 from tests.videos import index_first, make_video, number_of, numbered
 from workers import attempts
-from workers.containers import VideoFile
+from workers.containers import VideoFile, _deny
 from workers.frames import to_picture
 from workers.jobs import run_jobs
 from workers.sampling import Grid, Sampler
@@ -563,7 +563,7 @@ from fractions import Fraction
 from pathlib import Path
 from common.blocks import BlockReader
 from common.domain import PermanentJobError, SampleMode
-from workers.containers import VideoFile
+from workers.containers import VideoFile, _deny
 from workers.frames import to_picture
 from workers.sampling import Grid, Sampler
 path, limit = sys.argv[1:]
@@ -701,6 +701,14 @@ def test_nothing_that_a_file_refers_to_is_opened(session: Session, bucket: Bucke
     # The frames of the first are elsewhere; FFmpeg knows no addresses here, and finds those of the others in the file.
     assert reason_of(session, "alias.mov") == "empty_video"
     check_whole(session, "url-file.mp4", "url-address.mp4")
+    # FFmpeg doesn't ask to open that file; if it did, it would be refused.
+    with pytest.raises(PermanentJobError, match="refers to another file"):
+        av.open(
+            io.BytesIO(alias),
+            format="mp4",
+            io_open=_deny,
+            container_options={"enable_drefs": "1", "use_absolute_path": "1"},
+        )
     assert canaries.hits == {"server": 0, "file": 0}
     _open_freely(canaries, alias)
 

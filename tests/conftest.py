@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
+from common.settings import Settings, get_settings
 from tests.services import Bucket, Services, forget_settings, start_services
 
 
@@ -36,6 +37,19 @@ def services(_services: Services, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
 
 #: Variables that say something of the machine rather than of the deployment.
 KEPT = ("AWS_CA_BUNDLE", "MASKWATCH_TEST_DATA")
+
+
+@pytest.fixture
+def configure(services: Services, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Settings by the names of their variables, without the prefix, for this process and those it starts."""
+
+    def configure(**values: object) -> Settings:
+        for name, value in values.items():
+            monkeypatch.setenv(f"MASKWATCH_{name.upper()}", str(value))
+        forget_settings()
+        return get_settings()
+
+    return configure
 
 
 @pytest.fixture

@@ -7,18 +7,17 @@ could open another file or address is closed.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from fractions import Fraction
-from itertools import pairwise
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import av
 from av.error import FFmpegError
 from av.stream import Discard
 
 from common.domain import PermanentJobError, Reason, VideoInfo
+from workers.formats import Reader, has_index, is_set_back, length_of_cut_avi, read_at, recognise
 
 #: Names of FFmpeg's decoders.
 CODECS = frozenset(
@@ -27,41 +26,8 @@ CODECS = frozenset(
 #: What a person may be told to convert to.
 CONTAINERS = "MP4, MOV, Matroska, WebM, AVI, MPEG-TS or GIF"
 
-#: The first boxes of an MP4 or QuickTime file.
-_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")
-#: Lengths of MPEG-TS packets: plain, with a time code (M2TS), with parity.
-_TS_PACKETS = (188, 192, 204)
-#: This many sync bytes in their places make an MPEG-TS.
-_TS_SYNCS = 5
-#: Places in an MPEG-TS whose clocks are compared, and how far from each a clock is looked for, in bytes.
-_TS_CLOCKS = 16
-_TS_WINDOW = 64 * 1024
-#: The clock of an MPEG-TS begins anew after so many ticks (ISO/IEC 13818-1, section 2.4.3.5).
-_TS_TICKS = 2**33
-#: Packets that are tried until one gives a frame.
-_FIRST_PACKETS = 1000
-#: Places of an MPEG-TS whose clocks are compared, and how far behind each one a clock is looked for, in bytes.
-_TS_PLACES = 16
-_TS_WINDOW_BYTES = 64 * 1024
-#: The clock of an MPEG-TS begins anew after so many ticks (ISO/IEC 13818-1, section 2.4.3.5).
-_TS_TICKS = 2**33
 #: Packets that are tried until one gives the first frame.
 _FIRST_PACKETS = 1000
-#: Boxes at the top of an MP4 that are looked through for its index.
-_MAX_BOXES = 1000
-
-
-class Reader(Protocol):
-    """A binary file: what `common.blocks.BlockReader` is. `error` is what reading raised, if it did."""
-
-    size: int
-    error: Exception | None
-
-    def read(self, count: int = -1) -> bytes: ...
-
-    def seek(self, offset: int, whence: int = 0) -> int: ...
-
-    def tell(self) -> int: ...
 
 
 class VideoFile:
@@ -169,7 +135,7 @@ class VideoFile:
     @property
     def end(self) -> Fraction | None:
         """Where the video stream ends by its own account; None where only the file as a whole says so."""
-        if self.format == "avi" and (length := self._length_of_cut_avi()):
+        if self.format == "avi" and (length := length_of_cut_avi(self._head, self._reader.size)):
             return length
         if self.stream.duration:
             return self.seconds_of(self.stream.duration)
@@ -188,17 +154,6 @@ class VideoFile:
         length = self._container.duration
         return self._without_start(Fraction(length, av.time_base)) if length and length > 0 else None
 
-    def _length_of_cut_avi(self) -> Fraction | None:
-        """How long an AVI was by its main header (RIFF size, microseconds per frame, frames), if its end is missing:
-        FFmpeg then goes by what is left of it."""
-        if self._head[24:28] != b"avih" or len(self._head) < 52:
-            return None
-        (size,) = struct.unpack("<I", self._head[4:8])
-        if size + 8 <= self._reader.size:
-            return None
-        microseconds, frames = struct.unpack("<I12xI", self._head[32:52])
-        return Fraction(microseconds * frames, 1_000_000) or None
-
     def _without_start(self, length: Fraction) -> Fraction | None:
         """Matroska counts its length from 0, and not from where the video begins."""
         if self.format == "matroska":
@@ -213,8 +168,12 @@ class VideoFile:
         Raises `PermanentJobError` with empty_video where there is no frame at all, and with broken_timestamps where
         the clock of an MPEG-TS is set back: who seeks in it by time would find the wrong part, and not notice.
         """
-        if self.format == "mpegts":
-            self._check_clocks()
+        if self.format == "mpegts" and is_set_back(self._reader):
+            raise PermanentJobError(
+                Reason.BROKEN_TIMESTAMPS,
+                "its clock is set back in the middle, as in recordings that were joined byte by byte, so nobody can "
+                "tell when a frame was taken; upload the parts, or write it anew with continuous time stamps",
+            )
         length = self.end or self._whole_length
         rate = self.stream.average_rate or self.stream.guessed_rate
         codec = self.stream.codec_context
@@ -257,30 +216,6 @@ class VideoFile:
         self._check_index()
         raise PermanentJobError(Reason.EMPTY_VIDEO, "the video has no frames; upload it again, whole")
 
-    def _check_clocks(self) -> None:
-        """Compare the clocks at some places of an MPEG-TS. A part may be missing between them, but none comes twice."""
-        position, clocks, of = self._reader.tell(), [], None
-        for place in range(_TS_PLACES):
-            found = _ts_clock(self._read(self._reader.size * place // _TS_PLACES, _TS_WINDOW_BYTES), of)
-            if found is not None:
-                of, clock = found
-                clocks.append(clock)
-        self._reader.seek(position)
-        # What is just below the largest number of ticks is followed by what is just above 0.
-        if any((later - clock) % _TS_TICKS > _TS_TICKS // 2 for clock, later in pairwise(clocks)):
-            raise PermanentJobError(
-                Reason.BROKEN_TIMESTAMPS,
-                "its clock is set back in the middle, as in recordings that were joined byte by byte, so nobody can "
-                "tell when a frame was taken; upload the parts, or write it anew with continuous time stamps",
-            )
-
-    def _read(self, start: int, count: int) -> bytes:
-        self._reader.seek(start)
-        data = b""
-        while len(data) < count and (more := self._reader.read(count - len(data))):
-            data += more
-        return data
-
     # --- packets ---
 
     def packets(self) -> Iterator[Any]:
@@ -309,7 +244,7 @@ class VideoFile:
     # --- recognition ---
 
     def _recognise(self) -> str:
-        self._head = self._read(0, 4096)
+        self._head = read_at(self._reader, 0, 4096)
         if not self._head:
             raise PermanentJobError(Reason.EMPTY_FILE, "the file is empty; upload it again")
         found = recognise(self._head)
@@ -326,74 +261,11 @@ class VideoFile:
 
     def _check_index(self) -> None:
         """Nothing was found: say so if it is for want of an MP4's index."""
-        if self.format == "mp4" and not self._has_index():
+        if self.format == "mp4" and not has_index(self._reader):
             raise PermanentJobError(
                 Reason.UNREADABLE_VIDEO,
                 "its index (the moov box) is missing, as in a recording that was cut off; upload it again, whole",
             )
-
-    def _has_index(self) -> bool:
-        """Whether an MP4 has its moov box, whole (ISO/IEC 14496-12, section 4.2: size, type, larger size)."""
-        position = 0
-        for _ in range(_MAX_BOXES):
-            self._reader.seek(position)
-            header = self._reader.read(16)
-            if len(header) < 8:
-                return False
-            size, kind = struct.unpack(">I4s", header[:8])
-            if size == 1 and len(header) == 16:
-                (size,) = struct.unpack(">Q", header[8:])
-            elif size == 0:
-                size = self._reader.size - position
-            if kind == b"moov":
-                return bool(position + size <= self._reader.size)
-            if size < 8:
-                return False
-            position += size
-        return False
-
-
-def recognise(head: bytes) -> str | None:
-    """FFmpeg's name for the container that begins with these bytes (4 kB will do); None for any other content."""
-    if head[4:8] in _MP4_BOXES:
-        return "mp4"
-    if head.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "avi"
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    # Text that repeats itself may have a G, the sync byte, in the right places; but a NUL it hasn't.
-    return "mpegts" if 0 in head and _ts_layout(head) is not None else None
-
-
-def _ts_layout(data: bytes) -> tuple[int, int] | None:
-    """(length of a packet, offset of the first) of a piece of MPEG-TS; None if it is none."""
-    for length in _TS_PACKETS:
-        for offset in range(length):
-            syncs = data[offset::length][:_TS_SYNCS]
-            if len(syncs) == _TS_SYNCS and set(syncs) == {0x47}:
-                return length, offset
-    return None
-
-
-def _ts_clock(data: bytes, of: int | None) -> tuple[int, int] | None:
-    """(packet id, ticks) of the first clock in a piece of MPEG-TS, or of the first with this id.
-
-    That is the base of a program clock reference, in 1/90,000 s (ISO/IEC 13818-1, section 2.4.3.4).
-    """
-    layout = _ts_layout(data)
-    if layout is None:
-        return None
-    length, offset = layout
-    for start in range(offset, len(data) - 188, length):
-        packet = data[start : start + 12]
-        # Sync byte; an adaptation field is there, is long enough, and holds a clock.
-        if packet[0] == 0x47 and packet[3] & 0x20 and packet[4] >= 7 and packet[5] & 0x10:
-            found = int.from_bytes(packet[1:3]) & 0x1FFF
-            if of in (None, found):
-                return found, int.from_bytes(packet[6:11]) >> 7
-    return None
 
 
 def _deny(url: str, _flags: int, _options: dict[str, str]) -> NoReturn:

@@ -31,7 +31,7 @@ from common.storage import open_bucket
 from tests.faults import faulty_s3
 from tests.ledger_rows import NOON, dispatch, register, rows, scalar
 from tests.photos import empty_jpeg
-from tests.services import Bucket, Services, forget_settings
+from tests.services import Bucket, Services
 from tests.videos import index_first, make_video, number_of, numbered
 from workers import attempts
 from workers.containers import VideoFile, _deny
@@ -75,16 +75,9 @@ def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
 Configure = Callable[..., Settings]
 
 
-@pytest.fixture
-def configure(services: Services, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """Settings by the names of their variables, without the prefix, on top of those of these tests."""
-
-    def configure(**values: object) -> Settings:
-        for name, value in values.items():
-            monkeypatch.setenv(f"MASKWATCH_{name.upper()}", str(value))
-        forget_settings()
-        return get_settings()
-
+@pytest.fixture(autouse=True)
+def _ready(configure: Configure, analyzer: FakeAnalyzer) -> None:
+    """All tests here have the settings and the analyser."""
     configure(
         worker__chunk_seconds=CHUNK_SECONDS,
         pipeline__sample_fps=RATE / EVERY,
@@ -92,12 +85,6 @@ def configure(services: Services, monkeypatch: pytest.MonkeyPatch) -> Configure:
         storage__block_bytes=4096,
         worker__max_image_pixels=1_000_000,
     )
-    return configure
-
-
-@pytest.fixture(autouse=True)
-def _ready(configure: Configure, analyzer: FakeAnalyzer) -> None:
-    """All tests here have the settings and the analyser."""
 
 
 # --- videos, whole and otherwise ---

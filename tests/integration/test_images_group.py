@@ -36,7 +36,7 @@ from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import open_bucket
 from tests.ledger_rows import NOON, dispatch, face, register, rows, scalar
-from tests.services import Bucket, Services, forget_settings, wait_until
+from tests.services import Bucket, wait_until
 from workers import attempts, images
 from workers.attempts import UnfitWorkerError
 from workers.images import read_ahead
@@ -63,19 +63,6 @@ def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
     monkeypatch.setattr(attempts, "analyzer", lambda spec, threads: fake)
     return fake
-
-
-@pytest.fixture
-def configure(services: Services, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
-    """Settings by the names of their variables, without the prefix."""
-
-    def configure(**values: object) -> Settings:
-        for name, value in values.items():
-            monkeypatch.setenv(f"MASKWATCH_{name.upper()}", str(value))
-        forget_settings()
-        return get_settings()
-
-    return configure
 
 
 def picture(number: int, revision: int = 0) -> bytes:

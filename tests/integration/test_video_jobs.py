@@ -22,7 +22,7 @@ from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import open_bucket
 from tests.ledger_rows import dispatch, rows, scalar, states
-from tests.services import Bucket, Services, forget_settings
+from tests.services import Bucket, Services
 from tests.videos import make_video, number_of
 from workers import attempts
 from workers.jobs import run_jobs
@@ -60,19 +60,6 @@ def analyzer(monkeypatch: pytest.MonkeyPatch) -> ReadingAnalyzer:
     fake = ReadingAnalyzer()
     monkeypatch.setattr(attempts, "analyzer", lambda spec, runtime: fake)
     return fake
-
-
-@pytest.fixture
-def configure(services: Services, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
-    """Settings by the names of their variables, without the prefix."""
-
-    def configure(**values: object) -> Settings:
-        for name, value in values.items():
-            monkeypatch.setenv(f"MASKWATCH_{name.upper()}", str(value))
-        forget_settings()
-        return get_settings()
-
-    return configure
 
 
 def plan(session: Session, bucket: Bucket, key: str, content: bytes) -> None:

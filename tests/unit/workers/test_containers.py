@@ -21,7 +21,8 @@ from PIL import Image
 from common.blocks import BlockReader
 from common.domain import PermanentJobError, Reason, TransientJobError
 from tests.videos import index_first, make_video, number_of
-from workers.containers import VideoFile, recognise
+from workers.containers import VideoFile
+from workers.formats import recognise
 from workers.frames import to_picture
 
 MAX_PIXELS = 1000 * 1000

@@ -193,11 +193,26 @@ def on_scenes(folder: Path, loop: NotebookLoop, twin: PipelineSpec, shipped: Pip
     agreement = Agreement()
     notebook = notebook_on_scenes(folder, loop, lambda image, faces: agreement.add(faces, same.analyze(image)))
     max_pixels = get_settings().worker.max_image_pixels
+    defaults = evaluate_scenes(folder, ours.analyze, max_pixels)
     return {
         "agreement": agreement.figures(),
         "notebook": headline(notebook, 0.5),
         "twin": headline(evaluate_scenes(folder, same.analyze, max_pixels), twin.uncertain_below),
-        "shipped": headline(evaluate_scenes(folder, ours.analyze, max_pixels), shipped.uncertain_below),
+        "shipped": headline(defaults, shipped.uncertain_below),
+        "found_by_both": on_the_same_faces(notebook, defaults),
+    }
+
+
+def on_the_same_faces(notebook: SceneResults, shipped: SceneResults) -> dict[str, Any]:
+    """The balanced accuracy of both on the faces, large enough to judge, that both have found."""
+    from workers.training.evaluate_scenes import SceneResults
+
+    pairs = zip(notebook.outcomes, shipped.outcomes, strict=True)
+    both = [pair for pair in pairs if pair[0].face is not None and pair[1].face is not None]
+    judged = [SceneResults(outcomes=list(side)).summary(0.5)["judged"] for side in zip(*both, strict=True)]
+    return {
+        "faces": judged[0]["labelled"],
+        **{n: j["balanced_accuracy"] for n, j in zip(("notebook", "shipped"), judged, strict=True)},
     }
 
 
@@ -238,6 +253,12 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"{name}: {row['matched']} of {row['labelled_faces']} labelled faces found ({percent(row['recall'])}), "
             f"precision {percent(row['precision'])}; from 24 px on {percent(row['judged_recall'])}, "
             f"balanced accuracy {percent(row['judged_balanced_accuracy'])}"
+        )
+    if scenes:
+        both = scenes["found_by_both"]
+        text.append(
+            f"on the {both['faces']} faces from 24 px on that notebook and defaults both found: balanced accuracy "
+            f"{percent(both['notebook'])} and {percent(both['shipped'])}"
         )
     return [*text, f"{result['skipped']} faces lost by the notebook at the picture's edge: empty crops"]
 

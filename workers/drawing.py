@@ -1,4 +1,4 @@
-"""Draws faces on a picture for people to look at: green with mask, red without, amber uncertain."""
+"""Draws faces on a picture for people to look at: green with mask, red without, amber uncertain. And hides them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ LABEL_ALPHA = 0.2
 LEGIBLE_PX = 1000
 #: A label wider than this many faces shows the probability alone, so that it doesn't hide the neighbours.
 LABEL_LIMIT = 2.5
+#: A blurred face and its surroundings are this many squares along their longer side, whatever their size: about three
+#: across the face itself. What can be told from so few is the colour of hair and skin.
+BLUR_SQUARES = 5
+#: What is blurred goes beyond the face's box by this share of it on each side: hair, ears and chin.
+BLUR_MARGIN = 0.25
 
+_WHITE = (255, 255, 255)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -51,18 +57,41 @@ class _Style:
         return cls(max(1, round(longer / 600)), max(1, round(font * 2.5)), font)
 
 
-def draw_faces(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> NDArray[np.uint8]:
+def draw_faces(
+    image_rgb: NDArray[np.uint8], faces: Sequence[Face], *, emphasised: int | None = None
+) -> NDArray[np.uint8]:
     """A copy of a picture, uint8 (height, width, 3), with a box and a label for every face.
 
-    A label says what the face was taken for and how probable that is.
+    A label says what the face was taken for and how probable that is. emphasised: the index of a face that is meant,
+    whose box is drawn wider and with a white rim.
     """
     drawn = np.array(image_rgb, dtype=np.uint8, order="C")
     style = _Style.of(drawn.shape[1], drawn.shape[0])
-    # The surest faces last: where labels overlap, theirs stay readable.
-    for face in sorted(faces, key=lambda face: face.p_face):
-        _draw_box(drawn, face, style)
+    # The surest faces last: where labels overlap, theirs stay readable. Above all the one that is meant.
+    for index in sorted(range(len(faces)), key=lambda index: (index == emphasised, faces[index].p_face)):
+        face = faces[index]
+        if index == emphasised:
+            _draw_box(drawn, face, 5 * style.line_px, _WHITE)
+        _draw_box(drawn, face, style.line_px * (3 if index == emphasised else 1), COLOURS[face.status])
         _draw_label(drawn, face, style)
     return drawn
+
+
+def blur_faces(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> NDArray[np.uint8]:
+    """A copy of a picture, uint8 (height, width, 3), in which nobody can be recognised by these faces."""
+    blurred = np.array(image_rgb, dtype=np.uint8, order="C")
+    height, width = blurred.shape[:2]
+    for face in faces:
+        across, down = BLUR_MARGIN * (face.x2 - face.x1), BLUR_MARGIN * (face.y2 - face.y1)
+        left, right = max(0, math.floor(face.x1 - across)), min(width, math.ceil(face.x2 + across))
+        top, bottom = max(0, math.floor(face.y1 - down)), min(height, math.ceil(face.y2 + down))
+        area = blurred[top:bottom, left:right]
+        if area.size:
+            square = max(area.shape[:2]) / BLUR_SQUARES
+            squares = (max(1, int(area.shape[1] / square)), max(1, int(area.shape[0] / square)))
+            coarse = cv2.resize(area, squares, interpolation=cv2.INTER_AREA)
+            area[:] = cv2.resize(coarse, (area.shape[1], area.shape[0]), interpolation=cv2.INTER_NEAREST)
+    return blurred
 
 
 def enlarge_for_labels(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> tuple[NDArray[np.uint8], list[Face]]:
@@ -76,13 +105,13 @@ def enlarge_for_labels(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> t
     return enlarged, [replace(f, x1=f.x1 * factor, y1=f.y1 * factor, x2=f.x2 * factor, y2=f.y2 * factor) for f in faces]
 
 
-def _draw_box(image: NDArray[np.uint8], face: Face, style: _Style) -> None:
+def _draw_box(image: NDArray[np.uint8], face: Face, line_px: int, colour: Colour) -> None:
     height, width = image.shape[:2]
     corners = (
         (round(face.x1), round(face.y1)),
         (min(round(face.x2), width - 1), min(round(face.y2), height - 1)),
     )
-    cv2.rectangle(image, *corners, COLOURS[face.status], style.line_px)
+    cv2.rectangle(image, *corners, colour, line_px)
 
 
 def _draw_label(image: NDArray[np.uint8], face: Face, style: _Style) -> None:

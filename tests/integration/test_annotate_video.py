@@ -190,6 +190,16 @@ def test_colours_stay(analyzer: FakeAnalyzer, tmp_path: Path, size: tuple[int, i
     assert np.abs(written.frames[0].astype(int) - analyzer.seen[0]).max() <= 6
 
 
+def test_a_size_that_changes_in_the_middle_is_scaled_to_the_first(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
+    parts = [make_video("mpegts", frames=5, start=start, size=size) for start, size in ((5, SIZE), (6, (96, 64)))]
+    source = write(tmp_path / "a.ts", b"".join(parts))
+    done(source, "--out", tmp_path / "out.mp4")
+    assert {picture.shape for picture in analyzer.seen} == {(120, 160, 3), (64, 96, 3)}
+    written = Decoded.of(tmp_path / "out.mp4")
+    assert [number_of(frame) for frame in written.frames] == [*range(5), *range(5)]
+    assert {frame.shape for frame in written.frames} == {(120, 160, 3)}
+
+
 # --- sound ---
 
 

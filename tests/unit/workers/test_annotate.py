@@ -142,6 +142,97 @@ def test_an_output_that_is_a_file_fails_in_words(photos: Path, tmp_path: Path) -
     assert f"can't make the folder {tmp_path / 'out'}" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--out", "folder"], "name a SOURCE"),
+        (["a.mp4", "--face", 1, "--out", "face.png"], "leave out SOURCE"),
+        (["--face", 1, "--at", 3, "--out", "face.png"], "leave out --at"),
+        (["--face", 1, "--out", "faces"], "--out NAME.png instead of faces"),
+        (["a.mp4", "--at", 3, "--out", "at.mp4"], "--out NAME.png instead of at.mp4"),
+        (["a.jpg", "--out", "a.png"], "for pictures, name a folder"),
+        (["a.mp4", "--out", "b.mov"], "b.mov can't be written"),
+        (["a.jpg", "--out", "b.jpg"], "b.jpg can't be written"),
+        (["photos", "--out", "folder", "--sample-fps", 1], "--sample-fps is for a video"),
+        (["a.mp4", "--out", "b.mp4", "--blur", "--sample-fps", 1], "faces would slip through"),
+        (["a.mp4", "--out", "b.mp4", "--limit", 1], "--limit counts pictures"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert isinstance(result.exception, MaskwatchError), result.output
+    assert says in str(result.exception)
+    assert not list(tmp_path.glob("*.m*")) + list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("at", ["1:2:3:4", "1m", "-1", "", "1:234:00", "NaN", "1e3"])
+def test_a_time_that_is_none_is_refused(tmp_path: Path, at: str) -> None:
+    result = run("a.mp4", "--at", at, "--out", tmp_path / "at.png")
+    assert result.exit_code == 2
+    assert "expected 00:01:30.5, 01:30.5 or 90.5" in result.stderr
+
+
+@pytest.fixture
+def with_videos(photos: Path) -> Path:
+    """The pictures, and a GIF and an MP4 among them; what is in those nobody reads."""
+    (photos / "a" / "gate one.gif").write_bytes(b"GIF89a")
+    (photos / "b" / "gate.mp4").write_bytes(b"an mp4")
+    return photos
+
+
+def test_in_a_folder_videos_are_passed_over_with_a_hint(with_videos: Path, tmp_path: Path) -> None:
+    result = run(with_videos, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (len(report["annotated"]), report["other_objects"]) == (2, 3)
+    assert f"maskwatch annotate 'file://{with_videos}/a/gate one.gif' --out gate_one-annotated.mp4" in result.stderr
+
+
+def test_a_video_alone_or_without_pictures_is_told_how(with_videos: Path, tmp_path: Path) -> None:
+    alone = run(with_videos / "b" / "gate.mp4", "--out", tmp_path / "out").exception
+    assert isinstance(alone, MaskwatchError)
+    assert "gate.mp4 is a video: maskwatch annotate file:///" in str(alone)
+    for file in with_videos.rglob("*.[pj]*g"):
+        file.unlink()
+    among = run(with_videos, "--out", tmp_path / "out").exception
+    assert isinstance(among, MaskwatchError)
+    assert "but videos; annotate each by itself: maskwatch annotate" in str(among)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_is_written_of_one_video_only(with_videos: Path, tmp_path: Path) -> None:
+    def refused(source: Path, out: Path) -> str:
+        result = run(source, "--out", out)
+        assert isinstance(result.exception, MaskwatchError), result.output
+        return str(result.exception)
+
+    assert "holds several objects" in refused(with_videos, tmp_path / "out.mp4")
+    assert "door.png is a picture" in refused(with_videos / "a" / "door.png", tmp_path / "out.mp4")
+    video = with_videos / "b" / "gate.mp4"
+    (tmp_path / "link.mp4").symlink_to(video)
+    for out in (video, tmp_path / "link.mp4"):
+        assert "is the video itself" in refused(video, out)
+    assert video.read_bytes() == b"an mp4"
+    (tmp_path / "nothing").mkdir()
+    assert "there is nothing at" in refused(tmp_path / "nothing", tmp_path / "out.mp4")
+
+
+def test_faces_of_pictures_are_hidden(photos: Path, tmp_path: Path) -> None:
+    (entry,) = json.loads(run(photos, "--out", tmp_path / "out", "--blur", "--limit", 1, "--json").stdout)["annotated"]
+    (face,) = entry["faces"]
+    # Inside the box, enlarged twice; below it lies nobody's face.
+    x1, y1, x2, y2 = (round(2 * face[side]) for side in ("x1", "y1", "x2", "y2"))
+    inside = (slice(y1 + 20, y2 - 20), slice(x1 + 20, x2 - 20))
+    with Image.open(entry["picture"]) as drawn:
+        after = np.asarray(drawn, float)
+    before = np.asarray(Image.fromarray(astronaut()).resize((1024, 1024)), float)
+    assert np.abs(after[inside] - before[inside]).mean() > 15
+    assert np.abs(after[800:] - before[800:]).mean() < 8
+
+
 def info(key: str, bucket: str = "s3://footage") -> ObjectInfo:
     return ObjectInfo(bucket, key, "etag", 1, datetime(2026, 1, 1, tzinfo=UTC))
 

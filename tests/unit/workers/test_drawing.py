@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import uniform_filter
 
 from common.domain import Face, MaskStatus
-from workers.drawing import COLOURS, LEGIBLE_PX, draw_faces, enlarge_for_labels
+from tests.photos import portrait
+from workers.drawing import BLUR_MARGIN, COLOURS, LEGIBLE_PX, blur_faces, draw_faces, enlarge_for_labels
 
 
 def face(box: tuple[float, float, float, float], status: MaskStatus = MaskStatus.WITH_MASK, p: float = 0.97) -> Face:
@@ -85,3 +87,52 @@ def test_a_large_picture_stays() -> None:
     same, faces = enlarge_for_labels(picture, [face((1, 1, 5, 5))])
     assert same is picture
     assert faces == [face((1, 1, 5, 5))]
+
+
+def test_the_meant_face_has_a_wider_box_with_a_rim_and_lies_on_top() -> None:
+    picture = np.full((300, 400, 3), 127, np.uint8)
+    same = (100, 100, 200, 220)
+    faces = [face(same, MaskStatus.WITHOUT_MASK), face(same, MaskStatus.WITH_MASK)]
+    drawn = draw_faces(picture, faces, emphasised=0)
+    assert tuple(drawn[160, 100]) == tuple(drawn[160, 102]) == COLOURS[MaskStatus.WITHOUT_MASK]
+    assert tuple(drawn[160, 97]) == tuple(drawn[160, 103]) == (255, 255, 255)
+    assert (drawn[160, 110:190] == 127).all()
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> float:
+    """The correlation of two grey pictures without what is coarse in them: 1 for the same face, about 0 for none."""
+    fine = []
+    for picture in (a, b):
+        grey = picture.astype(float).mean(axis=2)
+        fine.append((grey - uniform_filter(grey, max(3, min(grey.shape) // 3))).ravel())
+    return float(np.corrcoef(*fine)[0, 1])
+
+
+@pytest.mark.parametrize("width", [24, 64, 256, 1024, 2000])
+def test_a_hidden_face_can_not_be_recognised_whatever_its_size(width: int) -> None:
+    # Where the face is in the photograph, as a share of its width.
+    x1, y1, x2, y2 = (round(share * width) for share in (0.36, 0.12, 0.52, 0.37))
+    picture = np.asarray(portrait(width))
+    hidden = blur_faces(picture, [face((x1, y1, x2, y2))])
+    inside = (slice(y1, y2), slice(x1, x2))
+    assert likeness(picture[inside], hidden[inside]) < 0.3
+    assert len(np.unique(hidden[inside].reshape(-1, 3), axis=0)) <= 20
+    across, down = BLUR_MARGIN * (x2 - x1), BLUR_MARGIN * (y2 - y1)
+    changed = np.argwhere((picture != hidden).any(axis=2))
+    assert (changed.min(axis=0) >= np.floor([y1 - down, x1 - across])).all()
+    assert (changed.max(axis=0) <= np.ceil([y2 + down, x2 + across])).all()
+    # The surroundings are hidden, too.
+    assert (picture[y1 - max(1, int(down / 2)), x1:x2] != hidden[y1 - max(1, int(down / 2)), x1:x2]).any()
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 300), st.integers(1, 300), st.data())
+def test_any_face_can_be_hidden_on_any_picture(width: int, height: int, data: st.DataObject) -> None:
+    x1, y1 = data.draw(st.floats(0, width - 0.5)), data.draw(st.floats(0, height - 0.5))
+    x2, y2 = data.draw(st.floats(x1 + 0.1, width + 0.5)), data.draw(st.floats(y1 + 0.1, height + 0.5))
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    before = picture.copy()
+    hidden = blur_faces(picture, [face((x1, y1, min(x2, width), min(y2, height)))])
+    assert (picture == before).all()
+    assert hidden.shape == picture.shape
+    assert hidden.dtype == np.uint8

@@ -49,8 +49,8 @@ _BT709, _VIDEO_LEVELS = 1, 1
 _USUAL_RATE, _HIGHEST_RATE = Fraction(25), 1000
 #: Sampling rates by their number in an ADTS header (ISO/IEC 14496-3, table 1.18).
 _ADTS_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
-#: Packets of sound that are looked through for such a header.
-_ADTS_PACKETS = 100
+#: Packets of any kind that are looked through for such headers.
+_ADTS_PACKETS = 1000
 #: Seconds before a wanted time at which frames are looked for, one after the other: a frame may be shown for long.
 _MARGINS = (2, 16, 128)
 
@@ -117,12 +117,18 @@ class SoundingVideo(VideoFile):
         Of AAC in an MPEG-TS only the packets tell.
         """
         rates = {stream.index: int(stream.codec_context.sample_rate or 0) for stream in self.sounds}
-        silent = [stream for stream in self.sounds if not rates[stream.index] and _codec(stream) == "aac"]
+        silent = {s.index for s in self.sounds if not rates[s.index] and _codec(s) == "aac"}
         if silent:
             self._untouched = False
             try:
-                for _, packet in zip(range(_ADTS_PACKETS), self._container.demux(*silent), strict=False):
-                    rates[packet.stream.index] = rates[packet.stream.index] or _adts_rate(bytes(packet))
+                for packet, _ in zip(
+                    self._container.demux(self.stream, *self.sounds), range(_ADTS_PACKETS), strict=False
+                ):
+                    if packet.stream.index in silent and (rate := _adts_rate(bytes(packet))):
+                        rates[packet.stream.index] = rate
+                        silent.remove(packet.stream.index)
+                    if not silent:
+                        break
             except FFmpegError:
                 self.reraise()
             self.restart()
@@ -166,12 +172,7 @@ def annotate_video(
         begins(header.duration_seconds)
         sound_rates = video.sound_rates()
         video.restart()
-        picture = _Format.of(video, header, runtime_of(settings).threads)
-        try:
-            writer = _Mp4Writer(part, out, video, picture, sound_rates)
-        except MaskwatchError:
-            # A sound whose header is damaged can't be described in an MP4. If it is something else, that fails again.
-            writer = _Mp4Writer(part, out, video, picture, [0] * len(sound_rates))
+        writer = _begin(part, out, video, _Format.of(video, header, runtime_of(settings).threads), sound_rates)
         sampler = Sampler(video, _every_frame(video), SampleMode.FRAMES, 0, None)
         lately = _Lately(float(_rate(video)))
         faces: list[Face] = []
@@ -211,7 +212,7 @@ def frame_at(video: VideoFile, at: Fraction, length: Fraction | None, name: str,
     for a time at which nothing is shown, because the video has ended or is cut off.
     """
     grid = _every_frame(video)
-    # Not before the header's end: that of a variable rate may lie before the last frames.
+    # The header's end is only where the search begins: of a variable rate it may lie before the last frames.
     latest = at if length is None else min(at, length)
     for begin in [*(latest - margin for margin in _MARGINS if margin < latest), Fraction(0)]:
         sampler = Sampler(video, grid, mode, grid.cell(begin), None)
@@ -335,6 +336,15 @@ class _Lately:
         lately = {track: seen for track, seen in self._seen.items() if at - seen[0] <= BLUR_SECONDS}
         self._seen = lately | {track: (at, face) for track, face in zip(tracks, faces, strict=True)}
         return [face for track, (_, face) in lately.items() if track not in tracks]
+
+
+def _begin(part: Path, out: Path, video: SoundingVideo, picture: _Format, sound_rates: Sequence[int]) -> _Mp4Writer:
+    """A writer with the video's sound; without it where its header is damaged, so that an MP4 can't describe it."""
+    try:
+        return _Mp4Writer(part, out, video, picture, sound_rates)
+    except MaskwatchError:
+        # If that is not the reason, it fails again.
+        return _Mp4Writer(part, out, video, picture, [0] * len(sound_rates))
 
 
 class _Mp4Writer:

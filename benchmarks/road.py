@@ -94,7 +94,7 @@ def upload(folder: Path, endpoint_url: str | None, pictures: int, rounds: int) -
 
     from common.local.footage import make_footage
 
-    make_footage(folder / "footage")
+    make_footage(folder / "footage", video=False)
     files = [path.read_bytes() for path in sorted((folder / "footage" / "bucket").rglob("*.jpg"))]
     files = [content for content in files if content.endswith(b"\xff\xd9")]  # whole pictures only
     client = boto3.client("s3", endpoint_url=endpoint_url)

@@ -114,8 +114,13 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
                     "--camera", camera.name, "--time-pattern", camera.time_pattern,
                 )  # fmt: skip
             wait_for(settings)
-        note("4/5  drawing the pictures, writing the report")
+        note("4/5  drawing the pictures and the video, writing the report")
         call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
+        for video in truth.videos:
+            # Five frames a second: every one of them would take a minute.
+            name = f"{video.key.split('/')[1]}.mp4"
+            source, drawn = out_dir / "footage" / "bucket" / video.key, out_dir / "annotated" / name
+            call("annotate", str(source), "--sample-fps", "5", "--out", str(drawn))
         with session_scope() as session:
             base = f"s3://{BUCKET}"
             visits = stored_visits(session, base)
@@ -172,7 +177,7 @@ def _say_how_to_go_on(out_dir: Path) -> None:
     note(
         f"""
 Look at    {shown}/report.html     a plot per location
-           {shown}/annotated/      green with mask, red without, with the probability
+           {shown}/annotated/      pictures and a video: green with mask, red without, with the probability
            {shown}/summary.json    the same for machines
 
 Go on with SQL:

@@ -39,8 +39,9 @@ CLEARANCE = 0.3
 FILM_TIME = time(10, 15)
 
 
-def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22) -> Truth:
-    """Write pictures, a video, a few bad objects and `truth.json` under the folder `out`; the same for the same seed.
+def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22, video: bool = True) -> Truth:
+    """Write pictures, a video (or none), a few bad objects and `truth.json` under the folder `out`; the same for the
+    same seed.
 
     Keys are paths relative to `out/bucket`, for example `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The
     truth has a `TruePicture` for every picture, and for every second of a video.
@@ -54,12 +55,12 @@ def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22) -> Tr
             pictures.append(_make_picture(bucket, location, camera, local_time, rng))
     bad_objects = _make_bad_objects(bucket, pictures[0])
     videos = []
-    for number, (location, camera) in enumerate(FILMED):
+    for number, (location, camera) in enumerate(FILMED if video else ()):
         rng = np.random.default_rng([seed, len(SCENES) + number])
-        video, frames = _make_video(bucket, location, camera, rng)
-        videos.append(video)
+        film, frames = _make_video(bucket, location, camera, rng)
+        videos.append(film)
         pictures += frames
-        bad_objects.append(_make_bad_video(bucket, video))
+        bad_objects.append(_make_bad_video(bucket, film))
     truth = Truth(seed, tuple(cameras()), tuple(pictures), tuple(bad_objects), tuple(videos))
     truth.save(out / "truth.json")
     return truth

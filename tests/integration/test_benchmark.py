@@ -31,3 +31,18 @@ def test_the_benchmark_of_the_road(services: Services, monkeypatch: pytest.Monke
     assert result["road_cpu_ms_by_part"]["workers"] > 0.5 * result["loop_cpu_ms"] > 5
     # Memory is no matter of speed: a worker with its child stays under 900 MB.
     assert 200 < result["worker_rss_mb"] < 900
+
+
+def test_a_chunk_costs_its_own_bytes_and_keyframes_alone_are_decoded() -> None:
+    """Of the benchmark of videos what is no matter of time; the rest of it is run by hand."""
+    command = [sys.executable, "-m", "benchmarks.video", "--quick", "--only", "bytes", "--only", "decoding", "--json"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [row["index_at"] for row in result["bytes"]] == ["front", "end"]
+    for row in result["bytes"]:
+        assert row["chunk_bytes"] < row["fetched_bytes"] + 256 * 1024 < row["file_bytes"]
+        assert row["fetched_bytes"] <= row["allowed_bytes"]
+    assert result["decoding"]["frames"] == {"everything": 120, "frames at 1/s": 4, "keyframes at 1/s": 2}

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import av
 import psutil
 import pytest
 
@@ -56,6 +57,8 @@ def test_the_demo(newcomer: Path) -> None:
     assert {row["location"] for row in summary["compliance_by_day"]} == {"lobby", "market-street"}
     assert "<svg" in (out / "report.html").read_text() or "data:image" in (out / "report.html").read_text()
     assert len(list((out / "annotated").glob("*.jpg"))) == 66
+    with av.open(str(out / "annotated" / "corridor.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 320
     assert processes_of(newcomer) == []
     # The database is there to go on with, and a second demo starts from nothing.
     state = {"MASKWATCH_STATE_DIR": str(out / "state")}

@@ -29,6 +29,7 @@ format: $(VENV)/.test  ## Put the sources into the project's format
 bench: $(VENV)/.test  ## Measure the road, video, and every model in every runtime (an hour); figures belong in docs/performance.md
 	$(BIN)/python -m benchmarks.road
 	$(BIN)/python -m benchmarks.video
+	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.models
 
 clean:  ## Stop and remove everything that the targets above made

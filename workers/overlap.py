@@ -17,7 +17,7 @@ def ahead(
     alike: Callable[[T, T], bool],
     max_size: int,
     max_items: int,
-) -> Iterator[list[T]]:
+) -> Generator[list[T], None, None]:
     """The items in their order, in groups of those that wait and are `alike`, `max_items` at most.
 
     `items` is iterated in a thread of its own. It stops while what waits and what the consumer has in hand add up to

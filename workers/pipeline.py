@@ -5,7 +5,8 @@ Knows neither queues nor databases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -89,7 +90,7 @@ def analyze_frames(
     *,
     buffer_bytes: int,
     batch: int,
-) -> Iterator[FrameFaces]:
+) -> Generator[FrameFaces, None, None]:
     """The faces of a video's frames, in their order, linked into tracks.
 
     Frames are read and decoded in a thread of their own, up to `buffer_bytes` ahead (one frame at least), while the
@@ -97,17 +98,19 @@ def analyze_frames(
     thread raises is raised here, after the frames that came before.
     """
     tracker = FaceTracker(frames_per_second)
-    for group in ahead(
+    groups = ahead(
         pictures,
         size_of=lambda picture: picture.rgb.nbytes,
         alike=lambda a, b: a.rgb.shape == b.rgb.shape,
         max_size=buffer_bytes,
         max_items=batch,
-    ):
-        faces = analyzer.analyze_batch([picture.rgb for picture in group])
-        for picture, found in zip(group, faces, strict=True):
-            at = float(picture.at)
-            yield FrameFaces(at, float(picture.covers), tuple(found), tuple(tracker.update(found, at)))
+    )
+    with closing(groups):
+        for group in groups:
+            faces = analyzer.analyze_batch([picture.rgb for picture in group])
+            for picture, found in zip(group, faces, strict=True):
+                at = float(picture.at)
+                yield FrameFaces(at, float(picture.covers), tuple(found), tuple(tracker.update(found, at)))
 
 
 def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:

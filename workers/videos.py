@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from fractions import Fraction
 
@@ -83,15 +83,18 @@ def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None]
     with opened(ObjectInfo(job.bucket, job.key, job.etag, job.size_bytes, job.last_modified), settings) as video:
         sampler = Sampler(video, grid, job.spec.sample, first, stop)
         frames: list[FrameFaces] = []
-        for frame in analyze_frames(
+        analysed = analyze_frames(
             pictures(sampler, grid, job.duration_seconds),
             attempts.analyzer(job.spec, runtime_of(settings)),
             job.spec.sample_fps,
             buffer_bytes=settings.worker.frame_buffer_bytes,
             batch=settings.worker.batch_frames,
-        ):
-            go_on()
-            frames.append(frame)
+        )
+        # Closed before the video is: its thread reads from it.
+        with closing(analysed):
+            for frame in analysed:
+                go_on()
+                frames.append(frame)
     shortfall = _shortfall(job, sampler.cut_off_at, bool(frames))
     with session_scope() as session:
         record_chunk(session, job, frames, shortfall, fence=settings.ledger.fence)

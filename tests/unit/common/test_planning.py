@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
 
@@ -9,13 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, Reason, TimeRange
+from common.domain import (
+    MaskwatchError,
+    MediaKind,
+    ModelRef,
+    ObservedAt,
+    ObservedAtSource,
+    PipelineSpec,
+    Reason,
+    SampleMode,
+    TimeRange,
+)
 from common.planning import (
     LocalTimeError,
     TimePattern,
+    chunk_ranges,
     media_kind,
     observed_from_file,
     plan_object,
+    recording_start,
     resolve_local,
     zone,
 )
@@ -88,6 +101,9 @@ def test_clocks_set_forward_skip_an_hour() -> None:
     [
         ("a/b.JPG", MediaKind.IMAGE),
         ("b.tiff", MediaKind.IMAGE),
+        ("gate/2026.MP4", MediaKind.VIDEO),
+        ("a.m2ts", MediaKind.VIDEO),
+        ("a.gif", MediaKind.VIDEO),
         ("notes.txt", None),
         ("a.jpg/readme", None),
         ("jpg", None),
@@ -141,3 +157,61 @@ def test_ranges_are_half_open_and_aware() -> None:
         TimeRange(end, start)
     with pytest.raises(ValueError, match="time zone"):
         TimeRange(datetime(2026, 1, 1))
+
+
+# --- videos -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("duration", "length", "ranges"),
+    [
+        (150.0, 60, [(0, 60_000), (60_000, 120_000), (120_000, 180_000)]),
+        (120.0, 60, [(0, 60_000), (60_000, 120_000)]),
+        (0.04, 60, [(0, 60_000)]),
+        (0, 60, [(0, 60_000)]),
+        (None, 60, [(0, 60_000)]),
+        (5.0, 2.5, [(0, 2500), (2500, 5000)]),
+    ],
+)
+def test_chunks_cover_a_video_without_a_gap(
+    duration: float | None, length: float, ranges: list[tuple[int, int]]
+) -> None:
+    assert chunk_ranges(duration, length) == ranges
+
+
+KEY_TIME = ObservedAt(datetime(2026, 6, 1, tzinfo=UTC), ObservedAtSource.KEY_PATTERN)
+HOUR_BEFORE = MODIFIED - timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("planned", "created_at", "began"),
+    [
+        (KEY_TIME, HOUR_BEFORE, KEY_TIME),
+        (None, HOUR_BEFORE, ObservedAt(HOUR_BEFORE, ObservedAtSource.CREATION_TIME)),
+        # A clock that names its offset, one that was never set, and one that is ahead of the upload.
+        (
+            None,
+            datetime(2026, 7, 1, 13, tzinfo=timezone(timedelta(hours=2))),
+            ObservedAt(datetime(2026, 7, 1, 11, tzinfo=UTC), ObservedAtSource.CREATION_TIME),
+        ),
+        (None, datetime(1970, 1, 1, tzinfo=UTC), ObservedAt(HOUR_BEFORE, ObservedAtSource.LAST_MODIFIED)),
+        (None, MODIFIED + timedelta(days=2), ObservedAt(HOUR_BEFORE, ObservedAtSource.LAST_MODIFIED)),
+        (None, None, ObservedAt(HOUR_BEFORE, ObservedAtSource.LAST_MODIFIED)),
+    ],
+)
+def test_a_recording_began_when_the_best_source_says(
+    planned: ObservedAt | None, created_at: datetime | None, began: ObservedAt
+) -> None:
+    assert recording_start(planned, created_at, MODIFIED, 3600.0) == began
+
+
+def test_without_a_length_a_recording_is_placed_by_its_upload() -> None:
+    assert recording_start(None, None, MODIFIED, None).instant == MODIFIED
+
+
+def test_the_default_sampling_leaves_pipelines_what_they_were_before_there_were_videos() -> None:
+    spec = PipelineSpec(ModelRef("d", "1" * 64), ModelRef("c", "2" * 64), 0.3, 800, 2.0, 1600, 90, 1.25, 0.6)
+    assert not {"sample", "sample_fps"} & set(spec.as_dict())
+    assert PipelineSpec.from_dict(spec.as_dict()) == spec
+    for other in (replace(spec, sample=SampleMode.KEYFRAMES), replace(spec, sample_fps=2.0)):
+        assert PipelineSpec.from_dict(other.as_dict()) == other and other.fingerprint != spec.fingerprint

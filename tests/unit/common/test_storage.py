@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.domain import MaskwatchError, PermanentJobError, Reason, SourceChangedError
+from common.domain import MaskwatchError, PermanentJobError, Reason, SourceChangedError, TransientJobError
 from common.settings import Settings
 from common.storage import FileStore, open_source, split_uri
 
@@ -43,6 +43,25 @@ def test_a_read_is_pinned_to_what_was_planned(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1))
     with pytest.raises(SourceChangedError, match=r"a\.jpg"):
         store.read(info.key, info.etag, 100)
+
+
+def test_a_range_is_pinned_and_whole_or_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(bytes(range(100)))
+    store = FileStore()
+    info = store.stat(key(path))
+    assert store.read_range(info.key, info.etag, 10, 13) == bytes([10, 11, 12])
+    assert store.read_range(info.key, info.etag, 90, 100) == bytes(range(90, 100))
+    with pytest.raises(TransientJobError, match="10 bytes came") as short:
+        store.read_range(info.key, info.etag, 90, 120)
+    assert short.value.reason is Reason.STORAGE_UNAVAILABLE
+    path.write_bytes(bytes(101))
+    with pytest.raises(SourceChangedError, match=r"a\.mp4"):
+        store.read_range(info.key, info.etag, 10, 13)
+    path.unlink()
+    with pytest.raises(PermanentJobError) as gone:
+        store.read_range(info.key, info.etag, 10, 13)
+    assert gone.value.reason is Reason.OBJECT_GONE
 
 
 def test_reading_errors_have_reasons(tmp_path: Path) -> None:

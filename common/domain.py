@@ -105,6 +105,7 @@ class Reason(StrEnum):
     NO_VIDEO_STREAM = "no_video_stream"
     EMPTY_VIDEO = "empty_video"
     TRUNCATED_VIDEO = "truncated_video"
+    DAMAGED_VIDEO = "damaged_video"
     VIDEO_TOO_LONG = "video_too_long"
     FRAME_TOO_LARGE = "frame_too_large"
     UNSUPPORTED_CODEC = "unsupported_codec"

@@ -54,6 +54,9 @@ DETAIL_LIMIT = 2000
 #: Reasons of objects whose time is unknown: only a pattern that fits can help them.
 UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME)
 
+#: Whether a chunk belongs to the plan of its video as it stands: those of a withdrawn version's plan don't.
+_PLANNED = "{jobs}.state NOT IN ('cancelled', 'source_changed')"
+
 
 class StaleJobError(Exception):
     """The job is no longer this worker's: its token or state has changed. Nothing may be written."""
@@ -451,10 +454,6 @@ def claim(
         )
         for row in rows
     ]
-
-
-#: Whether a chunk belongs to the plan of its video as it stands: those of a withdrawn version's plan don't.
-_PLANNED = "{jobs}.state NOT IN ('cancelled', 'source_changed')"
 
 
 def _known_time(row: Any) -> ObservedAt | None:

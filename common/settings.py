@@ -79,16 +79,20 @@ class WorkerSettings(BaseModel):
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:n")
     runtime: Literal["onnx", "native"] = Field("onnx", description="ONNX Runtime, or torch and TensorFlow themselves")
     max_image_pixels: int = Field(100_000_000, gt=0, description="a larger picture or frame is quarantined undecoded")
-    max_video_seconds: float = Field(7 * 86400.0, gt=0, description="a longer video is quarantined")
+    max_video_seconds: float = Field(
+        7 * 86400.0, gt=0, allow_inf_nan=False, description="a longer video is quarantined"
+    )
     chunk_seconds: float = Field(
-        60.0, ge=1, description="a video is analysed in jobs of this length; changes no result"
+        60.0, ge=1, allow_inf_nan=False, description="length of a video's jobs; changes no face, but tracks end with it"
     )
     frame_buffer_bytes: int = Field(128 * 2**20, gt=0, description="decoded frames that wait or are being analysed")
     batch_frames: int = Field(16, ge=1, description="video frames of one size that are analysed together at most")
     group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
     read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
     read_ahead_bytes: int = Field(64 * 2**20, ge=0)
-    soft_time_limit_seconds: int = Field(900, ge=1, description="per message; what is not begun is released")
+    soft_time_limit_seconds: int = Field(
+        900, ge=1, description="per message; pictures not begun are released, a chunk is tried again"
+    )
     hard_time_limit_seconds: int = Field(960, ge=1, description="per message; then the child is killed")
     max_tasks_per_child: int = Field(1000, ge=1)
     max_memory_per_child_mb: int = Field(1500, ge=100)

@@ -203,7 +203,7 @@ def _check_etag(found: ObjectInfo, etag: str) -> None:
 
 
 def _whole(data: bytes, uri: str, start: int, stop: int) -> bytes:
-    """What was read of a range, if it is the range: some servers ignore that one was asked for."""
+    """What was read of a range, if it is all of it."""
     if len(data) != stop - start:
         raise TransientJobError(
             Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {len(data):,} bytes came for [{start:,}, {stop:,})"
@@ -269,8 +269,14 @@ class S3Store:
                 Bucket=self._name, Key=key, IfMatch=f'"{etag}"', Range=f"bytes={start}-{stop - 1}"
             )
             with answer["Body"] as body:
-                # Never more than asked for, whatever a server sends.
-                data = body.read(stop - start)
+                # Some servers ignore that a range was asked for and send everything, from its first byte on.
+                if not answer.get("ContentRange", "").startswith(f"bytes {start}-{stop - 1}/"):
+                    raise TransientJobError(
+                        Reason.STORAGE_UNAVAILABLE,
+                        f"reading {self.bucket}/{key}: the server doesn't answer the range [{start:,}, {stop:,}) with "
+                        "this range",
+                    )
+                data = body.read()
         return _whole(data, f"{self.bucket}/{key}", start, stop)
 
 

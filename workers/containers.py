@@ -7,6 +7,8 @@ could open another file or address is closed.
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -16,7 +18,7 @@ import av
 from av.error import FFmpegError
 from av.stream import Discard
 
-from common.domain import PermanentJobError, Reason, VideoInfo
+from common.domain import PermanentJobError, Reason, TransientJobError, VideoInfo
 from workers.formats import Reader, has_index, is_set_back, length_of_cut_avi, read_at, recognise
 
 #: Names of FFmpeg's decoders.
@@ -26,6 +28,8 @@ CODECS = frozenset(
 #: What a person may be told to convert to.
 CONTAINERS = "MP4, MOV, Matroska, WebM, AVI, MPEG-TS or GIF"
 
+#: What says nothing of a file: no memory, no more open files.
+_MACHINE_FAULTS = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 #: Packets that are tried until one gives the first frame.
 _FIRST_PACKETS = 1000
 
@@ -58,18 +62,25 @@ class VideoFile:
                 self._reader,
                 format=self.format,
                 io_open=_deny,
-                # FFmpeg decodes the first frame to complete the header. (Of an MPEG-TS it doesn't take this option.)
+                # FFmpeg decodes the first frames to complete the header: these limits hold there, too. (Of an
+                # MPEG-TS it doesn't take the first.)
                 options={"max_pixels": str(self._max_pixels)},
-                # Also while FFmpeg looks at the first frames to complete the header.
                 container_options={"codec_whitelist": ",".join(sorted(CODECS)), "protocol_whitelist": "none"},
                 metadata_errors="replace",
             )
         except FFmpegError as error:
-            self.reraise()
+            self.reraise(error)
             raise self._cannot_open(error) from error
+        try:
+            self._choose_stream()
+        except BaseException:
+            self._container.close()
+            raise
+        self._untouched = True
+
+    def _choose_stream(self) -> None:
         streams = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not streams:
-            self._container.close()
             self._check_index()
             raise PermanentJobError(
                 Reason.NO_VIDEO_STREAM, "the file holds no video, only sound or data; leave it out or upload the video"
@@ -79,7 +90,6 @@ class VideoFile:
             if other.index != self.stream.index:
                 other.discard = Discard.all
         self._prepare_codec()
-        self._untouched = True
 
     def _prepare_codec(self) -> None:
         codec = self.stream.codec_context
@@ -140,12 +150,11 @@ class VideoFile:
         if self.stream.duration:
             return self.seconds_of(self.stream.duration)
         # Matroska keeps it as text: "00:00:10.000000000".
-        parts = str(self.stream.metadata.get("DURATION", "")).split(":")
-        try:
-            hours, minutes, seconds = (Fraction(part) for part in parts)
-        except ValueError:
-            pass
-        else:
+        written = re.fullmatch(
+            r"(\d{1,6}):(\d\d):(\d\d(?:\.\d{1,9})?)", self.stream.metadata.get("DURATION", ""), re.ASCII
+        )
+        if written is not None:
+            hours, minutes, seconds = (Fraction(part) for part in written.groups())
             return self._without_start(3600 * hours + 60 * minutes + seconds)
         return self._whole_length if len(self._container.streams) == 1 else None
 
@@ -209,8 +218,8 @@ class VideoFile:
                     return frame
                 if packets == _FIRST_PACKETS:
                     return None
-        except FFmpegError:
-            self.reraise()
+        except FFmpegError as error:
+            self.reraise(error)
             if packets:
                 return None
         self._check_index()
@@ -231,15 +240,18 @@ class VideoFile:
         target = self.start_pts + int(at / Fraction(self.stream.time_base))
         try:
             self._container.seek(target, stream=self.stream, backward=True)
-        except FFmpegError:
-            self.reraise()
+        except FFmpegError as error:
+            self.reraise(error)
             return False
         return True
 
-    def reraise(self) -> None:
-        """Raise what reading the object raised, if that is behind an error of FFmpeg's."""
+    def reraise(self, error: FFmpegError | None = None) -> None:
+        """Raise what is behind an error of FFmpeg's, or behind an end of the file, if that is not the file's fault:
+        what reading the object raised, or `TransientJobError` where this machine is out of something."""
         if self._reader.error is not None:
             raise self._reader.error
+        if error is not None and error.errno in _MACHINE_FAULTS:
+            raise TransientJobError(Reason.UNEXPECTED_ERROR, f"this machine is short of something: {error.strerror}")
 
     # --- recognition ---
 

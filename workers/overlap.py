@@ -43,11 +43,13 @@ def ahead(
         except BaseException as error:  # handed over, whatever it is
             state.error = error
         finally:
-            if isinstance(items, Generator):
-                items.close()
-            with changed:
-                state.ended = True
-                changed.notify_all()
+            try:
+                if isinstance(items, Generator):
+                    items.close()
+            finally:
+                with changed:
+                    state.ended = True
+                    changed.notify_all()
 
     thread = threading.Thread(target=fill, name="ahead", daemon=True)
     thread.start()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -67,11 +67,23 @@ class Sampler:
     """Takes the frames of the cells [first, stop) of a video; stop None: to the end of the file.
 
     After the iteration `cut_off_at` says where the video ended before it should have, in seconds, or is None; what was
-    decoded until then has been given.
+    decoded until then has been given. `undecodable` counts the cells that the file has frames for, and none of them
+    could be decoded.
     """
 
-    def __init__(self, video: VideoFile, grid: Grid, mode: SampleMode, first: int, stop: int | None) -> None:
+    def __init__(
+        self,
+        video: VideoFile,
+        grid: Grid,
+        mode: SampleMode,
+        first: int,
+        stop: int | None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """tick: called for each packet, so that somebody knows that there is progress where no frame is wanted for
+        long; what it raises ends the iteration."""
         self.cut_off_at: Fraction | None = None
+        self._tick = tick
         self._video = video
         self._grid = grid
         self._mode = mode
@@ -81,26 +93,36 @@ class Sampler:
         #: Up to where packets were seen, needed or not.
         self._reached = Fraction(0)
         self._damage: str | None = None
-        self._decoded = 0
+        self._taken = 0
+        #: Cells that packets are shown in, and no frame was taken for yet.
+        self._expected: set[int] = set()
         #: Times of packets whose frames have not come yet, a heap, where only packets have times.
         self._fed: list[Fraction] = []
 
     def __iter__(self) -> Iterator[Sample]:
         if self._is_done():
             return
+        broken_off = False
         try:
             yield from self._keyframes() if self._mode is SampleMode.KEYFRAMES else self._frames()
         except FFmpegError as error:
-            # The demuxer gives up: what came before it counts.
-            self._video.reraise()
-            self._damage = error.strerror
-        if self._is_done():
-            return
-        self.cut_off_at = self._missing_from()
-        if self.cut_off_at is None and self._damage is not None and not self._decoded:
+            # The demuxer gives up: what came before it counts, and what the decoder still has.
+            self._video.reraise(error)
+            broken_off = True
+            if self._mode is SampleMode.FRAMES:
+                yield from self._take(self._decode(None))
+        self._video.reraise()
+        if not self._is_done():
+            self.cut_off_at = self._reached if broken_off else self._missing_from()
+        if self.undecodable and not self._taken:
             raise PermanentJobError(
-                Reason.UNREADABLE_VIDEO, f"no frame of it can be decoded ({self._damage}); upload it again"
+                Reason.UNREADABLE_VIDEO,
+                f"no frame of it can be decoded ({self._damage or 'the decoder gives none'}); upload it again",
             )
+
+    @property
+    def undecodable(self) -> int:
+        return len(self._expected)
 
     def _is_done(self) -> bool:
         return self._stop is not None and self._wanted >= self._stop
@@ -115,9 +137,14 @@ class Sampler:
 
     def _see(self, packet: Any) -> Fraction | None:
         """When a packet is shown, which is kept as the time that was reached."""
+        self._tick()
         shown = self._video.shown(packet)
         if shown is not None:
             self._reached = max(self._reached, shown + self._video.seconds_of(packet.duration))
+            cell = self._grid.cell(shown)
+            wanted = self._mode is SampleMode.FRAMES or packet.is_keyframe
+            if wanted and cell >= self._wanted and (self._stop is None or cell < self._stop):
+                self._expected.add(cell)
         return shown
 
     # --- every frame ---
@@ -127,7 +154,10 @@ class Sampler:
         if self._video.enterable:
             gate.close()
         for packet in self._packets():
-            ready = gate.admit(packet, self._see(packet), self._grid.start(self._wanted))
+            shown = self._see(packet)
+            if self._is_behind(packet):
+                break
+            ready = gate.admit(packet, shown, self._grid.start(self._wanted))
             if ready.fresh:
                 self._video.stream.codec_context.flush_buffers()
                 self._fed.clear()
@@ -139,6 +169,13 @@ class Sampler:
                     gate.close()
         yield from self._take(self._decode(None))
 
+    def _is_behind(self, packet: Any) -> bool:
+        """Whether all packets of the chunk have come: they come in the order of decoding, and are decoded before they
+        are shown."""
+        if self._stop is None or packet.dts is None or not self._video.tells_when_shown:
+            return False
+        return self._video.seconds_of(packet.dts - self._video.start_pts) >= self._grid.start(self._stop)
+
     def _take(self, frames: list[Any]) -> Generator[Sample, None, bool]:
         """Gives those of the decoded frames that are the first of their cells; returns whether there was one."""
         taken = False
@@ -146,23 +183,31 @@ class Sampler:
             at = self._shown(frame)
             if at is None or self._is_done():
                 continue
-            self._decoded += 1
             cell = self._grid.cell(at)
             if self._stop is not None and cell >= self._stop:
                 self._wanted = self._stop
             elif cell >= self._wanted:
                 self._wanted = cell + 1
+                self._expected.discard(cell)
+                self._taken += 1
                 taken = True
                 yield Sample(frame, at, cell)
         return taken
 
     def _decode(self, packet: Any | None) -> list[Any]:
-        if packet is not None and not self._video.tells_when_shown:
-            heapq.heappush(self._fed, self._video.shown(packet) or Fraction(0))
+        shown = None
+        if packet is not None and not self._video.tells_when_shown and self._mode is SampleMode.FRAMES:
+            shown = self._video.shown(packet)
+        if shown is not None:
+            heapq.heappush(self._fed, shown)
         try:
             return list(self._video.stream.codec_context.decode(packet))
         except FFmpegError as error:
+            self._video.reraise(error)
             self._damage = error.strerror
+            if shown is not None:  # it gives no frame, so its time is nobody's
+                self._fed.remove(shown)
+                heapq.heapify(self._fed)
             return []
 
     def _shown(self, frame: Any) -> Fraction | None:
@@ -182,15 +227,25 @@ class Sampler:
                 if at <= 0 or not self._video.seek(at):
                     break
                 packets = self._video.packets()
-                keyframe = next((packet for packet in packets if packet.is_keyframe), None)
-                shown = self._video.shown(keyframe) if keyframe is not None else None
-                if shown is not None and shown <= start:
+                keyframe = self._keyframe_until(packets, start)
+                if keyframe is not None:
                     found = True
                     break
         if not found:
             self._video.restart()
             packets, keyframe = self._video.packets(), None
         yield from _forward(packets, keyframe, Fraction(self._video.stream.time_base))
+
+    def _keyframe_until(self, packets: Iterator[Any], start: Fraction) -> Any | None:
+        """The first keyframe, if it is shown at or before a time; looked for no further than that."""
+        for packet in packets:
+            self._tick()
+            shown = self._video.shown(packet)
+            if packet.is_keyframe:
+                return packet if shown is not None and shown <= start else None
+            if packet.dts is not None and self._video.seconds_of(packet.dts - self._video.start_pts) > start:
+                return None
+        return None
 
     # --- keyframes alone ---
 
@@ -210,8 +265,9 @@ class Sampler:
             frames = self._decode(packet) + self._decode(None)
             video.stream.codec_context.flush_buffers()
             if frames:
-                self._decoded += 1
+                self._taken += 1
                 self._wanted = cell + 1
+                self._expected.discard(cell)
                 yield Sample(frames[0], at, cell)
 
 

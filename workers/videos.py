@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from common.blocks import BlockReader
 from common.database import session_scope
-from common.domain import FrameFaces, PermanentJobError, Reason, TransientJobError
+from common.domain import FrameFaces, JobKind, PermanentJobError, Reason, TransientJobError
 from common.ledger import ClaimedJob, StaleJobError
 from common.planning import chunk_ranges, recording_start
 from common.settings import Settings, StorageSettings
@@ -23,6 +23,9 @@ from workers.inference import runtime_of
 from workers.pipeline import Picture, analyze_frames
 from workers.recording import Shortfall, record_chunk, record_probe
 from workers.sampling import Grid, Sampler
+
+#: How often a job looks whether it should go on, between two frames that are wanted.
+LOOK_SECONDS = 0.2
 
 
 def run_video_job(
@@ -45,7 +48,7 @@ def run_video_job(
 
     def work() -> None:
         go_on()
-        if job.range_end_ms:
+        if job.kind is JobKind.CHUNK:
             analyze_chunk(job, settings, go_on)
         else:
             probe(job, settings)
@@ -75,13 +78,13 @@ def probe(job: ClaimedJob, settings: Settings) -> None:
 def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None] = lambda: None) -> None:
     """Analyse the frames of a chunk, and record them in the transaction that ends the job.
 
-    `go_on` is called before each batch of frames and raises what should end the work early.
+    `go_on` is called for each packet and each frame, and raises what should end the work early.
     """
     grid = Grid.of(job.spec)
     first = grid.first_from(job.range_start_ms)
     stop = None if job.last else grid.first_from(job.range_end_ms)
     with opened(ObjectInfo(job.bucket, job.key, job.etag, job.size_bytes, job.last_modified), settings) as video:
-        sampler = Sampler(video, grid, job.spec.sample, first, stop)
+        sampler = Sampler(video, grid, job.spec.sample, first, stop, tick=_seldom(go_on))
         frames: list[FrameFaces] = []
         analysed = analyze_frames(
             pictures(sampler, grid, job.duration_seconds),
@@ -95,9 +98,22 @@ def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None]
             for frame in analysed:
                 go_on()
                 frames.append(frame)
-    shortfall = _shortfall(job, sampler.cut_off_at, bool(frames))
+    shortfall = _shortfall(job, sampler, bool(frames))
     with session_scope() as session:
         record_chunk(session, job, frames, shortfall, fence=settings.ledger.fence)
+
+
+def _seldom(call: Callable[[], None]) -> Callable[[], None]:
+    """What may be called for each packet, and makes this call now and then."""
+    due = 0.0
+
+    def now_and_then() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + LOOK_SECONDS
+            call()
+
+    return now_and_then
 
 
 def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> Iterator[Picture]:
@@ -110,23 +126,33 @@ def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> It
         yield Picture(to_picture(sample.frame), sample.at, end - grid.start(sample.cell))
 
 
-def _shortfall(job: ClaimedJob, cut_off_at: Fraction | None, something: bool) -> Shortfall | None:
-    """What to say of a chunk that should have had more; raises it where there was nothing at all."""
-    if cut_off_at is None:
-        return None
-    until = timedelta(milliseconds=round(cut_off_at * 1000))
-    of = "" if job.duration_seconds is None else f" of {timedelta(milliseconds=round(job.duration_seconds * 1000))}"
-    detail = f"the video is cut off: it can be decoded up to {until}{of}"
-    if not something:
-        raise PermanentJobError(Reason.TRUNCATED_VIDEO, f"{detail}, which is before this chunk; upload it again, whole")
-    return Shortfall(Reason.TRUNCATED_VIDEO, f"{job.uri}: {detail}; until there it was analysed")
+def _shortfall(job: ClaimedJob, sampler: Sampler, something: bool) -> Shortfall | None:
+    """What to say of a chunk that should have had more; raises it where all of the chunk is missing."""
+    if sampler.cut_off_at is not None:
+        until = timedelta(milliseconds=round(sampler.cut_off_at * 1000))
+        of = "" if job.duration_seconds is None else f" of {timedelta(milliseconds=round(job.duration_seconds * 1000))}"
+        detail = f"the video is cut off: it can be decoded up to {until}{of}"
+        if not something and sampler.cut_off_at * 1000 <= job.range_start_ms:
+            raise PermanentJobError(
+                Reason.TRUNCATED_VIDEO, f"{detail}, which is before this chunk; upload it again, whole"
+            )
+        return Shortfall(Reason.TRUNCATED_VIDEO, f"{job.uri}: {detail}; until there it was analysed")
+    if sampler.undecodable:
+        return Shortfall(
+            Reason.DAMAGED_VIDEO,
+            f"{job.uri}: the video is damaged: {sampler.undecodable} of the frames to look at could not be decoded; "
+            "the others were analysed",
+        )
+    return None
 
 
 @contextmanager
 def opened(info: ObjectInfo, settings: Settings) -> Iterator[VideoFile]:
     """A video to read from, pinned to its ETag. Errors as `workers.containers.VideoFile`, and those of reading."""
     with block_reader(info, settings.storage) as reader:
-        video = VideoFile(reader, max_pixels=settings.worker.max_image_pixels, threads=runtime_of(settings).threads)
+        # Half of the threads: the models take all of theirs at the same time.
+        threads = max(1, runtime_of(settings).threads // 2)
+        video = VideoFile(reader, max_pixels=settings.worker.max_image_pixels, threads=threads)
         try:
             yield video
         finally:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from common.domain import MaskwatchError, PermanentJobError, Reason, SourceChangedError, TransientJobError
-from common.settings import Settings
-from common.storage import FileStore, open_source, split_uri
+from common.settings import Settings, StorageSettings
+from common.storage import FileStore, S3Store, open_source, split_uri
 
 
 def key(path: Path) -> str:
@@ -62,6 +64,34 @@ def test_a_range_is_pinned_and_whole_or_an_error(tmp_path: Path) -> None:
     with pytest.raises(PermanentJobError) as gone:
         store.read_range(info.key, info.etag, 10, 13)
     assert gone.value.reason is Reason.OBJECT_GONE
+
+
+def test_a_server_that_ignores_ranges_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer begins with the first byte of the object, and has as many as were asked for, or more."""
+
+    class Whole(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("ETag", '"e"')
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(bytes(range(100)))
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "test")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Whole) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            store = S3Store("s3://b", StorageSettings(endpoint_url=f"http://127.0.0.1:{server.server_address[1]}"))
+            with pytest.raises(TransientJobError, match="doesn't answer the range"):
+                store.read_range("k", "e", 50, 53)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_reading_errors_have_reasons(tmp_path: Path) -> None:

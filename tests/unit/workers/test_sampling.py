@@ -295,6 +295,54 @@ def test_a_file_in_which_nothing_decodes_says_so() -> None:
     assert caught.value.reason is Reason.UNREADABLE_VIDEO
 
 
+def zeroed(data: bytes, start: float, end: float) -> bytes:
+    """A faststart MP4 of 20 s whose pictures between two times are zeros, about."""
+    payload = data.find(b"mdat") + 8
+    first, last = (payload + int((len(data) - payload) * at / 20) for at in (start, end))
+    return data[:first] + bytes(last - first) + data[last:]
+
+
+def test_what_cannot_be_decoded_in_the_middle_is_told_and_not_read_beyond() -> None:
+    whole = make_video("mp4", frames=200, gop=10, size=(160, 120), muxer={"movflags": "faststart"})
+    data = zeroed(whole, 5, 20)
+    packets = []
+
+    def sampler(first: int, stop: int | None) -> Sampler:
+        packets.clear()
+        return Sampler(
+            opened(data), Grid(Fraction(1)), SampleMode.FRAMES, first, stop, tick=lambda: packets.append(None)
+        )
+
+    before = sampler(0, 3)
+    assert ([sample.cell for sample in before], before.undecodable) == ([0, 1, 2], 0)
+    across = sampler(2, 9)
+    taken = [sample.cell for sample in across]
+    assert taken[:2] == [2, 3] and 0 < across.undecodable == 7 - len(taken)
+    assert len(packets) < 110, "the chunk ends where its packets end, and not where something can be decoded again"
+    with pytest.raises(PermanentJobError, match="no frame of it can be decoded"):
+        list(sampler(10, 13))
+
+
+def test_what_the_tick_raises_ends_the_work() -> None:
+    class Enough(Exception):
+        pass
+
+    def tick() -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        list(Sampler(opened(video(Recipe())), Grid(Fraction(1)), SampleMode.FRAMES, 0, None, tick=tick))
+
+
+@pytest.mark.parametrize("duration", ["00:00:000000001/00", "00:00:1e3000000", "nonsense", "00:00:05.000000000"])
+def test_a_length_that_is_text_is_read_with_care(duration: str) -> None:
+    data = make_video("matroska", frames=50)
+    written = b"00:00:05.000000000"
+    assert data.count(written) == 1
+    file = opened(data.replace(written, duration.encode().ljust(len(written), b"\0")))
+    assert file.end == 5
+
+
 def _frames_in(data: bytearray) -> Iterator[int]:
     """Where JPEG pictures begin."""
     position = data.find(b"\xff\xd8\xff")

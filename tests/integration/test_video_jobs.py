@@ -154,6 +154,40 @@ def test_frames_without_a_face_count_and_nothing_is_stored_of_them(
     )
 
 
+def test_damage_in_the_middle_is_told_and_the_rest_analysed(
+    session: Session,
+    bucket: Bucket,
+    analyzer: ReadingAnalyzer,
+    configure: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A decoder makes up for a frame or two at the edges of the damage, and what they show is nothing to read.
+    monkeypatch.setattr(analyzer, "analyze", lambda image_rgb: analyzer.numbers.append(0) or [])
+    configure(pipeline__sample_fps=1)
+    whole = make_video("mp4", frames=200, gop=10, size=(160, 120), muxer={"movflags": "faststart"})
+    payload = whole.find(b"mdat") + 8
+    first, last = (payload + (len(whole) - payload) * part // 4 for part in (1, 2))
+    plan(session, bucket, "scratched.mp4", whole[:first] + bytes(last - first) + whole[last:])
+    assert run_all(session) == 2
+    (row,) = rows(session, "SELECT state, reason, detail FROM jobs WHERE kind = 'chunk'")
+    assert (row.state, row.reason) == ("succeeded", "damaged_video")
+    lost = 20 - len(analyzer.numbers)
+    assert 2 <= lost <= 8 and f"{lost} of the frames" in row.detail
+    assert scalar(session, "SELECT sum(frames) FROM frame_counts") == 20 - lost
+
+
+def test_work_without_a_wanted_frame_is_noticed_as_progress_and_can_be_stopped(
+    session: Session, bucket: Bucket, analyzer: ReadingAnalyzer, configure: Callable[..., Settings]
+) -> None:
+    """A chunk that has to come from far away looks up on its way, and not only when it has arrived."""
+    configure(pipeline__sample_fps=0.01)  # the second frame would be wanted after 100 s
+    plan(session, bucket, "a.mp4", video("steady.mp4"))
+    run(dispatch(session))
+    asked = iter([False, False])
+    assert run(dispatch(session), draining=lambda: next(asked, True)) == 0
+    assert rows(session, "SELECT state FROM jobs WHERE kind = 'chunk'") == [("pending",)]
+
+
 def test_a_drained_worker_gives_its_chunk_back(
     session: Session, bucket: Bucket, analyzer: ReadingAnalyzer, configure: Callable[..., Settings]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.services import Services
 
 
+@pytest.mark.bench
 def test_the_benchmark_of_the_road(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MASKWATCH_")]:
         monkeypatch.delenv(name)

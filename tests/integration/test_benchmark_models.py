@@ -23,6 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.bench
 @pytest.mark.train
 def test_the_benchmark_of_the_models() -> None:
     pytest.importorskip("keras", reason="the `train` layer is not installed")
@@ -45,6 +46,7 @@ def test_without_a_gpu_its_benchmark_says_so() -> None:
     assert "nothing measured: device cuda needs" in done.stderr
 
 
+@pytest.mark.bench
 def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with tiny frames: that every figure is there and that they fit each other."""
     from benchmarks import gpu

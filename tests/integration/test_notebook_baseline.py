@@ -102,6 +102,7 @@ def test_agreement_counts_what_only_one_found_and_what_is_labelled_otherwise() -
     assert Agreement().figures()["same_faces"] is None
 
 
+@pytest.mark.bench
 @pytest.mark.data
 @pytest.mark.skipif(find_spec("fdet") is None or find_spec("keras") is None, reason="the layer `native` is missing")
 def test_with_the_notebooks_models_maskwatch_says_what_the_notebook_says(data_dir: Path) -> None:

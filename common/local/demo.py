@@ -117,10 +117,10 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
         note("4/5  drawing the pictures and the video, writing the report")
         call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
         for video in truth.videos:
-            # Five frames a second: every one of them would take a minute.
+            # Two frames a second: every one of them would take a minute.
             name = f"{video.key.split('/')[1]}.mp4"
             source, drawn = out_dir / "footage" / "bucket" / video.key, out_dir / "annotated" / name
-            call("annotate", str(source), "--sample-fps", "5", "--out", str(drawn))
+            call("annotate", str(source), "--sample-fps", "2", "--out", str(drawn))
         with session_scope() as session:
             base = f"s3://{BUCKET}"
             visits = stored_visits(session, base)

@@ -169,7 +169,7 @@ def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
     assert error.detail == "the content is no JPEG, PNG, WebP, BMP or TIFF picture; convert it to one of these"
 
 
-@pytest.mark.parametrize("name", ENCODED.keys() - {"mpo"})  # an MPO cut in its second picture is whole
+@pytest.mark.parametrize("name", sorted(ENCODED.keys() - {"mpo"}))  # an MPO cut in its second picture is whole
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
 def test_a_cut_off_picture_says_so(name: str, share: float) -> None:
     data = ENCODED[name][: int(len(ENCODED[name]) * share)]

@@ -1,0 +1,16 @@
+"""The short version of `make chaos`: every promise is kept, and every control breaks it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.experiments import EXPERIMENTS
+from tests.chaos.lab import Scale, open_lab
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_promise_and_its_control(name: str) -> None:
+    with open_lab(name, seed=1) as lab:
+        outcome = EXPERIMENTS[name].run(lab, Scale.SHORT)
+    assert outcome.held, outcome.figures
+    assert outcome.control_failed, outcome.control

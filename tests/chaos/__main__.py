@@ -63,9 +63,8 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
     for name, outcome in outcomes.items():
         held = "held" if outcome.held and outcome.control_failed else "**not held**"
         experiment = EXPERIMENTS[name]
-        lines.append(
-            f"| {experiment.promise} | {in_words(outcome.figures)} | {experiment.off}: {in_words(outcome.control)} | {held} |"
-        )
+        control = f"{experiment.off}: {in_words(outcome.control)}"
+        lines.append(f"| {experiment.promise} | {in_words(outcome.figures)} | {control} | {held} |")
     return "\n".join(lines)
 
 

@@ -319,12 +319,18 @@ def show_job(job_id: int, as_json: bool) -> None:
     from common import ledger
     from common.database import session_scope
     from common.deployment import deployment
-    from common.tables import JobAttempt, MediaObject
+    from common.tables import JobAttempt, MediaObject, OperatorAction, OperatorActionJob
 
     with deployment(), session_scope() as session:
         job = ledger.get_job(session, job_id)
         media = session.get_one(MediaObject, job.media_object_id)
         attempts = session.scalars(select(JobAttempt).where(JobAttempt.job_id == job_id).order_by(JobAttempt.id))
+        actions = session.scalars(
+            select(OperatorAction)
+            .join(OperatorActionJob, OperatorActionJob.action_id == OperatorAction.id)
+            .where(OperatorActionJob.job_id == job_id)
+            .order_by(OperatorAction.id)
+        )
         shown: dict[str, Any] = {
             "id": job.id,
             "kind": job.kind.value,
@@ -359,13 +365,22 @@ def show_job(job_id: int, as_json: bool) -> None:
                 }
                 for attempt in attempts
             ],
+            "actions": [
+                {"action": action.action, "by": action.by, "database_user": action.database_user, "at": action.at}
+                for action in actions
+            ],
         }
     if as_json:
         print_json(shown)
         return
-    print_table(f"Job {job_id}", ["", ""], [(k, v) for k, v in shown.items() if k != "attempts" and v is not None])
+    print_table(
+        f"Job {job_id}", ["", ""], [(k, v) for k, v in shown.items() if not isinstance(v, list) and v is not None]
+    )
     columns = ["attempt", "outcome", "worker", "started_at", "ended_at", "reason"]
     print_table("Attempts", columns, [[row[column] for column in columns] for row in shown["attempts"]])
+    if shown["actions"]:
+        columns = ["action", "by", "at"]
+        print_table("Actions", columns, [[row[column] for column in columns] for row in shown["actions"]])
 
 
 @jobs.command("retry")
@@ -373,21 +388,21 @@ def show_job(job_id: int, as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Every job in quarantine.")
 @json_option
 def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> None:
-    """Give jobs in quarantine another chance, once what was wrong has been put right.
+    """Give jobs in quarantine another chance, once what was wrong has been put right; by number also cancelled ones.
 
     \b
     Examples:
       maskwatch jobs retry 17 18
       maskwatch jobs retry --all
     """
-    from common import ledger
+    from common import audit, ledger
     from common.database import session_scope
     from common.deployment import deployment
 
     if bool(job_ids) == everything:
         raise MaskwatchError("name the jobs to retry, or say --all")
     with deployment(), session_scope() as session:
-        moved = ledger.retry(session, None if everything else job_ids)
+        moved = ledger.retry(session, None if everything else job_ids, by=audit.operator())
     skipped = sorted(set(job_ids) - set(moved))
     if as_json:
         print_json({"retried": moved, "not_in_quarantine": skipped})
@@ -395,21 +410,142 @@ def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> Non
         note(f"{len(moved)} job(s) will be tried again")
     if skipped:
         raise MaskwatchError(
-            f"left as they are, because they are not in quarantine or need a time pattern that fits "
-            f"(maskwatch backfill --time-pattern): {', '.join(map(str, skipped))}"
+            f"left as they are, because they are not in quarantine, were seen in purged time, or need a time pattern "
+            f"that fits (maskwatch backfill --time-pattern): {', '.join(map(str, skipped))}"
         )
+
+
+@jobs.command("cancel")
+@click.argument("job_ids", type=JOB_ID, nargs=-1)
+@click.option("--backfill", "backfill_id", type=JOB_ID, help="All that is left of this backfill (its number).")
+@json_option
+def cancel_jobs(job_ids: tuple[int, ...], backfill_id: int | None, as_json: bool) -> None:
+    """Cancel jobs that have not ended. A worker that is at one of them can't store its result any more.
+
+    What has been analysed stays. `jobs retry` with its number takes a cancelled job back.
+
+    \b
+    Examples:
+      maskwatch jobs cancel 17 18
+      maskwatch jobs cancel --backfill 3
+    """
+    from common import audit, ledger
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import Backfill
+
+    if bool(job_ids) == (backfill_id is not None):
+        raise MaskwatchError("name the jobs to cancel, or a backfill")
+    with deployment(), session_scope() as session:
+        if backfill_id is not None and session.get(Backfill, backfill_id) is None:
+            raise MaskwatchError(f"there is no backfill {backfill_id}")
+        moved = ledger.cancel(session, job_ids or None, backfill_id=backfill_id, by=audit.operator())
+    _tell_moved("cancelled", moved, job_ids, "because they have ended or are not there", as_json)
+
+
+@jobs.command("rerun")
+@click.argument("job_ids", type=JOB_ID, nargs=-1, required=True)
+@json_option
+def rerun_jobs(job_ids: tuple[int, ...], as_json: bool) -> None:
+    """Analyse pictures and chunks of video again that succeeded. Their faces are removed, and the summaries follow.
+
+    \b
+    Example:
+      maskwatch jobs rerun 17
+    """
+    from common import audit, ledger
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        moved = ledger.rerun(session, job_ids, by=audit.operator())
+    why = "because they have not succeeded, are probes, or counted in purged time"
+    _tell_moved("to be analysed again", moved, job_ids, why, as_json)
+
+
+def _tell_moved(what: str, moved: list[int], asked: tuple[int, ...], why: str, as_json: bool) -> None:
+    """Say which jobs an action changed; an error for those it could not."""
+    skipped = sorted(set(asked) - set(moved))
+    if as_json:
+        print_json({"changed": moved, "left": skipped})
+    else:
+        note(f"{len(moved)} job(s) {what}")
+    if skipped:
+        raise MaskwatchError(f"left as they are, {why}: {', '.join(map(str, skipped))}")
+
+
+@click.group()
+def sources() -> None:
+    """Buckets and folders that footage comes from, and whether one has paused itself."""
+
+
+@sources.command("list")
+@json_option
+def list_sources(as_json: bool) -> None:
+    """List the sources. One that refused everything is paused, with the reason, and tried again now and then.
+
+    \b
+    Example:
+      maskwatch sources list
+    """
+    from sqlalchemy import select
+
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.tables import Source
+
+    with deployment(), session_scope() as session:
+        rows = [
+            {
+                "source": row.bucket,
+                "paused_at": row.paused_at,
+                "next_trial_at": row.next_trial_at,
+                "refusals": row.refusals,
+                "reason": row.reason,
+                "detail": row.detail,
+            }
+            for row in session.scalars(select(Source).order_by(Source.bucket))
+        ]
+    if as_json:
+        print_json(rows)
+    else:
+        columns = ["source", "paused_at", "next_trial_at", "reason", "detail"]
+        print_table("Sources", columns, [[row[column] for column in columns] for row in rows])
+
+
+@sources.command("resume")
+@click.argument("source")
+def resume_source(source: str) -> None:
+    """End the pause of a source at once, when what it refused for has been put right.
+
+    \b
+    Example:
+      maskwatch sources resume s3://footage
+    """
+    from common import audit
+    from common import sources as pauses
+    from common.database import session_scope
+    from common.deployment import deployment
+    from common.storage import split_uri
+
+    bucket, _ = split_uri(source)
+    with deployment(), session_scope() as session:
+        pauses.resume(session, bucket)
+        audit.record(session, "resume", audit.operator(), detail=bucket)
+    note(f"{bucket} is resumed")
 
 
 @click.command()
 @json_option
 def status(as_json: bool) -> None:
-    """Show jobs by state, messages in the queues, and what waits to be summarized.
+    """Show jobs by state, messages in the queues, what waits to be summarized, and sources that have paused.
 
     \b
     Example:
       maskwatch status --json
     """
     from common import ledger
+    from common import sources as pauses
     from common.database import session_scope
     from common.deployment import deployment
     from common.queues import BrokerDownError, Queue, queue_length, redis_client
@@ -418,6 +554,7 @@ def status(as_json: bool) -> None:
         with session_scope() as session:
             states = ledger.counts_by_state(session)
             dirty = ledger.unsummarized(session)
+            paused = pauses.list_paused(session)
         problem = None
         queues: dict[str, int] = {}
         try:
@@ -427,10 +564,23 @@ def status(as_json: bool) -> None:
             problem = str(error)
     if as_json:
         by_state = {state.value: count for state, count in states.items()}
-        print_json({"jobs": by_state, "queues": queues, "unsummarized": dirty, "problem": problem})
+        print_json(
+            {
+                "jobs": by_state,
+                "queues": queues,
+                "unsummarized": dirty,
+                "paused_sources": [asdict(source) for source in paused],
+                "problem": problem,
+            }
+        )
     else:
         print_table("Jobs", ["state", "jobs"], [(state.value, count) for state, count in states.items() if count])
         print_table("Queues", ["queue", "messages"], list(queues.items()))
         note(f"{dirty} mark(s) wait for the aggregator")
+        for source in paused:
+            note(f"{source.bucket} is paused since {source.paused_at:%Y-%m-%d %H:%M} UTC: {source.detail}")
+            note(
+                f"  tried again at {source.next_trial_at:%H:%M:%S} UTC, or by: maskwatch sources resume {source.bucket}"
+            )
     if problem:
         raise MaskwatchError(problem)

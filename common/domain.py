@@ -124,6 +124,13 @@ class Reason(StrEnum):
     CRASHED = "crashed"
     LEASE_EXPIRED = "lease_expired"
     SUPERSEDED = "superseded"
+    CANCELLED_BY_OPERATOR = "cancelled_by_operator"
+    PURGED = "purged"
+    MODEL_OUT_OF_MEMORY = "model_out_of_memory"
+
+
+#: Reasons that speak of the source rather than of one object, once it gives nothing else.
+REFUSALS = (Reason.ACCESS_DENIED, Reason.BUCKET_MISSING, Reason.STORAGE_UNAVAILABLE)
 
 
 class MaskwatchError(Exception):
@@ -155,6 +162,16 @@ class TransientJobError(Exception):
 
 class SourceChangedError(Exception):
     """The object is no longer the one that was planned (its ETag differs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PausePolicy:
+    """When a source pauses, and how long it is left alone: `seconds` before the first trial, twice as long before
+    each further one, at most `cap_seconds`."""
+
+    after_refusals: int
+    seconds: float
+    cap_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

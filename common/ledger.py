@@ -1,26 +1,32 @@
 """The ledger: the state machine of jobs and all its SQL. Nothing else writes to `jobs`.
 
-    pending         to be sent. From: registration, a due retry, a lost lease or message, an operator's retry
+    pending         to be sent. From: registration, a due retry, a lost lease or message, an operator's retry or rerun
     queued          a message with this job's id and token is on its way to a worker
     running         a worker holds the lease and the token
     retry_wait      a transient error; pending again at `next_run_at`
-    succeeded       final: its faces, frame counts and dirty marks were written in the same transaction
+    succeeded       final: its faces, frame counts and dirty marks were written in the same transaction. Only an
+                    operator's rerun, which removes them again, and a newer version of the key lead out of it
     quarantined     needs a person; `reason` and `detail` say why
     source_changed  the object was replaced after planning; the new version has a job of its own
-    cancelled       an operator's wish, or a newer version of the key took its place
+    cancelled       an operator's wish (and back by his retry), or a newer version of the key took its place
 
 Every transition changes `token`. Every write of a worker names id and token and requires the state
 `running`: a worker that was paused past its lease, or whose job was cancelled, gets `StaleJobError` and its
 transaction rolls back. That is the fence. Leases are judged by the database's clock alone.
 
-Every function receives a session and leaves the commit to its caller. Media objects are locked before their
-jobs, and rows of one table in the order of their ids, so that no two of these transactions deadlock.
+A source that refuses everything pauses itself (`common/sources.py`): its pending jobs are passed over, and those it
+refused wait for their turn instead of filling the quarantine.
+
+Every function receives a session and leaves the commit to its caller. Media objects are locked before their jobs,
+jobs before their sources, and rows of one table in the order of their ids, so that no two of these transactions
+deadlock.
 """
 
 from __future__ import annotations
 
+import hashlib
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -29,8 +35,10 @@ from sqlalchemy import CursorResult, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from common import audit, sources
 from common.domain import (
     ACTIVE_STATES,
+    REFUSALS,
     AttemptOutcome,
     JobKind,
     JobState,
@@ -39,11 +47,13 @@ from common.domain import (
     MediaKind,
     ObservedAt,
     ObservedAtSource,
+    PausePolicy,
     PipelineSpec,
     Reason,
     VideoInfo,
 )
 from common.planning import PlannedObject
+from common.retention import PURGED_BEFORE_SQL, purged_before
 from common.storage import FILE_BUCKET
 from common.tables import Camera, DirtyMark, Job, Location, MediaObject, Pipeline
 
@@ -54,8 +64,17 @@ DETAIL_LIMIT = 2000
 #: Reasons of objects whose time is unknown: only a pattern that fits can help them.
 UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME)
 
-#: Whether a chunk belongs to the plan of its video as it stands: those of a withdrawn version's plan don't.
-_PLANNED = "{jobs}.state NOT IN ('cancelled', 'source_changed')"
+#: Reasons that no retry helps against.
+HOPELESS = (*UNPLACED, Reason.PURGED)
+
+#: Whether a chunk belongs to the plan of its video as it stands: those of a withdrawn version's plan don't. One that an
+#: operator has cancelled does: its neighbours must not do its part.
+_PLANNED = "({jobs}.state NOT IN ('cancelled', 'source_changed') OR {jobs}.reason = 'cancelled_by_operator')"
+
+_ACTIVE = ", ".join(f"'{state.value}'" for state in ACTIVE_STATES)
+
+#: Held by transactions that register objects (shared) and that erase some: "maskwatch erase".
+_ERASE_LOCK = 0x6D77_6572
 
 
 class StaleJobError(Exception):
@@ -78,6 +97,7 @@ class ClaimedJob:
     kind: JobKind
     attempt: int
     media_object_id: int
+    source_id: int
     bucket: str
     key: str
     etag: str
@@ -125,6 +145,8 @@ class Registered:
     #: Known objects that belong to another location or camera; they stay there.
     elsewhere: int = 0
     first_elsewhere: str | None = None
+    #: Objects that somebody has erased: they stay out.
+    erased: int = 0
 
 
 def register(
@@ -143,7 +165,8 @@ def register(
     Whatever is known already stays as it is, so registering twice changes nothing. A newer version of a key
     takes the place of the older one: its jobs are cancelled, its rows deleted, its hours marked. Bytes that
     come back after another version are analysed again. An object that an earlier pattern could not place in
-    time gets its second chance when the new one can.
+    time gets its second chance when the new one can. What was erased stays out; what was seen in purged time is
+    quarantined.
 
     `newest` says that the objects were just looked at, whatever their times say; without it a version that was
     modified before the current one is taken for a listing that another producer has overtaken.
@@ -152,7 +175,12 @@ def register(
     if not planned:
         return result
     bucket = planned[0].info.bucket
-    by_key = {item.info.key: item for item in planned}
+    by_key = {item.info.key: item for item in _not_erased(session, planned)}
+    result.erased = len(planned) - len(by_key)
+    if not by_key:
+        return result
+    source_id = sources.ensure(session, bucket)
+    purged = purged_before(session)
     # The time of a local file is whatever its writer set, so it tells nothing of the order.
     result.superseded = _supersede_older(session, bucket, by_key, newest=newest or bucket == FILE_BUCKET)
     result.new += _revive(session, bucket, by_key)
@@ -173,13 +201,22 @@ def register(
         if (location_id, camera_id) != (location.id, camera.id if camera else None):
             result.elsewhere += 1
             result.first_elsewhere = result.first_elsewhere or f"{bucket}/{key}"
-        jobs.append(_job_values(media_id, by_key[key], pipeline, lane, backfill_id))
+        jobs.append(
+            {
+                "media_object_id": media_id,
+                "source_id": source_id,
+                "pipeline_id": pipeline.id,
+                "backfill_id": backfill_id,
+                "lane": lane.value,
+                **_job_values(by_key[key], purged),
+            }
+        )
     made: Sequence[Any] = ()
     if jobs:
         made = session.execute(insert(Job).values(jobs).on_conflict_do_nothing().returning(Job.id, Job.state)).all()
     result.new += len(made)
     result.quarantined = sum(state is JobState.QUARANTINED for _, state in made)
-    result.known = len(planned) - result.new
+    result.known = len(by_key) - result.new
     placed = [item for item in by_key.values() if item.reason is None and item.observed_at]
     _replan(session, bucket, placed, location, camera)
     return result
@@ -203,20 +240,39 @@ def _media_values(item: PlannedObject, location: Location, camera: Camera | None
     }
 
 
-def _job_values(
-    media_id: int, item: PlannedObject, pipeline: Pipeline, lane: Lane, backfill_id: int | None
-) -> dict[str, Any]:
+def _job_values(item: PlannedObject, purged: datetime | None) -> dict[str, Any]:
+    """Of the first job of an object: what it is, and why it can't be done, if so."""
+    reason, detail = item.reason, item.detail
+    if reason is None and purged is not None and item.observed_at is not None and item.observed_at.instant < purged:
+        reason, detail = Reason.PURGED, f"{item.info.uri}: {purged_detail(item.observed_at.instant, purged)}"
     return {
-        "media_object_id": media_id,
-        "pipeline_id": pipeline.id,
-        "backfill_id": backfill_id,
         "kind": JobKind.IMAGE if item.kind is MediaKind.IMAGE else JobKind.PROBE,
-        "lane": lane.value,
-        "state": JobState.QUARANTINED if item.reason else JobState.PENDING,
-        "reason": item.reason,
-        "detail": item.detail,
-        "finished_at": func.clock_timestamp() if item.reason else None,
+        "state": JobState.QUARANTINED if reason else JobState.PENDING,
+        "reason": reason,
+        "detail": detail,
+        "finished_at": func.clock_timestamp() if reason else None,
     }
+
+
+def purged_detail(seen_at: datetime, purged: datetime) -> str:
+    """Why footage of purged time is refused."""
+    return f"seen at {seen_at:%Y-%m-%d %H:%M:%S} UTC, and everything before {purged:%Y-%m-%d} was purged"
+
+
+def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[PlannedObject]:
+    """Those that nobody has erased."""
+    # Shared with others that register; an erasure waits for us, or we for it and then see what it erased.
+    session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": _ERASE_LOCK})
+    by_hash = {_uri_hash(item.info.uri): item for item in planned}
+    erased = session.execute(
+        text("SELECT uri_sha256 FROM erased_objects WHERE uri_sha256 = ANY(:hashes)"), {"hashes": list(by_hash)}
+    ).scalars()
+    gone = set(map(bytes, erased))
+    return [item for uri_hash, item in by_hash.items() if uri_hash not in gone]
+
+
+def _uri_hash(uri: str) -> bytes:
+    return hashlib.sha256(uri.encode()).digest()
 
 
 def _supersede_older(session: Session, bucket: str, by_key: dict[str, PlannedObject], *, newest: bool) -> int:
@@ -254,9 +310,7 @@ def _revive(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> 
             "), again AS (SELECT j.id FROM jobs j JOIN back ON back.id = j.media_object_id"
             # Chunks are planned anew by the probe, perhaps with another length or start of the recording.
             " WHERE j.state IN ('cancelled', 'source_changed') AND j.kind <> 'chunk' ORDER BY j.id FOR UPDATE OF j"
-            ") UPDATE jobs SET state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0,"
-            " lost_leases = 0, finished_at = NULL, reason = NULL, detail = NULL"
-            " FROM again WHERE jobs.id = again.id RETURNING jobs.id"
+            f") UPDATE jobs SET {_ANEW} FROM again WHERE jobs.id = again.id RETURNING jobs.id"
         ),
         {
             "bucket": bucket,
@@ -278,7 +332,9 @@ def _withdraw(session: Session, media_ids: Sequence[int], detail: str) -> None:
         text(
             "WITH stopped AS ("
             " SELECT id, state, attempt, worker, started_at FROM jobs WHERE media_object_id = ANY(:ids)"
-            " AND state NOT IN ('cancelled', 'source_changed') ORDER BY id FOR UPDATE"
+            # Also what an operator had cancelled: should these bytes come back, they are planned from the start.
+            " AND state <> 'source_changed' AND (state <> 'cancelled' OR reason = 'cancelled_by_operator')"
+            " ORDER BY id FOR UPDATE"
             "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
             " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
             " WHERE state = 'running'"
@@ -288,18 +344,23 @@ def _withdraw(session: Session, media_ids: Sequence[int], detail: str) -> None:
         ),
         parameters,
     )
+    of_media = "SELECT id FROM jobs WHERE media_object_id = ANY(:ids)"
+    # Purged hours keep what was counted in them, as their summaries stay.
+    _delete_rows(session, of_media, f"AND hour >= {PURGED_BEFORE_SQL}", parameters)
+
+
+def _delete_rows(session: Session, job_ids: str, counts: str, parameters: dict[str, Any]) -> None:
+    """Delete what these jobs wrote, and mark the hours it counted in. `counts` limits which frame counts go."""
     session.execute(
         text(
-            "WITH gone AS (DELETE FROM frame_counts WHERE job_id IN"
-            " (SELECT id FROM jobs WHERE media_object_id = ANY(:ids)) RETURNING location_id, pipeline_id, hour)"
+            f"WITH gone AS (DELETE FROM frame_counts WHERE job_id IN ({job_ids}) {counts}"
+            " RETURNING location_id, pipeline_id, hour)"
             " INSERT INTO dirty_marks (location_id, pipeline_id, hour) SELECT DISTINCT location_id, pipeline_id, hour"
             " FROM gone"
         ),
         parameters,
     )
-    session.execute(
-        text("DELETE FROM faces WHERE job_id IN (SELECT id FROM jobs WHERE media_object_id = ANY(:ids))"), parameters
-    )
+    session.execute(text(f"DELETE FROM faces WHERE job_id IN ({job_ids})"), parameters)
 
 
 def _replan(
@@ -362,22 +423,46 @@ def take_pending(
     """pending → queued for at most `limit` jobs, live lane first. Publish only after the commit.
 
     `alone` selects the jobs that are sent in a message of their own. A video's job counts as `video_counts_as` of the
-    limit: it fills a message that would hold so many pictures. SKIP LOCKED: two dispatchers share the work instead of
-    waiting for each other.
+    limit: it fills a message that would hold so many pictures. Those of paused sources are passed over. SKIP LOCKED:
+    two dispatchers share the work instead of waiting for each other.
     """
+    return _queue(
+        session,
+        "WITH picked AS ("
+        # Source by source, so that a paused one costs nothing, however many of its jobs wait.
+        " SELECT next.id, next.lane, next.kind FROM sources CROSS JOIN LATERAL ("
+        # A literal and not a parameter, so that every plan can use the index of its half.
+        f"  SELECT id, lane, kind FROM jobs WHERE source_id = sources.id AND state = 'pending'"
+        f"  AND {'alone' if alone else 'NOT alone'} ORDER BY lane, id LIMIT :limit FOR UPDATE SKIP LOCKED) AS next"
+        " WHERE sources.paused_at IS NULL ORDER BY next.lane, next.id LIMIT :limit"
+        "), chosen AS (SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :video END) OVER (ORDER BY lane, id)"
+        " <= :limit AS fits FROM picked)",
+        {"limit": limit, "epoch": epoch, "video": video_counts_as},
+    )
+
+
+def take_trials(session: Session, *, epoch: str, policy: PausePolicy) -> list[DispatchedJob]:
+    """pending → queued for one job of each paused source whose trial is due; each is to be sent alone."""
+    taken: list[DispatchedJob] = []
+    for source_id in sources.take_due_trials(session, policy):
+        taken += _queue(
+            session,
+            "WITH chosen AS (SELECT id, true AS fits FROM jobs WHERE source_id = :source AND state = 'pending'"
+            " ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)",
+            {"source": source_id, "epoch": epoch},
+        )
+    return taken
+
+
+def _queue(session: Session, chosen: str, parameters: dict[str, Any]) -> list[DispatchedJob]:
+    """pending → queued for what the query names `chosen` (id, fits), live lane first."""
     rows = session.execute(
         text(
-            "WITH picked AS ("
-            # A literal and not a parameter, so that every plan can use the index of its half.
-            f" SELECT id, lane, kind FROM jobs WHERE state = 'pending' AND {'alone' if alone else 'NOT alone'}"
-            " ORDER BY lane, id LIMIT :limit FOR UPDATE SKIP LOCKED"
-            "), counted AS (SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :video END) OVER (ORDER BY lane, id)"
-            " AS total FROM picked"
-            ") UPDATE jobs SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(),"
-            " epoch = :epoch FROM counted WHERE jobs.id = counted.id AND counted.total <= :limit"
+            f"{chosen} UPDATE jobs SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(),"
+            " epoch = :epoch FROM chosen WHERE jobs.id = chosen.id AND chosen.fits"
             " RETURNING jobs.id, jobs.token, jobs.kind, jobs.pipeline_id, jobs.lane"
         ),
-        {"limit": limit, "epoch": epoch, "video": video_counts_as},
+        parameters,
     ).all()
     rows = sorted(rows, key=lambda row: (row.lane, row.id))
     return [DispatchedJob(JobRef(row.id, row.token), JobKind(row.kind), row.pipeline_id) for row in rows]
@@ -416,8 +501,9 @@ def claim(
             " UPDATE jobs SET state = 'running', token = gen_random_uuid(), attempt = attempt + 1, worker = :worker,"
             " started_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease)"
             " FROM wanted WHERE jobs.id = wanted.id RETURNING jobs.*"
-            ") SELECT held.id, held.token, held.kind, held.attempt, held.media_object_id, held.pipeline_id,"
-            " held.backfill_id, held.lane, held.range_start_ms, held.range_end_ms, m.duration_seconds,"
+            ") SELECT held.id, held.token, held.kind, held.attempt, held.media_object_id, held.source_id,"
+            " held.pipeline_id, held.backfill_id, held.lane, held.range_start_ms, held.range_end_ms,"
+            " m.duration_seconds,"
             " held.kind = 'chunk' AND NOT EXISTS (SELECT FROM jobs later WHERE later.kind = 'chunk'"
             " AND later.media_object_id = held.media_object_id AND later.pipeline_id = held.pipeline_id"
             f" AND later.range_start_ms >= held.range_end_ms AND {_PLANNED.format(jobs='later')}) AS last,"
@@ -434,6 +520,7 @@ def claim(
             kind=JobKind(row.kind),
             attempt=row.attempt,
             media_object_id=row.media_object_id,
+            source_id=row.source_id,
             bucket=row.bucket,
             key=row.key,
             etag=row.etag,
@@ -498,6 +585,7 @@ def succeed(
     if seen != job.observed_at:
         _set_observed_at(session, job.media_object_id, seen)
     _end(session, job.ref, "state = 'succeeded'", AttemptOutcome.SUCCEEDED, reason, detail, fence=fence)
+    sources.answered(session, job.source_id)
 
 
 def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: Sequence[tuple[int, int]]) -> int:
@@ -522,8 +610,9 @@ def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: S
     )
     return _count(
         session,
-        "INSERT INTO jobs (media_object_id, pipeline_id, backfill_id, kind, lane, range_start_ms, range_end_ms)"
-        " SELECT :media, :pipeline, :backfill, 'chunk', :lane, start_ms, end_ms"
+        "INSERT INTO jobs"
+        " (media_object_id, source_id, pipeline_id, backfill_id, kind, lane, range_start_ms, range_end_ms)"
+        " SELECT :media, :source, :pipeline, :backfill, 'chunk', :lane, start_ms, end_ms"
         " FROM unnest(CAST(:starts AS bigint[]), CAST(:ends AS bigint[])) AS planned (start_ms, end_ms)"
         " WHERE NOT EXISTS (SELECT FROM jobs WHERE media_object_id = :media AND pipeline_id = :pipeline"
         f" AND kind = 'chunk' AND {_PLANNED.format(jobs='jobs')})"
@@ -533,6 +622,7 @@ def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: S
         " WHERE jobs.state IN ('cancelled', 'source_changed')",
         {
             **values,
+            "source": job.source_id,
             "backfill": job.backfill_id,
             "lane": job.lane.value,
             "starts": [start for start, _ in ranges_ms],
@@ -578,6 +668,41 @@ def retry_later(
 def quarantine(session: Session, job: ClaimedJob, reason: Reason, detail: str) -> None:
     """running → quarantined after an error that another try can't mend."""
     _end(session, job.ref, "state = 'quarantined'", AttemptOutcome.QUARANTINED, reason, detail)
+    if reason not in (*REFUSALS, Reason.OBJECT_GONE):
+        sources.answered(session, job.source_id)
+
+
+def refuse(
+    session: Session,
+    job: ClaimedJob,
+    reason: Reason,
+    detail: str,
+    *,
+    policy: PausePolicy,
+    max_attempts: int,
+    base: float,
+    cap: float,
+) -> JobState:
+    """The job's source denied or throttled it (`domain.REFUSALS`): count that, and move the job accordingly.
+
+    Of a source that goes on giving other objects, a denied one is quarantined at once and a throttled one tried again
+    (`retry_later`). Once the source is paused, both wait, spread over the pause's longest wait, and count as failed
+    tries. Returns the new state.
+    """
+    held = session.scalar(
+        text("SELECT id FROM jobs WHERE id = :id AND token = :token AND state = 'running' FOR UPDATE"),
+        {"id": job.ref.id, "token": job.ref.token},
+    )
+    if held is None:
+        raise StaleJobError(f"job {job.ref.id} is no longer held under token {job.ref.token}")
+    paused = sources.refused(session, job.source_id, reason, _storable(detail) or "", policy)
+    if paused:
+        wait = policy.cap_seconds
+        return retry_later(session, job, reason, detail, max_attempts=max_attempts, base=wait, cap=wait)
+    if reason is Reason.STORAGE_UNAVAILABLE:
+        return retry_later(session, job, reason, detail, max_attempts=max_attempts, base=base, cap=cap)
+    quarantine(session, job, reason, detail)
+    return JobState.QUARANTINED
 
 
 def source_changed(session: Session, job: ClaimedJob, detail: str) -> None:
@@ -709,26 +834,139 @@ def recover_queued(session: Session, *, epoch: str, overdue_seconds: float, queu
     )
 
 
+def recover_refused(session: Session, *, policy: PausePolicy, max_attempts: int) -> int:
+    """quarantined → retry_wait for what a source refused before it was found to refuse everything."""
+    return _count(
+        session,
+        "WITH refused AS (SELECT jobs.id FROM sources JOIN jobs ON jobs.source_id = sources.id"
+        " WHERE sources.paused_at IS NOT NULL AND jobs.state = 'quarantined'"
+        # Those that ran out of tries are not among them: they were refused in earlier pauses, too.
+        " AND jobs.finished_at >= sources.refusing_since AND jobs.reason = ANY(:refusals)"
+        " AND jobs.failures + 1 < :max ORDER BY jobs.id FOR UPDATE OF jobs SKIP LOCKED)"
+        " UPDATE jobs SET state = 'retry_wait', token = gen_random_uuid(), failures = failures + 1,"
+        " finished_at = NULL, next_run_at = clock_timestamp() + make_interval(secs => random() * :cap) FROM refused"
+        " WHERE jobs.id = refused.id",
+        {"refusals": list(REFUSALS), "cap": policy.cap_seconds, "max": max_attempts},
+    )
+
+
 # --- the operator's side ----------------------------------------------------------------------------------
 
+#: Back to the start, as if it had never been tried.
+_ANEW = (
+    "state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0, lost_leases = 0, finished_at = NULL,"
+    " reason = NULL, detail = NULL"
+)
 
-def retry(session: Session, job_ids: Sequence[int] | None = None) -> list[int]:
-    """quarantined → pending, counters reset, for these jobs or for all; returns the ids that moved.
 
-    Not those that no pattern could place in time: without one they would count under their upload time.
+def retry(session: Session, job_ids: Sequence[int] | None = None, *, by: str) -> list[int]:
+    """quarantined → pending, counters reset, for these jobs or for all; returns the ids that moved. Named ones are
+    also taken back that an operator had cancelled.
+
+    Not those that no pattern could place in time (without one they would count under their upload time), and not
+    what was seen in purged time. `by` is recorded.
     """
-    only = "AND id = ANY(:ids)" if job_ids is not None else ""
+    chosen = "state = 'quarantined' AND reason <> ALL(:hopeless)"
+    if job_ids is not None:
+        chosen = f"id = ANY(:ids) AND ({chosen} OR (state = 'cancelled' AND reason = 'cancelled_by_operator'))"
     rows = session.execute(
         text(
-            f"WITH chosen AS (SELECT id FROM jobs WHERE state = 'quarantined' {only} AND reason <> ALL(:unplaced)"
-            " ORDER BY id FOR UPDATE)"
-            " UPDATE jobs SET state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0,"
-            " lost_leases = 0, finished_at = NULL, reason = NULL, detail = NULL FROM chosen"
-            " WHERE jobs.id = chosen.id RETURNING jobs.id"
+            f"WITH chosen AS (SELECT id FROM jobs WHERE {chosen} ORDER BY id FOR UPDATE)"
+            f" UPDATE jobs SET {_ANEW} FROM chosen WHERE jobs.id = chosen.id RETURNING jobs.id"
         ),
-        {"unplaced": list(UNPLACED), **({"ids": list(job_ids)} if job_ids is not None else {})},
+        {"hopeless": list(HOPELESS), **({"ids": list(job_ids)} if job_ids is not None else {})},
     )
-    return sorted(rows.scalars())
+    return _recorded(session, "retry", by, rows.scalars())
+
+
+def cancel(
+    session: Session, job_ids: Sequence[int] | None = None, *, by: str, backfill_id: int | None = None
+) -> list[int]:
+    """active → cancelled, for these jobs or for those of a backfill; returns the ids that moved. `by` is recorded.
+
+    A worker that is at one of them goes on until it asks for its lease or wants to commit, and is refused.
+    """
+    assert (job_ids is None) is not (backfill_id is None), "name the jobs or the backfill"
+    which, value = (
+        ("id = ANY(:which)", list(job_ids or ())) if backfill_id is None else ("backfill_id = :which", backfill_id)
+    )
+    rows = session.execute(
+        text(
+            "WITH stopped AS ("
+            f" SELECT id, state, attempt, worker, started_at FROM jobs WHERE {which} AND state IN ({_ACTIVE})"
+            " ORDER BY id FOR UPDATE"
+            "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
+            " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
+            " WHERE state = 'running'"
+            ") UPDATE jobs SET state = 'cancelled', token = gen_random_uuid(), lease_until = NULL, worker = NULL,"
+            " next_run_at = NULL, finished_at = clock_timestamp(), reason = :reason, detail = :detail"
+            " FROM stopped WHERE jobs.id = stopped.id RETURNING jobs.id"
+        ),
+        {"which": value, "reason": Reason.CANCELLED_BY_OPERATOR.value, "detail": f"by {by}"},
+    )
+    return _recorded(session, "cancel", by, rows.scalars())
+
+
+def rerun(session: Session, job_ids: Sequence[int], *, by: str) -> list[int]:
+    """succeeded → pending for these pictures and chunks; what they had written is deleted, and its hours marked, in
+    the same transaction. Returns the ids that moved. `by` is recorded.
+
+    Not probes (a video keeps its plan), and not what counted in purged hours (it could not be stored again).
+    """
+    session.execute(
+        text(
+            "SELECT FROM media_objects WHERE id IN (SELECT media_object_id FROM jobs WHERE id = ANY(:ids))"
+            " ORDER BY id FOR UPDATE"
+        ),
+        {"ids": list(job_ids)},
+    )
+    rows = session.execute(
+        text(
+            "WITH chosen AS (SELECT id FROM jobs WHERE id = ANY(:ids) AND state = 'succeeded' AND kind <> 'probe'"
+            " AND NOT EXISTS (SELECT FROM frame_counts c WHERE c.job_id = jobs.id"
+            f" AND c.hour < {PURGED_BEFORE_SQL}) ORDER BY id FOR UPDATE)"
+            f" UPDATE jobs SET {_ANEW} FROM chosen WHERE jobs.id = chosen.id RETURNING jobs.id"
+        ),
+        {"ids": list(job_ids)},
+    )
+    moved = _recorded(session, "rerun", by, rows.scalars())
+    _delete_rows(session, "SELECT unnest(CAST(:ids AS bigint[]))", "", {"ids": moved})
+    return moved
+
+
+def _recorded(session: Session, action: str, by: str, job_ids: Iterable[int]) -> list[int]:
+    moved = sorted(job_ids)
+    if moved:
+        audit.record(session, action, by, job_ids=moved)
+    return moved
+
+
+def erase(session: Session, bucket: str, key: str, *, by: str) -> int:
+    """Remove everything that came from an object, in all its versions: faces, counts, jobs and their story, and the
+    object itself, which stays out from now on. Marks the hours it counted in. Returns how many versions there were.
+
+    What remains is a hash of its URI, and the sums of purged hours, which can't be made without it any more.
+    """
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ERASE_LOCK})
+    media_ids = session.scalars(
+        select(MediaObject.id)
+        .where(MediaObject.bucket == bucket, MediaObject.key == key)
+        .order_by(MediaObject.id)
+        .with_for_update()
+    ).all()
+    parameters = {"ids": list(media_ids)}
+    of_media = "SELECT id FROM jobs WHERE media_object_id = ANY(:ids)"
+    # A worker that is about to commit one of them waits here, finds it gone, and is refused.
+    session.execute(text(f"{of_media} ORDER BY id FOR UPDATE"), parameters)
+    _delete_rows(session, of_media, "", parameters)
+    session.execute(text("DELETE FROM jobs WHERE media_object_id = ANY(:ids)"), parameters)
+    session.execute(text("DELETE FROM media_objects WHERE id = ANY(:ids)"), parameters)
+    session.execute(text("UPDATE backfills SET cursor = NULL WHERE cursor = :key"), {"key": key})
+    session.execute(
+        text("INSERT INTO erased_objects (uri_sha256, action_id) VALUES (:hash, :action) ON CONFLICT DO NOTHING"),
+        {"hash": _uri_hash(f"{bucket}/{key}"), "action": audit.record(session, "erase", by)},
+    )
+    return len(media_ids)
 
 
 def counts_by_state(session: Session, backfill_id: int | None = None) -> dict[JobState, int]:

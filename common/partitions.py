@@ -1,8 +1,9 @@
 """Monthly partitions of `faces`: made ahead by the migrator and the planner, never by a worker.
 
-Each is made in a transaction of its own under an advisory lock: made concurrently, or inside a writer's
-transaction, they fail or deadlock. Rows that arrived before their partition wait in `faces_default`
-and are moved when it is made. While somebody reads `faces` for long, that is put off: nothing is lost by it.
+Each is made in a transaction of its own, by a function of the schema (`make_faces_partition`) under an advisory lock:
+made concurrently, or inside a writer's transaction, they fail or deadlock. Rows that arrived before their partition
+wait in `faces_default` and are moved when it is made. While somebody reads `faces` for long, that is put off: nothing
+is lost by it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,12 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import psycopg
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
 from common.telemetry import get_logger
 
 log = get_logger(__name__)
-
-#: Any constant that nothing else locks: "maskwatch partitions".
-PARTITION_LOCK = 0x6D77_7061
 
 
 def month_of(instant: datetime) -> datetime:
@@ -62,33 +60,14 @@ def split_default(engine: Engine) -> list[str]:
 
 
 def _exists(engine: Engine, month: datetime) -> bool:
-    with engine.connect() as connection:
-        return _is_there(connection, partition_name(month))
-
-
-def _is_there(connection: Connection, name: str) -> bool:
-    # Read from pg_class as rows, because to_regclass() may answer from what this connection remembers from
-    # before it waited for the lock.
     query = "SELECT FROM pg_class WHERE relname = :name AND relnamespace = current_schema()::regnamespace"
-    return connection.execute(text(query), {"name": name}).first() is not None
+    with engine.connect() as connection:
+        return connection.execute(text(query), {"name": partition_name(month)}).first() is not None
 
 
 def _make(engine: Engine, month: datetime) -> list[str]:
-    name = partition_name(month)  # digits only: safe to put into DDL, which takes no parameters
-    start, end = month.isoformat(), next_month(month).isoformat()
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL lock_timeout = '2s'"))
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": PARTITION_LOCK})
-        if _is_there(connection, name):
-            return []
-        # Filled first and attached then, because ATTACH refuses while the default holds rows of this month.
-        connection.execute(text("LOCK TABLE faces_default IN ACCESS EXCLUSIVE MODE"))
-        connection.execute(text(f"CREATE TABLE {name} (LIKE faces INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"))
-        connection.execute(
-            text(
-                f"WITH moved AS (DELETE FROM faces_default WHERE observed_at >= '{start}'"
-                f" AND observed_at < '{end}' RETURNING *) INSERT INTO {name} SELECT * FROM moved"
-            )
-        )
-        connection.execute(text(f"ALTER TABLE faces ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')"))
-    return [name]
+        # A function of the schema's owner: the planner needs no right to change tables.
+        made = connection.scalar(text("SELECT make_faces_partition(:month)"), {"month": month})
+    return [partition_name(month)] if made else []

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from common.domain import PipelineSpec, SampleMode
+from common.domain import PausePolicy, PipelineSpec, SampleMode
 from common.manifest import ModelKind, pinned_model
 
 _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch" / "models"
@@ -107,8 +107,17 @@ class LedgerSettings(BaseModel):
     max_lost_leases: int = Field(10, ge=1, description="expired leases of unknown cause before quarantine")
     retry_base_seconds: float = Field(2.0, gt=0)
     retry_cap_seconds: float = Field(300.0, gt=0)
+    pause_after_refusals: int = Field(
+        8, ge=1, description="refusals in a row, with nothing answered in between, that pause a source"
+    )
+    pause_seconds: float = Field(30.0, gt=0, description="until a paused source is first tried again; then doubled")
+    pause_cap_seconds: float = Field(600.0, gt=0, description="the longest wait between two trials")
     overdue_seconds: float = Field(30.0, gt=0, description="a queued job older than this, with an empty queue, is lost")
     fence: bool = Field(True, description="off only in tests: shows that the fence is what keeps rows single")
+
+    @property
+    def pause_policy(self) -> PausePolicy:
+        return PausePolicy(self.pause_after_refusals, self.pause_seconds, self.pause_cap_seconds)
 
 
 class DispatchSettings(BaseModel):
@@ -129,6 +138,7 @@ class Settings(BaseSettings):
         extra="ignore",
     )
 
+    operator: str | None = Field(None, description="who gives commands, for the record; unset: user@host")
     state_dir: Path = Field(Path(".maskwatch"), description="where the embedded stack keeps its state")
     models_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
         _MODELS_DIR, description="where pulled and imported model files lie"

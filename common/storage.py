@@ -96,6 +96,20 @@ def open_source(source: str, settings: Settings) -> tuple[ObjectStore, str]:
     return _open(bucket, settings.storage), prefix
 
 
+def named_object(uri: str) -> tuple[str, str]:
+    """(bucket, key) of one object, as the ledger names it, from a URI or a path. It need not exist any more."""
+    if "://" not in uri:
+        uri = f"{FILE_BUCKET}{Path(uri).expanduser().absolute()}"
+    if not uri.startswith(("s3://", FILE_BUCKET)):
+        raise MaskwatchError(f"{uri!r} is no s3://bucket/key and no path")
+    bucket, key = split_uri(uri)
+    if bucket == FILE_BUCKET:
+        key = os.path.normpath(f"/{key}").lstrip("/")
+    if not is_storable(key):
+        raise MaskwatchError(f"{uri!r} names no object")
+    return bucket, key
+
+
 def is_storable(key: str) -> bool:
     """Whether the ledger can hold this key: UTF-8 without NUL, short enough for an index. (File systems allow
     more; S3 keys have at most 1,024 bytes.)"""

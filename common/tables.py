@@ -119,6 +119,25 @@ class Backfill(Base):
     finished_at: Mapped[datetime | None]
 
 
+class Source(Base):
+    """Where footage lies: a bucket, or `file://`. One that refuses everything pauses itself (`common/sources.py`)."""
+
+    __tablename__ = "sources"
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    bucket: Mapped[str] = mapped_column(unique=True)
+    #: Refusals in a row, and when the first of them began; 0 and NULL once it has answered again.
+    refusals: Mapped[int] = mapped_column(server_default=text("0"))
+    refusing_since: Mapped[datetime | None]
+    #: While this is set, nothing of it is sent but a single job at `next_trial_at`.
+    paused_at: Mapped[datetime | None]
+    next_trial_at: Mapped[datetime | None]
+    trials: Mapped[int] = mapped_column(server_default=text("0"))
+    reason: Mapped[str | None]
+    detail: Mapped[str | None]
+    created_at: Mapped[datetime] = _created_at()
+
+
 class MediaObject(Base):
     """One version of one object: (bucket, key, revision); the revision is the version id or the ETag."""
 
@@ -172,17 +191,20 @@ class Job(Base):
         # A media object is planned once per pipeline and range.
         UniqueConstraint("media_object_id", "pipeline_id", "kind", "range_start_ms", "range_end_ms"),
         CheckConstraint("range_start_ms >= 0 AND range_end_ms >= range_start_ms", name="range"),
-        Index("ix_jobs_pending", "lane", "id", postgresql_where=text("state = 'pending' AND NOT alone")),
-        Index("ix_jobs_pending_alone", "lane", "id", postgresql_where=text("state = 'pending' AND alone")),
+        Index("ix_jobs_pending", "source_id", "lane", "id", postgresql_where=text("state = 'pending' AND NOT alone")),
+        Index("ix_jobs_pending_alone", "source_id", "lane", "id", postgresql_where=text("state = 'pending' AND alone")),
         Index("ix_jobs_retry_wait", "next_run_at", postgresql_where=text("state = 'retry_wait'")),
         Index("ix_jobs_queued", "queued_at", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_running", "lease_until", postgresql_where=text("state = 'running'")),
         Index("ix_jobs_quarantined", "id", postgresql_where=text("state = 'quarantined'")),
+        Index("ix_jobs_quarantined_source", "source_id", "finished_at", postgresql_where=text("state = 'quarantined'")),
         Index(None, "backfill_id"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     media_object_id: Mapped[int] = mapped_column(ForeignKey("media_objects.id"))
+    #: Of the media object's bucket; here, too, so that dispatch can pass over a paused one.
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"))
     pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
     backfill_id: Mapped[int | None] = mapped_column(ForeignKey("backfills.id"))
     kind: Mapped[JobKind] = mapped_column(_enum(JobKind, "kind"))
@@ -228,6 +250,52 @@ class JobAttempt(Base):
     ended_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     reason: Mapped[str | None]
     detail: Mapped[str | None]
+
+
+class OperatorAction(Base):
+    """What a person did to jobs or footage, who, and when. Append-only."""
+
+    __tablename__ = "operator_actions"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    action: Mapped[str]
+    #: Whom the command line took them for, and as whom they came to the database.
+    by: Mapped[str]
+    database_user: Mapped[str] = mapped_column(server_default=text("SESSION_USER"))
+    detail: Mapped[str | None]
+    at: Mapped[datetime] = _created_at()
+
+
+class OperatorActionJob(Base):
+    """A job that an action changed."""
+
+    __tablename__ = "operator_action_jobs"
+    __table_args__ = (PrimaryKeyConstraint("job_id", "action_id"),)
+
+    action_id: Mapped[int] = mapped_column(ForeignKey("operator_actions.id"))
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+
+
+class Purge(Base):
+    """Faces seen before an instant were removed: see `workers/purging.py`. The latest `before` is what counts."""
+
+    __tablename__ = "purges"
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    before: Mapped[datetime]
+    action_id: Mapped[int] = mapped_column(ForeignKey("operator_actions.id"))
+    #: From then on the summaries of that time stay as they are.
+    frozen_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class ErasedObject(Base):
+    """An object that may not come back. By the SHA-256 of its URI, because the name may tell something, too."""
+
+    __tablename__ = "erased_objects"
+
+    uri_sha256: Mapped[bytes] = mapped_column(primary_key=True)
+    action_id: Mapped[int] = mapped_column(ForeignKey("operator_actions.id"))
 
 
 class FrameCount(Base):

@@ -89,7 +89,12 @@ def describe(report: BackfillReport) -> None:
     if report.superseded:
         note(f"  {report.superseded} replaced an older version, whose results were withdrawn")
     if report.quarantined:
-        note(f"  {report.quarantined} can't be placed in time: maskwatch jobs list --state quarantined")
+        note(
+            f"  {report.quarantined} can't be placed in time, or were seen in purged time: "
+            "maskwatch jobs list --state quarantined"
+        )
+    if report.erased:
+        note(f"  {report.erased} were erased and stay out")
     if report.outside_range:
         note(f"  {report.outside_range} outside --since/--until")
     if report.others:

@@ -33,7 +33,8 @@ def dispatch(settings: Settings) -> int:
     with session_scope() as session:
         ledger.wake_retries(session)
         suspects = ledger.take_pending(session, limit=room, alone=True, epoch=epoch)
-        room -= len(suspects)
+        suspects += ledger.take_trials(session, epoch=epoch, policy=settings.ledger.pause_policy)
+        room = max(0, room - len(suspects))
         size = settings.worker.group_size
         others = ledger.take_pending(session, limit=room * size, alone=False, epoch=epoch, video_counts_as=size)
     groups = [[job.ref] for job in suspects] + list(group(others, size))
@@ -67,6 +68,7 @@ def reconcile(settings: Settings) -> dict[str, int]:
     # First what needs no Redis, so that expired leases are recovered while it is away.
     with session_scope() as session:
         found = {"expired_leases": ledger.recover_expired(session, max_lost_leases=limits.max_lost_leases)}
+        found["refused"] = ledger.recover_refused(session, policy=limits.pause_policy, max_attempts=limits.max_attempts)
     with redis_client() as client:
         epoch = ensure_epoch(client)
         empty = queue_length(client, Queue.MEDIA) == 0

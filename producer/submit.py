@@ -38,6 +38,7 @@ class BackfillReport:
     outside_range: int = 0
     others: int = 0
     others_named: list[str] = field(default_factory=list)
+    erased: int = 0
     elsewhere: int = 0
     first_elsewhere: str | None = None
     #: False when the location shows the figures of another pipeline.
@@ -144,6 +145,7 @@ def _add(report: BackfillReport, page: Page, registered: ledger.Registered) -> N
     report.known += registered.known
     report.superseded += registered.superseded
     report.quarantined += registered.quarantined
+    report.erased += registered.erased
     report.elsewhere += registered.elsewhere
     report.first_elsewhere = report.first_elsewhere or registered.first_elsewhere
     report.outside_range += page.outside_range

@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from common.database import session_scope
+from common.retention import frozen_before
 
 #: Any constant that nothing else locks: "maskwatch aggregation".
 AGGREGATION_LOCK = 0x6D77_6167
@@ -88,7 +89,11 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
         ),
         {"limit": limit},
     ).all()
-    hours = sorted({(mark.location_id, mark.pipeline_id, mark.hour) for mark in marks})
+    frozen = frozen_before(session)
+    hours = sorted(
+        # Of purged hours the faces are gone: a recompute would forget them.
+        {(mark.location_id, mark.pipeline_id, mark.hour) for mark in marks if frozen is None or mark.hour >= frozen}
+    )
     if hours:
         locations, pipelines, starts = zip(*hours, strict=True)
         session.execute(

@@ -17,7 +17,9 @@ from sqlalchemy.exc import DBAPIError
 from common import ledger
 from common.database import DatabaseDownError, is_lost, session_scope
 from common.domain import (
+    REFUSALS,
     JobKind,
+    JobState,
     MaskwatchError,
     MediaKind,
     PermanentJobError,
@@ -84,14 +86,10 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> boo
         except DrainedError:
             release([job])
             log.info("given back", job=job.ref.id, uri=job.uri)
-        except PermanentJobError as error:
-            with session_scope() as session:
-                ledger.quarantine(session, job, error.reason, f"{job.uri}: {error.detail}")
-            log.warning("quarantined", job=job.ref.id, uri=job.uri, reason=error.reason.value, detail=error.detail)
+        except (PermanentJobError, TransientJobError) as error:
+            _fail(job, error, settings)
         except SourceChangedError as error:
             _plan_new_version(job, str(error), settings)
-        except TransientJobError as error:
-            _retry_later(job, error.reason, error.detail, settings)
         except (StaleJobError, DatabaseDownError):
             # Without the database there is no ledger to tell: the lease runs out, and the job is found.
             raise
@@ -100,40 +98,55 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> boo
                 raise
             # A fault of ours or of a library: tried again, then kept for a person to look at.
             log.exception("unexpected error", job=job.ref.id, uri=job.uri)
-            _retry_later(job, Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}", settings)
+            _fail(job, TransientJobError(Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}"), settings)
     except StaleJobError as error:
         log.warning("stale commit refused", job=job.ref.id, uri=job.uri, detail=str(error))
     return False
 
 
-def _retry_later(job: ClaimedJob, reason: Reason, detail: str, settings: Settings) -> None:
+def _fail(job: ClaimedJob, error: PermanentJobError | TransientJobError, settings: Settings) -> None:
+    """End an attempt that failed: tried again, or quarantined; a refusal also counts against its source."""
     limits = settings.ledger
+    detail = f"{job.uri}: {error.detail}"
     with session_scope() as session:
-        state = ledger.retry_later(
-            session,
-            job,
-            reason,
-            f"{job.uri}: {detail}",
-            max_attempts=limits.max_attempts,
-            base=limits.retry_base_seconds,
-            cap=limits.retry_cap_seconds,
-        )
-    log.warning("failed", job=job.ref.id, uri=job.uri, reason=reason.value, detail=detail, state=state.value)
+        if error.reason in REFUSALS:
+            state = ledger.refuse(
+                session,
+                job,
+                error.reason,
+                detail,
+                policy=limits.pause_policy,
+                max_attempts=limits.max_attempts,
+                base=limits.retry_base_seconds,
+                cap=limits.retry_cap_seconds,
+            )
+        elif isinstance(error, TransientJobError):
+            state = ledger.retry_later(
+                session,
+                job,
+                error.reason,
+                detail,
+                max_attempts=limits.max_attempts,
+                base=limits.retry_base_seconds,
+                cap=limits.retry_cap_seconds,
+            )
+        else:
+            ledger.quarantine(session, job, error.reason, detail)
+            state = JobState.QUARANTINED
+    log.warning(
+        "failed", job=job.ref.id, uri=job.uri, reason=error.reason.value, detail=error.detail, state=state.value
+    )
 
 
 def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
     """The object was replaced after planning: end this job, and register what lies there now."""
     try:
         found = open_bucket(job.bucket).stat(job.key)
-    except PermanentJobError as error:
-        with session_scope() as session:
-            ledger.quarantine(session, job, error.reason, error.detail)
-        return
-    except TransientJobError as error:
-        _retry_later(job, error.reason, error.detail, settings)
+    except (PermanentJobError, TransientJobError) as error:
+        _fail(job, error, settings)
         return
     if found.etag == job.etag:
-        _retry_later(job, Reason.STORAGE_UNAVAILABLE, f"{detail}, and then had it again", settings)
+        _fail(job, TransientJobError(Reason.STORAGE_UNAVAILABLE, f"{detail}, and then had it again"), settings)
         return
     kind = MediaKind.IMAGE if job.kind is JobKind.IMAGE else MediaKind.VIDEO
     with session_scope() as session:

@@ -12,8 +12,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.domain import Face, FrameFaces, ObservedAt, Reason, VideoInfo
-from common.ledger import ClaimedJob
+from common.domain import Face, FrameFaces, ObservedAt, PermanentJobError, Reason, VideoInfo
+from common.ledger import ClaimedJob, purged_detail
+from common.retention import purged_before
 
 _COPY_FACES = (
     "COPY faces (observed_at, job_id, media_object_id, location_id, camera_id, pipeline_id,"
@@ -30,8 +31,10 @@ class Shortfall:
 
 
 def record_image(session: Session, job: ClaimedJob, faces: Sequence[Face], seen: ObservedAt, *, fence: bool) -> None:
-    """End an image job with its faces. Raises `StaleJobError`, and writes nothing, if the job was lost."""
+    """End an image job with its faces. Raises `StaleJobError`, and writes nothing, if the job was lost;
+    `PermanentJobError` if it was seen in purged time."""
     ledger.succeed(session, job, seen, fence=fence)
+    _leave_out_purged(session, job, [seen.instant])
     # A picture counts as one frame of no length, faces or not.
     _count(session, job, [(seen.instant, 0.0)])
     _copy(session, job, [(seen.instant, 0.0, face, None) for face in faces])
@@ -54,9 +57,19 @@ def record_probe(
 def record_chunk(
     session: Session, job: ClaimedJob, frames: Sequence[FrameFaces], shortfall: Shortfall | None, *, fence: bool
 ) -> None:
-    """End a chunk with its frames. Raises `StaleJobError`, and writes nothing, if the job was lost."""
+    """End a chunk with its frames; those of purged time are left out. Raises `StaleJobError`, and writes nothing, if
+    the job was lost; `PermanentJobError` if all frames were seen in purged time."""
     began = job.observed_at
     assert began is not None, "a chunk is planned by a probe, which settles when the recording began"
+    placed = [(began.instant + timedelta(seconds=frame.offset_seconds), frame) for frame in frames]
+    # So that what follows comes after this transaction's first write: see `purged_before`.
+    session.execute(text("SELECT pg_current_xact_id()"))
+    stored = _leave_out_purged(session, job, [at for at, _ in placed])
+    if not all(stored):
+        placed = [pair for pair, kept in zip(placed, stored, strict=True) if kept]
+        shortfall = Shortfall(
+            Reason.PURGED, f"{job.uri}: {stored.count(False)} frames were seen in purged time and left out"
+        )
     ledger.succeed(
         session,
         job,
@@ -65,7 +78,6 @@ def record_chunk(
         detail=shortfall.detail if shortfall else None,
         fence=fence,
     )
-    placed = [(began.instant + timedelta(seconds=frame.offset_seconds), frame) for frame in frames]
     _count(session, job, [(at, frame.covers_seconds) for at, frame in placed])
     _copy(
         session,
@@ -76,6 +88,23 @@ def record_chunk(
             for face, track_id in zip(frame.faces, frame.track_ids, strict=True)
         ],
     )
+
+
+def _leave_out_purged(session: Session, job: ClaimedJob, ats: Sequence[datetime]) -> list[bool]:
+    """Which of these instants lie in hours of the location that may be stored; `PermanentJobError` if none does."""
+    purged = purged_before(session)
+    if purged is None or not ats:
+        return [True] * len(ats)
+    stored = session.scalars(
+        text(
+            "SELECT date_trunc('hour', at, :zone) >= :purged"
+            " FROM unnest(CAST(:ats AS timestamptz[])) WITH ORDINALITY AS seen (at, number) ORDER BY number"
+        ),
+        {"zone": job.time_zone, "purged": purged, "ats": list(ats)},
+    ).all()
+    if not any(stored):
+        raise PermanentJobError(Reason.PURGED, purged_detail(ats[0], purged))
+    return list(stored)
 
 
 def _count(session: Session, job: ClaimedJob, frames: Sequence[tuple[datetime, float]]) -> None:

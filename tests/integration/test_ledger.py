@@ -257,7 +257,7 @@ def test_an_operator_retries_what_is_in_quarantine_and_nothing_else(session: Ses
     ledger.quarantine(session, bad, Reason.ACCESS_DENIED, "denied \0 and long " + "x" * 5000)
     session.commit()
     assert len(scalar(session, "SELECT detail FROM jobs WHERE state = 'quarantined'")) == ledger.DETAIL_LIMIT
-    assert ledger.retry(session, [bad.ref.id, good.ref.id]) == [bad.ref.id]
+    assert ledger.retry(session, [bad.ref.id, good.ref.id], by="op") == [bad.ref.id]
     session.commit()
     assert states(session) == {"pending": 1, "running": 1}
 
@@ -331,7 +331,7 @@ def test_a_commit_and_a_newer_version_do_not_deadlock(session: Session, monkeypa
 def test_what_no_pattern_could_place_waits_for_one_that_can(session: Session) -> None:
     lost = replace(planned("a.jpg"), observed_at=None, reason=Reason.TIME_PATTERN_MISMATCH, detail="no")
     register(session, lost)
-    assert ledger.retry(session) == []  # it would count under its upload time
+    assert ledger.retry(session, by="op") == []  # it would count under its upload time
     location = catalog.add_location(session, "tokyo", "Asia/Tokyo")
     pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
     ledger.register(

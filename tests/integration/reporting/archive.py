@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 
 from sqlalchemy.orm import Session
 
+from common import sources
 from common.domain import JobKind, JobState, Lane, MaskStatus, MediaKind, ObservedAtSource
 from common.tables import Camera, ComplianceHour, FaceRow, FrameCount, Job, Location, MediaObject, Pipeline
 
@@ -52,6 +53,7 @@ class Archive:
         return self._add(
             Job(
                 media_object_id=media.id,
+                source_id=sources.ensure(self.session, media.bucket),
                 pipeline_id=pipeline.id,
                 kind=JobKind.IMAGE,
                 lane=Lane.BACKFILL,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
+from textwrap import dedent, indent
 from typing import Any
 
 import psutil
@@ -113,6 +114,7 @@ class Lab:
     folder: Path
     random: random.Random
     _logs: int = field(default=0, repr=False)
+    _faults: int = field(default=0, repr=False)
 
     @cached_property
     def engine(self) -> Engine:
@@ -183,6 +185,19 @@ class Lab:
         """Several of them, e.g. `crew("producer", "aggregator", "worker", "worker")`."""
         with ExitStack() as crew:
             yield [crew.enter_context(self.running(command, env=env)) for command in commands]
+
+    def injected(self, fault: str) -> dict[str, str]:
+        """The environment of processes that run this Python code at their start, and so do their children: how a fault
+        or a missing mechanism gets into them."""
+        self._faults += 1
+        folder = self.folder / "faults" / str(self._faults)
+        folder.mkdir(parents=True)
+        # Python imports a module of this name by itself. It may raise nothing: that would only be printed.
+        (folder / "sitecustomize.py").write_text(
+            f"import os\ntry:\n{indent(dedent(fault), '    ')}\nexcept BaseException:\n"
+            "    import traceback\n    traceback.print_exc()\n    os._exit(70)\n"
+        )
+        return {"PYTHONPATH": str(folder)}
 
     @staticmethod
     def children(process: Any) -> list[psutil.Process]:

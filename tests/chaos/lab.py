@@ -208,6 +208,11 @@ class Lab:
             if "spawn_main" in " ".join(child.cmdline())
         ]
 
+    def logged(self, event: str) -> int:
+        """How many lines of the processes' logs tell of an event, by its name."""
+        lines = [line for log in self.folder.glob("logs/*.log") for line in log.read_text().splitlines()]
+        return sum(f'"event": "{event}"' in line for line in lines)
+
     # --- what is promised ---
 
     def wait_until_done(self, count: int, *, seconds: float = 300) -> None:

@@ -68,6 +68,7 @@ class StorageSettings(BaseModel):
 
     endpoint_url: str | None = Field(None, description="an S3-compatible server; unset: AWS")
     max_object_bytes: int = Field(100 * 2**20, gt=0, description="a larger image object is quarantined unread")
+    max_video_bytes: int = Field(2**40, gt=0, description="a larger video object is quarantined unread")
     list_page_size: int = Field(1000, ge=1, le=1000)
     block_bytes: int = Field(256 * 1024, ge=4096, description="videos are read in blocks of this size")
     cached_blocks: int = Field(64, ge=4, description="blocks that a video being read keeps in memory")
@@ -108,7 +109,12 @@ class WorkerSettings(BaseModel):
     threads: int | None = Field(None, ge=1, description="threads per model runtime; unset: cores // processes")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:n")
     runtime: Literal["onnx", "native"] = Field("onnx", description="ONNX Runtime, or torch and TensorFlow themselves")
-    max_image_pixels: int = Field(100_000_000, gt=0, description="a larger picture or frame is quarantined undecoded")
+    # Decoding takes up to 16 bytes per pixel of a picture (WebP), and 37 per pixel of a frame (H.264 that keeps
+    # sixteen): these let a process stay below 2 GB. 8K video has 33 megapixels.
+    max_image_pixels: int = Field(64_000_000, gt=0, description="a larger picture is quarantined undecoded")
+    max_frame_pixels: int = Field(36_000_000, gt=0, description="a video of larger frames is quarantined undecoded")
+    max_faces: int = Field(10_000, gt=0, description="a picture or frame with more is quarantined: it is no photograph")
+    max_frames: int = Field(100_000, gt=0, description="a job of a video that looks at more frames is quarantined")
     max_video_seconds: float = Field(
         7 * 86400.0, gt=0, allow_inf_nan=False, description="a longer video is quarantined"
     )
@@ -121,7 +127,7 @@ class WorkerSettings(BaseModel):
     read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
     read_ahead_bytes: int = Field(64 * 2**20, ge=0)
     soft_time_limit_seconds: int = Field(
-        900, ge=1, description="per message; pictures not begun are released, a chunk is tried again"
+        900, ge=1, description="per message; pictures not begun are released, a chunk is tried once more"
     )
     hard_time_limit_seconds: int = Field(960, ge=1, description="per message; then the child is killed")
     max_tasks_per_child: int = Field(1000, ge=1)

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery, signals
 from kombu.transport import redis as redis_transport
 from kombu.transport.virtual import QoS as CountedMessages
+from redis import Redis
+from redis.exceptions import RedisError
 
-from common.domain import MaskwatchError
+from common.broker import BrokerRefusedError, broker_error, redis_client, tls_options, transport_url
 from common.settings import get_settings
-from common.telemetry import configure_logging
-
-
-def broker_url() -> str:
-    """The broker's URL. Raises `MaskwatchError` where none is configured."""
-    url = get_settings().broker.url
-    if url is None:
-        raise MaskwatchError(
-            "no broker is configured: set MASKWATCH_BROKER__URL, or install the embedded one "
-            "(pip install 'maskwatch[local]')"
-        )
-    value = url.get_secret_value()
-    if not value.startswith(("redis://", "rediss://", "redis+socket://")):
-        # Not shown: it may hold a password.
-        raise MaskwatchError("MASKWATCH_BROKER__URL is no URL of the form redis://:password@host:6379/0")
-    return value
-
-
-def redis_url() -> str:
-    """The broker's URL as the redis client writes it (kombu has its own way to name a socket)."""
-    return broker_url().replace("redis+socket://", "unix://", 1).replace("?virtual_host=", "?db=", 1)
+from common.telemetry import configure_logging, get_logger
 
 
 class _QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
@@ -49,14 +34,36 @@ class _QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
             raise
 
 
+@contextmanager
+def _mutex(client: Redis, name: str, expire: int) -> Iterator[None]:
+    """Kombu's lock around its search for messages that nobody acknowledged, without the Lua script that releases it:
+    so no user of ours needs the right to run scripts, which can keep Redis from all others."""
+    ours = uuid.uuid4().hex.encode()
+    if not client.set(name, ours, nx=True, ex=expire):
+        raise redis_transport.MutexHeld
+
+    def release(pipe: Any) -> None:
+        held = pipe.get(name)
+        pipe.multi()
+        if held == ours:  # else it has run out, and is somebody else's
+            pipe.delete(name)
+
+    try:
+        yield
+    finally:
+        client.transaction(release, name)
+
+
 redis_transport.Channel.QoS = _QoS
+redis_transport.Mutex = _mutex
 
 _settings = get_settings()
 
 app = Celery("maskwatch")
 app.conf.update(
     # Workers are started with it in their environment; senders name their connection (`queues.send`).
-    broker_url=_settings.broker.url.get_secret_value() if _settings.broker.url else None,
+    broker_url=transport_url() if _settings.broker.url else None,
+    broker_use_ssl=tls_options(_settings.broker) if _settings.broker.url else None,
     # Messages are JSON only: nothing is ever unpickled.
     task_serializer="json",
     accept_content=["json"],
@@ -124,8 +131,30 @@ def _logging(**_: Any) -> None:
 
 
 def serve(queue: str, name: str, *, pool: str, tasks: str) -> None:
-    """Run a worker of one queue in this process until SIGTERM; `tasks` is the module that holds its tasks."""
+    """Run a worker of one queue in this process until SIGTERM; `tasks` is the module that holds its tasks.
+
+    A broker that is away is waited for, at the start and later. One that refuses us at the start ends it
+    (`BrokerRefusedError`), because somebody has to put a setting right; later it is asked again until it lets us in.
+    """
+    try:
+        with redis_client() as client:
+            client.llen(queue)
+    except (RedisError, OSError) as error:
+        problem = broker_error(error)
+        if isinstance(problem, BrokerRefusedError):
+            raise problem from error
+        get_logger(__name__).warning(str(problem))
+    # Kept apart by queue: a consumer puts back what others of its kind left, and needs no right to other queues.
+    app.conf.broker_transport_options |= {
+        "unacked_key": f"{queue}.unacked",
+        "unacked_index_key": f"{queue}.unacked_index",
+        "unacked_mutex_key": f"{queue}.unacked_mutex",
+    }
     # By way of the settings, because spawned children get those and not the command line.
     app.conf.include = (tasks,)
+    # Imported here: it needs the names of the queues, and these need the app.
+    from common.inbox import guard
+
+    guard()
     quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
     app.worker_main(["worker", "-Q", queue, "-n", f"{name}@%h", "-P", pool, "-l", "INFO", *quiet])

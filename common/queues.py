@@ -14,8 +14,10 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from common.celery_app import app, broker_url, redis_url
-from common.domain import MaskwatchError
+from common.broker import BrokerDownError as BrokerDownError
+from common.broker import broker_error, tls_options, transport_url
+from common.broker import redis_client as redis_client
+from common.celery_app import app
 from common.ledger import JobRef
 from common.settings import get_settings
 
@@ -51,25 +53,12 @@ ROUTES: Mapping[TaskName, Queue] = {
 EPOCH_KEY = "maskwatch.epoch"
 
 
-class BrokerDownError(MaskwatchError):
-    """Redis can't be reached."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(f"the broker does not answer ({error}): is Redis running?")
-
-
-def redis_client() -> Redis:
-    """A client of the broker's Redis; times out instead of hanging."""
-    timeout = get_settings().broker.socket_timeout_seconds
-    return Redis.from_url(redis_url(), socket_timeout=timeout, socket_connect_timeout=timeout, decode_responses=True)
-
-
 def read_epoch(client: Redis) -> str | None:
     """The epoch of this Redis; None in one that was just made or wiped."""
     try:
         found = client.get(EPOCH_KEY)
     except RedisError as error:
-        raise BrokerDownError(error) from error
+        raise broker_error(error) from error
     return None if found is None else str(found)
 
 
@@ -78,7 +67,7 @@ def ensure_epoch(client: Redis) -> str:
     try:
         client.set(EPOCH_KEY, uuid.uuid4().hex, nx=True)
     except RedisError as error:
-        raise BrokerDownError(error) from error
+        raise broker_error(error) from error
     epoch = read_epoch(client)
     assert epoch is not None
     return epoch
@@ -89,7 +78,7 @@ def queue_length(client: Redis, queue: Queue) -> int:
     try:
         length = client.llen(queue.value)
     except RedisError as error:
-        raise BrokerDownError(error) from error
+        raise broker_error(error) from error
     assert isinstance(length, int)
     return length
 
@@ -98,7 +87,7 @@ def send(task: TaskName, *messages: Sequence[Any], **options: Any) -> None:
     """Publish a task once per message, each the task's arguments. Raises `BrokerDownError` when the broker
     does not take one; what came before it is then on its way."""
     try:
-        with app.connection_for_write(broker_url()) as connection:
+        with app.connection_for_write(transport_url(), ssl=tls_options(get_settings().broker)) as connection:
             for args in messages:
                 app.send_task(
                     task.value,
@@ -109,7 +98,7 @@ def send(task: TaskName, *messages: Sequence[Any], **options: Any) -> None:
                     **options,
                 )
     except (RedisError, OperationalError, OSError) as error:
-        raise BrokerDownError(error) from error
+        raise broker_error(error) from error
 
 
 def encode_refs(refs: Sequence[JobRef]) -> list[list[Any]]:

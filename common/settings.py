@@ -1,8 +1,8 @@
 """Every setting of Maskwatch, read from the environment (prefix MASKWATCH_, sections joined by `__`).
 
 For example MASKWATCH_DATABASE__URL or MASKWATCH_LEDGER__LEASE_SECONDS. A setting without a value here falls
-back to the embedded stack of this machine (`common/local`). Secrets come from the environment or from files
-named by MASKWATCH_SECRETS_DIR, and print as asterisks.
+back to the embedded stack of this machine (`common/local`). Secrets come from the environment, or from the files in
+the folder MASKWATCH_SECRETS_DIR (named like the variables), and print as asterisks.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, Field, FilePath, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
-from common.domain import PausePolicy, PipelineSpec, SampleMode
+from common.domain import MaskwatchError, PausePolicy, PipelineSpec, SampleMode
 from common.manifest import ModelKind, pinned_model
 
 _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch" / "models"
@@ -23,14 +29,38 @@ _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch"
 
 class DatabaseSettings(BaseModel):
     url: SecretStr | None = Field(None, description="postgresql+psycopg://...; unset: the embedded Postgres")
+    password: SecretStr | None = Field(None, description="goes before the one in the URL, which then needs none")
     pool_size: int = Field(2, ge=1, description="connections per process; tasks of a process run one at a time")
     statement_timeout_seconds: float = Field(60.0, gt=0)
     connect_timeout_seconds: int = Field(5, ge=1)
 
+    @model_validator(mode="after")
+    def _belongs_together(self) -> DatabaseSettings:
+        if self.url is None and self.password is not None:
+            raise ValueError("a password is set and MASKWATCH_DATABASE__URL is not")
+        return self
+
 
 class BrokerSettings(BaseModel):
-    url: SecretStr | None = Field(None, description="redis://... or redis+socket://...; unset: the embedded Redis")
+    url: SecretStr | None = Field(
+        None, description="redis://..., rediss://... (TLS) or redis+socket://...; unset: the embedded Redis"
+    )
+    username: str | None = Field(None, description="goes before the one in the URL, as does the password")
+    password: SecretStr | None = Field(None, description="read again at every connection")
+    ca_file: FilePath | None = Field(None, description="PEM; whose certificates are good. Unset: the system's")
+    certificate_file: FilePath | None = Field(None, description="PEM; ours, where the broker asks for one")
+    key_file: FilePath | None = Field(None, description="PEM; its key, where that is in a file of its own")
+    check_hostname: bool = Field(True, description="off: a certificate of the authority for any host will do")
     socket_timeout_seconds: float = Field(10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> BrokerSettings:
+        if self.url is None and (self.username or self.password):
+            # The embedded Redis asks for none: nobody else reaches it.
+            raise ValueError("a user or password is set and MASKWATCH_BROKER__URL is not")
+        if self.key_file is not None and self.certificate_file is None:
+            raise ValueError("MASKWATCH_BROKER__KEY_FILE needs MASKWATCH_BROKER__CERTIFICATE_FILE")
+        return self
 
 
 class StorageSettings(BaseModel):
@@ -38,6 +68,7 @@ class StorageSettings(BaseModel):
 
     endpoint_url: str | None = Field(None, description="an S3-compatible server; unset: AWS")
     max_object_bytes: int = Field(100 * 2**20, gt=0, description="a larger image object is quarantined unread")
+    max_video_bytes: int = Field(2**40, gt=0, description="a larger video object is quarantined unread")
     list_page_size: int = Field(1000, ge=1, le=1000)
     block_bytes: int = Field(256 * 1024, ge=4096, description="videos are read in blocks of this size")
     cached_blocks: int = Field(64, ge=4, description="blocks that a video being read keeps in memory")
@@ -78,7 +109,12 @@ class WorkerSettings(BaseModel):
     threads: int | None = Field(None, ge=1, description="threads per model runtime; unset: cores // processes")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:n")
     runtime: Literal["onnx", "native"] = Field("onnx", description="ONNX Runtime, or torch and TensorFlow themselves")
-    max_image_pixels: int = Field(100_000_000, gt=0, description="a larger picture or frame is quarantined undecoded")
+    # Decoding takes up to 16 bytes per pixel of a picture (WebP), and 37 per pixel of a frame (H.264 that keeps
+    # sixteen): these let a process stay below 2 GB. 8K video has 33 megapixels.
+    max_image_pixels: int = Field(64_000_000, gt=0, description="a larger picture is quarantined undecoded")
+    max_frame_pixels: int = Field(36_000_000, gt=0, description="a video of larger frames is quarantined undecoded")
+    max_faces: int = Field(10_000, gt=0, description="a picture or frame with more is quarantined: it is no photograph")
+    max_frames: int = Field(100_000, gt=0, description="a job of a video that looks at more frames is quarantined")
     max_video_seconds: float = Field(
         7 * 86400.0, gt=0, allow_inf_nan=False, description="a longer video is quarantined"
     )
@@ -91,7 +127,7 @@ class WorkerSettings(BaseModel):
     read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
     read_ahead_bytes: int = Field(64 * 2**20, ge=0)
     soft_time_limit_seconds: int = Field(
-        900, ge=1, description="per message; pictures not begun are released, a chunk is tried again"
+        900, ge=1, description="per message; pictures not begun are released, a chunk is tried once more"
     )
     hard_time_limit_seconds: int = Field(960, ge=1, description="per message; then the child is killed")
     max_tasks_per_child: int = Field(1000, ge=1)
@@ -134,8 +170,9 @@ class Settings(BaseSettings):
         env_prefix="MASKWATCH_",
         env_nested_delimiter="__",
         nested_model_default_partial_update=True,
-        secrets_dir=os.environ.get("MASKWATCH_SECRETS_DIR") or None,
         extra="ignore",
+        # An error names the setting and not its value, which may be a secret.
+        hide_input_in_errors=True,
     )
 
     operator: str | None = Field(None, description="who gives commands, for the record; unset: user@host")
@@ -151,8 +188,29 @@ class Settings(BaseSettings):
     ledger: LedgerSettings = LedgerSettings()
     dispatch: DispatchSettings = DispatchSettings()
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment, then the files of MASKWATCH_SECRETS_DIR: one per setting, named like its variable."""
+        folder = os.environ.get("MASKWATCH_SECRETS_DIR")
+        if not folder:
+            return init_settings, env_settings
+        secrets = NestedSecretsSettingsSource(file_secret_settings, secrets_dir=folder, secrets_dir_missing="error")
+        return init_settings, env_settings, secrets
+
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """The settings of this process."""
-    return Settings()
+    """The settings of this process. Raises `MaskwatchError` where they can't be read, and pydantic's
+    `ValidationError` for one that can't be."""
+    try:
+        return Settings()
+    except (SettingsError, OSError) as error:
+        # "from None": the error below it may hold the text that it could not parse.
+        raise MaskwatchError(f"the settings can't be read: {error}") from None

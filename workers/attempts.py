@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import TracebackType
 
@@ -25,6 +26,7 @@ from common.domain import (
     PermanentJobError,
     PipelineSpec,
     Reason,
+    SampleMode,
     SourceChangedError,
     TransientJobError,
 )
@@ -35,14 +37,20 @@ from common.storage import open_bucket
 from common.tables import Camera, Location, Pipeline
 from common.telemetry import get_logger
 from workers.inference import Runtime, runtime_of
+from workers.inference.faults import OutOfModelMemoryError
 from workers.pipeline import PictureAnalyzer, load_analyzer
 
 log = get_logger(__name__)
 
 
-@lru_cache(maxsize=2)
 def analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
-    """The loaded models of a pipeline; two, so that a change of pipeline in mid-archive does not thrash."""
+    """The loaded models of a pipeline. Pipelines that differ only in which frames of a video they see share them."""
+    return _loaded(replace(spec, sample=SampleMode.FRAMES, sample_fps=1.0), runtime)
+
+
+@lru_cache(maxsize=2)
+def _loaded(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+    """Two, so that a change of pipeline in mid-archive does not thrash."""
     return load_analyzer(spec, runtime)
 
 
@@ -90,11 +98,14 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> boo
             _fail(job, error, settings)
         except SourceChangedError as error:
             _plan_new_version(job, str(error), settings)
-        except (StaleJobError, DatabaseDownError):
-            # Without the database there is no ledger to tell: the lease runs out, and the job is found.
+        except OutOfModelMemoryError as error:
+            # Tried again, but not for ever: who took the memory may give it back.
+            _fail(job, TransientJobError(Reason.MODEL_OUT_OF_MEMORY, str(error)), settings)
+        except StaleJobError:
             raise
         except Exception as error:
-            if isinstance(error, DBAPIError) and is_lost(error):
+            if isinstance(error, DatabaseDownError) or (isinstance(error, DBAPIError) and is_lost(error)):
+                _release_if_possible(job)
                 raise
             # A fault of ours or of a library: tried again, then kept for a person to look at.
             log.exception("unexpected error", job=job.ref.id, uri=job.uri)
@@ -102,6 +113,17 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> boo
     except StaleJobError as error:
         log.warning("stale commit refused", job=job.ref.id, uri=job.uri, detail=str(error))
     return False
+
+
+def _release_if_possible(job: ClaimedJob) -> None:
+    """Give a job back that the database would not take the results of: its disk may be full and still hold the ledger.
+
+    A database that is away can't be told; then the lease runs out, and the job is found.
+    """
+    try:
+        release([job])
+    except (MaskwatchError, DBAPIError):
+        log.warning("not given back; its lease will run out", job=job.ref.id, uri=job.uri)
 
 
 def _fail(job: ClaimedJob, error: PermanentJobError | TransientJobError, settings: Settings) -> None:

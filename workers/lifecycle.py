@@ -1,45 +1,98 @@
 """The life of a worker around its tasks: the wish to stop, and the death of a child.
 
-The main process turns SIGTERM into a file that its children look at between two pictures: they release what
-they have not begun and finish. A file, because a spawned child shares no memory with its parent.
+The main process holds a lock on a file, and lets go of it at SIGTERM. Its children look between two pictures: once the
+lock is free they release what they have not begun and finish. A file, because a spawned child shares no memory with
+its parent; a lock, because letting go needs no room on a disk, and happens by itself when the parent is killed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-import shutil
 import signal
 import tempfile
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 
 from common import ledger
 from common.database import session_scope
+from common.domain import MaskwatchError
 from common.queues import TaskName
 from common.settings import get_settings
 from common.telemetry import get_logger
 
 log = get_logger(__name__)
 
-_DRAIN_FILE = "MASKWATCH_DRAIN_FILE"
+_RUNS_FILE = "MASKWATCH_RUNS_FILE"
+_PREFIX = "maskwatch-worker-"
+
+#: The file that this process holds locked while it runs, if it is the main process of a worker.
+_held: list[int] = []
 
 
 def prepare_drain() -> None:
-    """Choose the file that says "stop" to this worker's children. Called before they are spawned.
+    """Lock the file that tells this worker's children to go on, and remove those that killed workers have left.
 
-    In a folder of its own that nobody else may write to: whoever makes the file stops the worker.
+    Called before the children are spawned. Raises `MaskwatchError` where no file can be made.
     """
-    os.environ[_DRAIN_FILE] = str(Path(tempfile.mkdtemp(prefix="maskwatch-worker-"), "drain"))
+    _remove_left_over()
+    try:
+        path = _locked_file()
+    except OSError as error:
+        raise MaskwatchError(
+            f"no file can be made in {tempfile.gettempdir()}: {error.strerror}; make room there, or set TMPDIR"
+        ) from error
+    os.environ[_RUNS_FILE] = path
+
+
+def _locked_file() -> str:
+    while True:
+        # For its owner alone: whoever else could open it could lock it, and so keep the worker from stopping.
+        handle, path = tempfile.mkstemp(prefix=_PREFIX)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # another worker found it not locked yet, and removed it
+            if os.path.samestat(os.fstat(handle), Path(path).stat()):
+                _held.append(handle)
+                return path
+        os.close(handle)
+
+
+def _remove_left_over() -> None:
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's, a folder, a link, or gone meanwhile
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if os.fstat(handle).st_uid == os.geteuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def draining() -> bool:
-    """Whether this worker was asked to stop."""
-    path = os.environ.get(_DRAIN_FILE)
-    return path is not None and Path(path).exists()
+    """Whether this worker was asked to stop, or its main process has died."""
+    path = os.environ.get(_RUNS_FILE)
+    if path is None:
+        return False
+    try:
+        fcntl.flock(_opened(path), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False  # somebody has tidied up: not what asks us to stop
+    except BlockingIOError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _opened(path: str) -> int:
+    """Open from the first look on: so it doesn't matter what becomes of its name."""
+    return os.open(path, os.O_RDONLY)
 
 
 def worker_name(hostname: str | None, task_id: str | None) -> str:
@@ -54,7 +107,7 @@ def _watch_for_stop(**_: Any) -> None:
         before = signal.getsignal(number)
 
         def stop(signum: int, frame: FrameType | None, before: Any = before) -> None:
-            Path(os.environ[_DRAIN_FILE]).touch()
+            _let_go()
             if callable(before):
                 before(signum, frame)
 
@@ -66,16 +119,28 @@ def stop_worker() -> None:
     os.kill(os.getppid(), signal.SIGTERM)
 
 
+def end_process() -> NoReturn:
+    """In a child whose device is broken: end it. The worker starts another in its place."""
+    log.critical("the device is broken for this process, which ends; another takes its place")
+    raise SystemExit(1)
+
+
+def _let_go() -> None:
+    for handle in _held:
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
 @signals.worker_shutdown.connect
 def _clean_up(**_: Any) -> None:
-    if _DRAIN_FILE in os.environ:
-        shutil.rmtree(Path(os.environ[_DRAIN_FILE]).parent, ignore_errors=True)
+    if _held:
+        Path(os.environ[_RUNS_FILE]).unlink(missing_ok=True)
 
 
 @signals.task_failure.connect
 def _report_crash(sender: Any = None, task_id: str | None = None, exception: Any = None, **_: Any) -> None:
-    """In the main process: a child died. Its jobs need not wait for their lease to run out."""
-    if not isinstance(exception, WorkerLostError) or sender.name != TaskName.ANALYZE.value:
+    """In the main process: a child died, or is killed because it takes too long. Its jobs need not wait for their lease
+    to run out."""
+    if not isinstance(exception, WorkerLostError | TimeLimitExceeded) or sender.name != TaskName.ANALYZE.value:
         return
     try:
         with session_scope() as session:

@@ -19,6 +19,7 @@ from workers.classification import MaskClassifier
 from workers.classification._ops import crop_for_classification
 from workers.detection import FaceDetector
 from workers.inference import Runtime, limit_opencv_threads
+from workers.inference.faults import OutOfModelMemoryError, told
 from workers.overlap import ahead
 from workers.tracking import FaceTracker
 
@@ -58,7 +59,8 @@ class Analyzer:
         """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first.
 
         Boxes are the detector's, in pixels of the picture and inside it; what the classifier sees is wider
-        where a face is small. A picture without faces gives an empty list.
+        where a face is small. A picture without faces gives an empty list. Raises as `workers.inference.faults.told`:
+        out of memory for a picture that doesn't fit even with its faces classified one by one.
         """
         (faces,) = self.analyze_batch([image_rgb])
         return faces
@@ -66,7 +68,17 @@ class Analyzer:
     def analyze_batch(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
         """As `analyze`, for several frames. One by one: on a CPU larger batches gain nothing and cost memory, and a
         face's probabilities would depend, in their last digits, on its neighbours in the batch."""
-        return [self._analyze(image_rgb) for image_rgb in frames_rgb]
+        return [self._fit(image_rgb) for image_rgb in frames_rgb]
+
+    def _fit(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
+        try:
+            return told(lambda: self._analyze(image_rgb))
+        except OutOfModelMemoryError as error:
+            height, width = image_rgb.shape[:2]
+            raise OutOfModelMemoryError(
+                f"a picture of {width}×{height} pixels doesn't fit the free memory, {error}: run fewer processes, or "
+                "plan it with a lower MASKWATCH_PIPELINE__SHRINK_ABOVE_PX"
+            ) from error
 
     def _analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
         found = self._detector.detect(image_rgb)

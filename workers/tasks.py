@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from common.celery_app import app
+from common.database import DatabaseDownError
 from common.queues import TaskName, decode_refs
 from common.settings import get_settings
 from common.telemetry import get_logger
 from workers import aggregation
-from workers.lifecycle import draining, stop_worker, worker_name
+from workers.lifecycle import draining, end_process, stop_worker, worker_name
 
 log = get_logger(__name__)
+
+#: How long a worker leaves messages alone after the database was away, or had no room for what it recorded.
+PAUSE_SECONDS = 5.0
 
 
 @app.task(name=TaskName.ANALYZE.value, bind=True)
@@ -19,7 +25,11 @@ def analyze(self: Any, message: Any) -> None:
     """Do the jobs that a message names: pictures, the probe of a video, a chunk of one."""
     # Imported here: a worker that only aggregates loads neither decoders nor a model runtime.
     from workers.attempts import UnfitWorkerError
+    from workers.inference.faults import device_is_broken
     from workers.jobs import run_jobs
+
+    def must_stop() -> bool:
+        return draining() or device_is_broken()
 
     try:
         refs = decode_refs(message)
@@ -29,10 +39,22 @@ def analyze(self: Any, message: Any) -> None:
         return
     name = worker_name(self.request.hostname, self.request.id)
     try:
-        run_jobs(refs, worker=name, settings=get_settings(), draining=draining)
+        run_jobs(refs, worker=name, settings=get_settings(), draining=must_stop)
     except UnfitWorkerError as error:
         log.critical("this worker can't do its jobs and stops; the jobs were given back", detail=str(error))
         stop_worker()
+    except DatabaseDownError as error:
+        log.error("this worker waits for the database", detail=str(error), seconds=PAUSE_SECONDS)
+        _pause(must_stop)
+    finally:
+        if device_is_broken():
+            end_process()
+
+
+def _pause(must_stop: Callable[[], bool]) -> None:
+    until = time.monotonic() + PAUSE_SECONDS
+    while time.monotonic() < until and not must_stop():
+        time.sleep(0.1)
 
 
 @app.task(name=TaskName.SUMMARIZE.value)

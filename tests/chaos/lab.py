@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
+from textwrap import dedent, indent
 from typing import Any
 
 import psutil
@@ -113,6 +114,7 @@ class Lab:
     folder: Path
     random: random.Random
     _logs: int = field(default=0, repr=False)
+    _faults: int = field(default=0, repr=False)
 
     @cached_property
     def engine(self) -> Engine:
@@ -184,6 +186,19 @@ class Lab:
         with ExitStack() as crew:
             yield [crew.enter_context(self.running(command, env=env)) for command in commands]
 
+    def injected(self, fault: str) -> dict[str, str]:
+        """The environment of processes that run this Python code at their start, and so do their children: how a fault
+        or a missing mechanism gets into them."""
+        self._faults += 1
+        folder = self.folder / "faults" / str(self._faults)
+        folder.mkdir(parents=True)
+        # Python imports a module of this name by itself. It may raise nothing: that would only be printed.
+        (folder / "sitecustomize.py").write_text(
+            f"import os\ntry:\n{indent(dedent(fault), '    ')}\nexcept BaseException:\n"
+            "    import traceback\n    traceback.print_exc()\n    os._exit(70)\n"
+        )
+        return {"PYTHONPATH": str(folder)}
+
     @staticmethod
     def children(process: Any) -> list[psutil.Process]:
         """The child processes of a worker that do its work."""
@@ -192,6 +207,11 @@ class Lab:
             for child in psutil.Process(process.pid).children(recursive=True)
             if "spawn_main" in " ".join(child.cmdline())
         ]
+
+    def logged(self, event: str) -> int:
+        """How many lines of the processes' logs tell of an event, by its name."""
+        lines = [line for log in self.folder.glob("logs/*.log") for line in log.read_text().splitlines()]
+        return sum(f'"event": "{event}"' in line for line in lines)
 
     # --- what is promised ---
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from common.domain import MaskwatchError
 from workers.classification._ops import prepare_crop
 from workers.inference import Session
+from workers.inference.faults import in_parts
 
 #: Crops per forward pass: more gain nothing on a CPU and cost memory in a picture of a large crowd.
 MAX_BATCH = 32
@@ -27,10 +28,14 @@ class NetworkMaskClassifier:
         self.side: int = shape[1]
 
     def classify(self, crops_rgb: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Probabilities float32 (n, 2), with_mask and without_mask, for RGB crops uint8 of any size."""
-        probabilities = np.empty((len(crops_rgb), 2), np.float32)
-        for start in range(0, len(crops_rgb), MAX_BATCH):
-            crops = crops_rgb[start : start + MAX_BATCH]
-            batch = np.stack([prepare_crop(crop, self.side) for crop in crops])
-            (probabilities[start : start + len(crops)],) = self._session.run(batch)
-        return probabilities
+        """Probabilities float32 (n, 2), with_mask and without_mask, for RGB crops uint8 of any size.
+
+        A batch that doesn't fit the memory is halved. Errors as `workers.inference.faults.in_parts`.
+        """
+
+        def run(part: slice) -> NDArray[np.float32]:
+            batch = np.stack([prepare_crop(crop, self.side) for crop in crops_rgb[part]])
+            (probabilities,) = self._session.run(batch)
+            return probabilities
+
+        return np.concatenate([np.empty((0, 2), np.float32), *in_parts(run, len(crops_rgb), MAX_BATCH)])

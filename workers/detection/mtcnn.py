@@ -20,6 +20,7 @@ from workers.detection._ops import MIN_SIDE_PX, Boxes, clip, has_area, nms, nms_
 from workers.detection._scaling import resize, scale_for
 from workers.inference import Engine, Runtime, Session
 from workers.inference.derived import derived_onnx
+from workers.inference.faults import in_parts
 from workers.inference.onnx_session import make_session
 from workers.weights import read_files
 
@@ -86,7 +87,11 @@ class Mtcnn:
         boxes = boxes[has_area(clip(boxes.round(), scaled.shape[1], scaled.shape[0]))]
         if not len(boxes):
             return boxes, np.zeros(0, np.float32), np.zeros((0, 4), np.float32)
-        scores, shifts = session.run(np.stack([to_input(cut(scaled, box, side)) for box in boxes]))
+
+        def run(part: slice) -> list[NDArray[np.float32]]:
+            return session.run(np.stack([to_input(cut(scaled, box, side)) for box in boxes[part]]))
+
+        scores, shifts = (np.concatenate(each) for each in zip(*in_parts(run, len(boxes), len(boxes)), strict=True))
         over = scores >= threshold
         return boxes[over], scores[over], shifts[over]
 

@@ -18,6 +18,7 @@ from common.domain import Face, MaskwatchError, PipelineSpec
 from workers.device.detectors import DeviceDetector, load_device_detector, ready
 from workers.device.images import face_crops
 from workers.inference import Runtime
+from workers.inference.faults import OutOfModelMemoryError, in_parts, told
 from workers.inference.onnx_in_torch import to_torch
 from workers.inference.torch_session import torch_device
 from workers.pipeline import face_of
@@ -51,8 +52,8 @@ class DeviceAnalyzer:
     def analyze_batch(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
         """The faces of each frame, uint8 (height, width, 3), in the order of the frames; as `analyze`.
 
-        Frames of one size are analysed together. Raises `MaskwatchError` for a frame that doesn't fit the memory of
-        the device even alone.
+        Frames of one size are analysed together. Raises `OutOfModelMemoryError` for a frame that doesn't fit the
+        memory of the device even alone, else as `workers.inference.faults.told`.
         """
         of_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, frame in enumerate(frames_rgb):
@@ -77,7 +78,7 @@ class DeviceAnalyzer:
 
     def _half(self, size: tuple[int, int], count: int) -> int:
         if count == 1:
-            raise MaskwatchError(
+            raise OutOfModelMemoryError(
                 f"a frame of {size[1]}×{size[0]} pixels doesn't fit the free memory of {self._device}: let fewer "
                 "processes share the GPU, or lower MASKWATCH_PIPELINE__SHRINK_ABOVE_PX"
             )
@@ -86,11 +87,8 @@ class DeviceAnalyzer:
     def _faces(self, frames: list[NDArray[np.uint8]]) -> list[list[Face]] | None:
         """The faces of frames of one size; None if the memory of the device is too small for them."""
         try:
-            rows = self._run(frames)
-        except torch.OutOfMemoryError:
-            rows = None
-        if rows is None:
-            # Outside of the handler, which keeps alive what the failed pass had made.
+            rows = told(lambda: self._run(frames))
+        except OutOfModelMemoryError:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             return None
@@ -120,15 +118,15 @@ class DeviceAnalyzer:
 
     def _classify(self, frames: Any, which: Any, boxes: Any) -> Any:
         """P(mask) of each face: float32 (m,)."""
-        found = [torch.empty(0, device=self._device)]
-        for start in range(0, len(which), MAX_CROPS):
-            part = slice(start, start + MAX_CROPS)
+
+        def run(part: slice) -> Any:
             crops = face_crops(
                 frames, which[part], boxes[part], self.spec.widen_below_px, self.spec.widen_factor, self._side
             )
             (probabilities,) = self.classifier(crops.to(next(self.classifier.buffers()).dtype))
-            found.append(probabilities[:, 0].float())
-        return torch.cat(found)
+            return probabilities[:, 0].float()
+
+        return torch.cat([torch.empty(0, device=self._device), *in_parts(run, len(which), MAX_CROPS)])
 
 
 def load_device_analyzer(spec: PipelineSpec, runtime: Runtime) -> DeviceAnalyzer:

@@ -18,7 +18,7 @@ from common.domain import Face, MaskwatchError, ModelRef
 from common.settings import PipelineSettings
 from tests.agreement import compare, scenes
 from workers.detection.retinaface import RetinaFace, to_input
-from workers.inference import Runtime
+from workers.inference import Runtime, faults
 from workers.inference.torch_session import TorchSession
 from workers.pipeline import Analyzer, load_analyzer
 
@@ -157,9 +157,24 @@ def test_another_error_is_not_taken_for_a_full_memory(
         def forward(self, batch: torch.Tensor) -> object:
             raise RuntimeError("device-side assert triggered")
 
+    monkeypatch.setattr(faults._Process, "device_broken", False)  # put back afterwards
     monkeypatch.setattr(analyzer.detector, "network", Broken(analyzer.detector.network, 0))
-    with pytest.raises(RuntimeError, match="device-side"):
+    with pytest.raises(faults.BrokenDeviceError, match="device-side"):
         analyzer.analyze_batch(frames)
+    assert faults.device_is_broken()
+
+
+def test_a_crowd_that_does_not_fit_is_classified_in_smaller_parts(
+    analyzer: DeviceAnalyzer, frames: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = analyzer.analyze_batch(frames)
+    classifier = Limited(analyzer.classifier, 3)
+    classifier.register_buffer("weight", torch.zeros(1))
+    monkeypatch.setattr(analyzer, "classifier", classifier)
+    found = analyzer.analyze_batch(frames)
+    assert classifier.batches == [7, 3, 3, 1]
+    for faces, others in zip(found, expected, strict=True):
+        assert_alike(faces, others, px=0, p=1e-4)
 
 
 def test_batches_are_bounded(

@@ -35,14 +35,47 @@ def upgrade() -> None:
     from datetime import UTC, datetime, timedelta
 
     import migrations
-    from common.database import engine, explained
+    from common import roles
+    from common.database import engine, explained, session_scope
     from common.partitions import ensure_partitions
 
     with explained():
         migrations.upgrade(engine())
         now = datetime.now(UTC)
         made = ensure_partitions(engine(), [now, now + timedelta(days=31)])
-    note(f"the database is up to date{'; new partitions: ' + ', '.join(made) if made else ''}")
+    with session_scope() as session:
+        granted = not roles.missing(session)
+        if granted:  # also for what this version has added
+            roles.grant(session)
+    note(
+        f"the database is up to date{'; new partitions: ' + ', '.join(made) if made else ''}"
+        f"{'; rights granted' if granted else ''}"
+    )
+
+
+@db.command("grant")
+@click.option("--print", "only_print", is_flag=True, help="Print the SQL instead of running it.")
+def grant_rights(only_print: bool) -> None:
+    """Give the producer, the workers, the aggregator and analysts a role each, with the rights it needs and no more.
+
+    Run it as the login that ran `db upgrade`. Then make logins that are members:
+
+    \b
+    Examples:
+      maskwatch db grant
+      psql -c "CREATE ROLE worker_1 LOGIN PASSWORD '...' IN ROLE maskwatch_worker"
+    """
+    from common import roles
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        if only_print:
+            click.echo("".join(f"CREATE ROLE {role} NOLOGIN;\n" for role in roles.missing(session)), nl=False)
+            click.echo(";\n".join(roles.statements("public")) + ";")
+            return
+        made = roles.grant(session)
+    note(f"rights are granted to {', '.join(roles.RIGHTS)}{' (new: ' + ', '.join(made) + ')' if made else ''}")
 
 
 @click.group()

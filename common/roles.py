@@ -1,0 +1,147 @@
+"""Least authority in Postgres: a role per part of a deployment, with the rights that it uses and no more.
+
+The migrator owns the schema; it migrates, grants, purges and erases, and is nobody's login for anything else. The others
+are roles without a login, which the logins of a deployment are made members of. `maskwatch db grant` gives the rights,
+again after every migration; docs/operations.md says how the logins are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import psycopg
+from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import Session
+
+from common.domain import MaskwatchError
+
+#: Rights by table; those of a column as `SELECT (column)`. Whoever locks rows needs the right to update them.
+RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    # Discovers, plans, dispatches and recovers; also for those who give the operator's commands.
+    "maskwatch_producer": {
+        "locations": ("SELECT", "INSERT", "UPDATE (promoted_pipeline_id)"),
+        "cameras": ("SELECT", "INSERT"),
+        "pipelines": ("SELECT", "INSERT"),
+        "sources": ("SELECT", "INSERT", "UPDATE"),
+        "backfills": ("SELECT", "INSERT", "UPDATE"),
+        "media_objects": ("SELECT", "INSERT", "UPDATE"),
+        "jobs": ("SELECT", "INSERT", "UPDATE"),
+        "job_attempts": ("SELECT", "INSERT"),
+        # A newer version of a key withdraws the rows of the older one, whatever they say.
+        "frame_counts": ("SELECT", "DELETE"),
+        "faces": ("SELECT (job_id)", "DELETE"),
+        "faces_default": ("SELECT (observed_at)",),
+        "dirty_marks": ("SELECT", "INSERT"),
+        "compliance_hourly": ("SELECT",),
+        "operator_actions": ("SELECT", "INSERT"),
+        "operator_action_jobs": ("SELECT", "INSERT"),
+        "purges": ("SELECT",),
+        "erased_objects": ("SELECT",),
+    },
+    # Does jobs, and plans the new version of an object that it finds replaced.
+    "maskwatch_worker": {
+        "locations": ("SELECT",),
+        "cameras": ("SELECT",),
+        "pipelines": ("SELECT",),
+        "sources": ("SELECT", "UPDATE"),
+        "media_objects": ("SELECT", "INSERT", "UPDATE"),
+        "jobs": ("SELECT", "INSERT", "UPDATE"),
+        "job_attempts": ("INSERT",),
+        "frame_counts": ("SELECT", "INSERT", "DELETE"),
+        "faces": ("SELECT (job_id)", "INSERT", "DELETE"),
+        "dirty_marks": ("INSERT",),
+        "purges": ("SELECT",),
+        "erased_objects": ("SELECT",),
+    },
+    "maskwatch_aggregator": {
+        "locations": ("SELECT",),
+        "frame_counts": ("SELECT",),
+        "faces": ("SELECT (location_id, pipeline_id, observed_at, status)",),
+        "dirty_marks": ("SELECT", "DELETE"),
+        "compliance_hourly": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+        "purges": ("SELECT",),
+    },
+    # Reads what docs/schema.md describes; not the tokens, with which a message could be forged.
+    "maskwatch_analyst": {
+        **dict.fromkeys(
+            (
+                "face_results",
+                "visit_results",
+                "compliance_by_hour",
+                "compliance_by_day",
+                "locations",
+                "cameras",
+                "pipelines",
+                "sources",
+                "backfills",
+                "media_objects",
+                "job_attempts",
+                "frame_counts",
+                "faces",
+                "dirty_marks",
+                "compliance_hourly",
+                "operator_actions",
+                "operator_action_jobs",
+                "purges",
+            ),
+            ("SELECT",),
+        ),
+        "jobs": (
+            "SELECT (id, media_object_id, source_id, pipeline_id, backfill_id, kind, range_start_ms, range_end_ms, lane,"
+            " state, attempt, failures, crashes, lost_leases, alone, next_run_at, queued_at, started_at, lease_until,"
+            " worker, finished_at, reason, detail, created_at)",
+        ),
+    },
+}
+
+#: Other objects, by role.
+MORE_RIGHTS: Mapping[str, Sequence[str]] = {
+    "maskwatch_producer": ("EXECUTE ON FUNCTION make_faces_partition(timestamptz)",),
+    "maskwatch_worker": ("USAGE ON SEQUENCE faces_id_seq",),
+}
+
+
+def statements(schema: str) -> list[str]:
+    """The SQL that gives every role its rights and takes what it had besides. `schema` is quoted."""
+    written: list[str] = []
+    for role, rights in RIGHTS.items():
+        written += [
+            f"REVOKE ALL ON ALL TABLES IN SCHEMA {schema} FROM {role}",
+            f"REVOKE ALL ON ALL SEQUENCES IN SCHEMA {schema} FROM {role}",
+            f"GRANT USAGE ON SCHEMA {schema} TO {role}",
+            f"GRANT SELECT ON alembic_version TO {role}",
+        ]
+        written += [f"GRANT {', '.join(given)} ON {table} TO {role}" for table, given in rights.items()]
+        written += [f"GRANT {given} TO {role}" for given in MORE_RIGHTS.get(role, ())]
+    return written
+
+
+def missing(session: Session) -> list[str]:
+    """The roles that this server does not have."""
+    found = session.scalars(text("SELECT rolname FROM pg_roles WHERE rolname = ANY(:names)"), {"names": list(RIGHTS)})
+    return sorted(set(RIGHTS) - set(found))
+
+
+def grant(session: Session) -> list[str]:
+    """Make the roles that are missing and give all of them their rights; returns which were made.
+
+    Raises `MaskwatchError`, with what an administrator has to do, for a login that may not.
+    """
+    to_make = missing(session)
+    try:
+        for role in to_make:
+            session.execute(text(f"CREATE ROLE {role} NOLOGIN"))
+        schema = session.scalar(text("SELECT quote_ident(current_schema())"))
+        for statement in statements(schema):
+            session.execute(text(statement))
+    except ProgrammingError as error:
+        if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+            raise
+        if to_make:
+            commands = " ".join(f"CREATE ROLE {role} NOLOGIN;" for role in to_make)
+            raise MaskwatchError(f"this login may not make roles; have an administrator run: {commands}") from error
+        raise MaskwatchError(
+            "only the owner of the tables, who ran `maskwatch db upgrade`, can grant rights on them"
+        ) from error
+    return to_make

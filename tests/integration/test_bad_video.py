@@ -22,6 +22,7 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from sqlalchemy.orm import Session
 
 from common.domain import Face, MaskStatus, ObservedAt, ObservedAtSource, PermanentJobError, SampleMode
@@ -30,7 +31,7 @@ from common.settings import Settings, get_settings
 from common.storage import open_bucket
 from tests.faults import faulty_s3
 from tests.ledger_rows import NOON, dispatch, register, rows, scalar
-from tests.photos import empty_jpeg
+from tests.photos import empty_jpeg, jpeg
 from tests.services import Bucket, Services
 from tests.videos import index_first, make_video, number_of, numbered
 from workers import attempts
@@ -83,7 +84,7 @@ def _ready(configure: Configure, analyzer: FakeAnalyzer) -> None:
         pipeline__sample_fps=RATE / EVERY,
         worker__threads=1,
         storage__block_bytes=4096,
-        worker__max_image_pixels=1_000_000,
+        worker__max_frame_pixels=1_000_000,
     )
 
 
@@ -396,6 +397,74 @@ def test_a_video_that_is_too_long(session: Session, bucket: Bucket, configure: C
     assert seen(session, "short.mp4") == ALL[:10]
 
 
+def test_a_video_of_more_bytes_than_allowed_is_not_read(session: Session, bucket: Bucket, configure: Configure) -> None:
+    plan(session, bucket, "large.mp4", video())
+    configure(storage__max_video_bytes=len(video()) - 1)
+    work_off(session)
+    assert reason_of(session, "large.mp4") == "object_too_large"
+    (probe,) = ended(session)["large.mp4"]
+    assert probe.detail is not None and "MASKWATCH_STORAGE__MAX_VIDEO_BYTES" in probe.detail
+
+
+def test_more_frames_or_faces_in_a_job_than_allowed(session: Session, bucket: Bucket, configure: Configure) -> None:
+    configure(worker__max_frames=3)
+    plan(session, bucket, "dense.mp4", video())
+    work_off(session)
+    # The 2 s of a chunk have four frames to look at.
+    assert outcomes(session, "dense.mp4") == [WHOLE[0], *[("chunk", "quarantined", "video_too_long")] * 3]
+    configure(worker__max_frames=4, worker__max_faces=1)
+    plan(session, bucket, "fits.mp4", video() + bytes(8))
+    plan(session, bucket, "fits.jpg", empty_jpeg())
+    work_off(session)
+    check_whole(session, "fits.mp4")
+    assert outcomes(session, "fits.jpg") == [("image", "succeeded", None)]
+
+
+def test_a_few_bytes_that_claim_days_are_few_jobs(session: Session, bucket: Bucket) -> None:
+    claim = make_video("matroska", times=[0, 1, 4 * 86400])
+    plan(session, bucket, "days.mkv", claim)
+    work_off(session)
+    # One each 2 s would be 170,000.
+    assert 1 < scalar(session, "SELECT count(*) FROM jobs") <= len(claim) / 256 + 2
+    assert seen(session, "days.mkv") == [0, 1, 2]
+
+
+def scan_bomb(scans: int, size: tuple[int, int] = (64, 48)) -> bytes:
+    """A JPEG of so many passes over its pixels, all but the first few of a few bytes and without any effect."""
+    whole = jpeg(Image.new("L", size), progressive=True)
+    last, end = whole.rfind(b"\xff\xda"), whole.rfind(b"\xff\xd9")
+    return whole[:end] + whole[last:end] * (scans - whole.count(b"\xff\xda")) + whole[end:]
+
+
+def mjpeg(*pictures: bytes, size: tuple[int, int] = (64, 48)) -> bytes:
+    """An AVI of these JPEGs as they are, one a second."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="avi") as file:
+        stream = file.add_stream("mjpeg", rate=1)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuvj420p"
+        for number, picture in enumerate(pictures):
+            packet = av.Packet(picture)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1), stream, True
+            file.mux(packet)
+    return buffer.getvalue()
+
+
+def test_frames_in_very_many_passes_are_not_decoded(session: Session, bucket: Bucket) -> None:
+    put(
+        session,
+        bucket,
+        first__avi=mjpeg(scan_bomb(101), scan_bomb(10)),
+        second__avi=mjpeg(scan_bomb(10), scan_bomb(101)),
+        good__avi=mjpeg(scan_bomb(100), scan_bomb(10)),
+    )
+    work_off(session)
+    assert reason_of(session, "first.avi") == "frame_too_large"
+    assert outcomes(session, "second.avi") == [WHOLE[0], ("chunk", "quarantined", "frame_too_large")]
+    assert outcomes(session, "good.avi") == WHOLE[:2]
+
+
 @pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
 def test_times_that_jump_forward_leave_empty_cells(session: Session, bucket: Bucket, container: str) -> None:
     times = [Fraction(n, 10) + (4 if n >= 10 else 0) for n in range(20)]  # 0 to 0.9 s and 5 to 5.9 s
@@ -538,7 +607,7 @@ def test_enormous_frames_end_in_the_ledger(session: Session, bucket: Bucket) -> 
     for key in ("both.avi", "screen.gif", "both.mp4", "both.mkv"):
         assert reason_of(session, key) == "unreadable_video", key
         (probe,) = ended(session)[key]
-        assert probe.detail is not None and "MASKWATCH_WORKER__MAX_IMAGE_PIXELS" in probe.detail
+        assert probe.detail is not None and "MASKWATCH_WORKER__MAX_FRAME_PIXELS" in probe.detail
     for key in ("frames.avi", "stream.mp4"):
         assert outcomes(session, key) == [WHOLE[0], *[("chunk", "quarantined", "unreadable_video")] * 3]
 

@@ -224,10 +224,10 @@ def stock_kills(lab: Lab, scale: Scale, jobs: int, kills: int) -> dict[str, int]
             lambda process: psutil.Process(process.pid).children(),
         )
         for number in range(kills):
-            target = jobs * number // (kills + 2)
-            wait_until(lambda target=target: lab.scalar(recorded) >= target, seconds=180, what="stock tasks")
+            # By what is left, because what is lost is never recorded.
+            wait_until_left(redis, jobs - jobs * number // (kills + 2))
             fleet.kill_either(fleet.busy())
-        wait_until(lambda: redis.llen("celery") == 0, seconds=300, what="an empty queue")
+        wait_until_left(redis, 0)
         wait_until_still(lambda: (lab.scalar(recorded), redis.hlen("unacked")))
         waiting = redis.hlen("unacked")
     return {
@@ -235,6 +235,11 @@ def stock_kills(lab: Lab, scale: Scale, jobs: int, kills: int) -> dict[str, int]
         "lost": jobs - int(lab.scalar(recorded)) - waiting,
         "stuck until the visibility timeout of an hour": waiting,
     }
+
+
+def wait_until_left(redis: Redis, count: int) -> None:
+    """Wait until no more than this many messages of stock tasks are in their queue."""
+    wait_until(lambda: redis.llen("celery") <= count, seconds=300, what=f"a queue of {count} messages")
 
 
 def wait_until_still(look: Callable[[], object], *, seconds: float = 5) -> None:
@@ -258,10 +263,10 @@ def paused_worker(lab: Lab, scale: Scale) -> Outcome:
     with lab.crew("producer", "aggregator"):
         with ExitStack() as crew:
             fleet = our_fleet(lab, crew, scale, size=2)
-            taken_over = pause_often(lab, fleet, supply, pauses, lambda: lab.logged(REFUSED) > 0)
+            paused, taken_over = pause_often(lab, fleet, supply, pauses, lambda: lab.logged(REFUSED) > 0)
             lab.wait_until_done(supply.count)
         figures = {
-            "pauses": pauses,
+            "pauses": paused,
             "jobs done by another worker meanwhile": taken_over,
             **counted(lab, supply.count),
             "stale commits refused": lab.logged(REFUSED),
@@ -269,9 +274,9 @@ def paused_worker(lab: Lab, scale: Scale) -> Outcome:
         held = right(figures) and figures["stale commits refused"] > 0
         with ExitStack() as crew:
             fleet = our_fleet(lab, crew, scale, {"MASKWATCH_LEDGER__FENCE": "false"}, size=2)
-            pause_often(lab, fleet, supply, control_pauses, lambda: lab.doubled() > 0)
+            unfenced, _ = pause_often(lab, fleet, supply, control_pauses, lambda: lab.doubled() > 0)
             lab.wait_until_done(supply.count)
-        control = {"pauses": control_pauses, "rows doubled": lab.doubled()}
+        control = {"pauses": unfenced, "rows doubled": lab.doubled()}
     return Outcome(figures, control, held, control["rows doubled"] > 0)
 
 
@@ -279,22 +284,27 @@ def paused_worker(lab: Lab, scale: Scale) -> Outcome:
 REFUSED = "stale commit refused"
 
 
-def pause_often(lab: Lab, fleet: Fleet, supply: Supply, pauses: int, seen: Callable[[], bool]) -> int:
-    """This many pauses past the lease; returns how many jobs others did meanwhile. The last one is over when `seen`,
-    or when it is clear that it won't be."""
-    taken_over = 0
-    for _ in range(pauses):
-        jobs = 0
-        while not jobs:
-            supply.keep(24)
-            jobs = pause(lab, fleet, supply)
+def pause_often(lab: Lab, fleet: Fleet, supply: Supply, pauses: int, seen: Callable[[], bool]) -> tuple[int, int]:
+    """Pause so often, and up to three times more while nothing is `seen` of it: how many pauses, and how many jobs
+    others did meanwhile."""
+    done = taken_over = 0
+    while done < pauses or (done < pauses + 3 and not in_time(seen)):
+        supply.keep(24)
+        jobs = pause(lab, fleet, supply)
+        # Otherwise the worker had just ended what it held, and was not past anything.
+        done += jobs > 0
         taken_over += jobs
-    if not seen():
-        # The last one to wake is still at the picture it held.
-        deadline = time.monotonic() + 30
-        while not seen() and time.monotonic() < deadline:
-            time.sleep(0.1)
-    return taken_over
+    return done, taken_over
+
+
+def in_time(seen: Callable[[], bool], *, seconds: float = 20) -> bool:
+    """Whether it is seen soon: the last worker to wake may still be at the picture it held."""
+    deadline = time.monotonic() + seconds
+    while not seen():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def pause(lab: Lab, fleet: Fleet, supply: Supply) -> int:
@@ -355,6 +365,9 @@ FROM jobs j JOIN media_objects m ON m.id = j.media_object_id WHERE j.id > :after
 """
 
 
+EXTRA = "extra attempts of an innocent job at most"
+
+
 def poison(lab: Lab, scale: Scale) -> Outcome:
     """Pictures that kill whoever decodes them, among harmless ones."""
     jobs, deadly = (60, 2) if scale is Scale.FULL else (16, 1)
@@ -372,20 +385,17 @@ def poison(lab: Lab, scale: Scale) -> Outcome:
             "poison quarantined": sum(job.state == "quarantined" and job.reason == "crashed" for job in bad),
             "crashes alone until then": max(job.crashes for job in bad),
             **counted(lab, jobs - deadly),
-            "extra attempts of an innocent job at most": max(job.attempt for job in good) - 1,
+            EXTRA: max(job.attempt for job in good) - 1,
         }
         held = (
             right(figures)
             and {job.crashes for job in bad} == {3}
             and {job.attempt for job in bad} <= {3, 4}  # the fourth: it crashed in company first
             and figures["poison quarantined"] == deadly
-            and figures["extra attempts of an innocent job at most"] <= 1
+            and figures[EXTRA] <= 1
         )
         control = never_alone(lab, supply, crashes)
     return Outcome(figures, control, held, control["poison quarantined"] == 0 and control[EXTRA] > 1)
-
-
-EXTRA = "extra attempts of an innocent job at most"
 
 
 def put_poison(lab: Lab, supply: Supply, count: int, deadly: int) -> list[str]:
@@ -475,6 +485,8 @@ def kill_holder(lab: Lab, fleet: Fleet, supply: Supply) -> tuple[Any, list[Any]]
         time.sleep(0.2)
         if held := lab.rows(HELD, name=victim):
             return since, held
+        if not fleet.lasting:
+            fleet.hire()  # this one died for nothing
 
 
 def waited(lab: Lab, since: Any, held: Collection[Any]) -> list[float]:
@@ -482,7 +494,10 @@ def waited(lab: Lab, since: Any, held: Collection[Any]) -> list[float]:
     waits = []
     for job, attempt in held:
         found = lab.rows(ENDING, id=job, attempt=attempt, since=since)
-        waits.append(found[0].seconds if found and found[0].outcome == "lease_expired" else float("inf"))
+        if not found:
+            waits.append(float("inf"))
+        elif found[0].outcome != "succeeded":  # else its commit outlived it
+            waits.append(found[0].seconds)
     return waits
 
 
@@ -509,9 +524,8 @@ GRACE_SECONDS = 30.0
 
 def sigterm(lab: Lab, scale: Scale) -> Outcome:
     """Ask workers under load to stop."""
-    os.environ.update(PATIENT)
-    stops, control_stops = (20, 5) if scale is Scale.FULL else (1, 1)
-    os.environ.update(enlarged(800))
+    stops, control_kills = (20, 5) if scale is Scale.FULL else (1, 1)
+    os.environ.update({**PATIENT, **enlarged(800)})
     supply = Supply(lab, lab.bucket())
     with lab.crew("producer", "aggregator"), ExitStack() as crew:
         fleet = our_fleet(lab, crew, scale)
@@ -533,10 +547,10 @@ def sigterm(lab: Lab, scale: Scale) -> Outcome:
             and set(outcomes) <= {"succeeded", "released"}
         )
         after = last_job(lab)
-        for _ in range(control_stops):
+        for _ in range(control_kills):
             kill_holder(lab, fleet, supply)
         lab.wait_until_done(supply.count)
-        control = {"kills": control_stops, "jobs charged": int(lab.scalar(CHARGED, after=after))}
+        control = {"kills": control_kills, "jobs charged": int(lab.scalar(CHARGED, after=after))}
     return Outcome(figures, control, held, control["jobs charged"] > 0)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import psycopg
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, ProgrammingError
 from sqlalchemy.orm import Session
 
@@ -31,15 +31,9 @@ def make_engine(settings: DatabaseSettings) -> Engine:
             "no database is configured: set MASKWATCH_DATABASE__URL, or install the embedded one "
             "(pip install 'maskwatch[local]')"
         )
-    try:
-        url = make_url(settings.url.get_secret_value())
-    except ArgumentError:
-        url = None
-    if url is None or url.drivername != "postgresql+psycopg":
-        # Not shown: it may hold a password.
-        raise MaskwatchError(
-            "MASKWATCH_DATABASE__URL is no URL of the form postgresql+psycopg://user:password@host/name"
-        )
+    url = _parsed(settings.url.get_secret_value())
+    if settings.password is not None:
+        url = url.set(password=settings.password.get_secret_value())
     statement_ms = int(settings.statement_timeout_seconds * 1000)
     return create_engine(
         url,
@@ -59,6 +53,29 @@ def make_engine(settings: DatabaseSettings) -> Engine:
             " -c timezone=UTC",
         },
     )
+
+
+def _parsed(text: str) -> URL:
+    """Raises `MaskwatchError`, which shows nothing of the URL: all of it may be part of a password."""
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        url = None
+    # An "@" in the host: one in the password was not escaped.
+    if url is None or url.drivername != "postgresql+psycopg" or "@" in (url.host or ""):
+        raise MaskwatchError(
+            "MASKWATCH_DATABASE__URL is no URL of the form postgresql+psycopg://user:password@host/name (the password "
+            "percent-encoded, or in MASKWATCH_DATABASE__PASSWORD)"
+        )
+    return url
+
+
+def address(settings: DatabaseSettings) -> str:
+    """Where the database is, for people; no secrets, in whatever part of the URL they are."""
+    assert settings.url is not None, "asked of a configured database"
+    url = _parsed(settings.url.get_secret_value())
+    shown = {name: value for name, value in url.query.items() if name in ("host", "port", "sslmode", "sslrootcert")}
+    return url.set(query=shown).render_as_string(hide_password=True)
 
 
 @lru_cache(maxsize=1)
@@ -82,17 +99,53 @@ def explained() -> Iterator[None]:
     except ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.UndefinedTable):
             raise MaskwatchError(NOT_MIGRATED.format(found="no tables", need=SCHEMA_REVISION)) from error
+        if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+            raise MissingRightError(
+                f"{_role()} lacks a right ({first_line(error)}): the owner of the tables gives each role its rights "
+                "with `maskwatch db grant`"
+            ) from error
         raise
     except DBAPIError as error:
         if is_lost(error):
-            raise DatabaseDownError(
-                f"the database does not answer ({first_line(error)}): is Postgres running?"
-            ) from error
+            raise _down(error) from error
         raise
 
 
 class DatabaseDownError(MaskwatchError):
-    """Postgres can't be reached, or has dropped the connection."""
+    """Postgres can't be reached, has dropped the connection, or lets nobody in."""
+
+
+class MissingRightError(MaskwatchError):
+    """The role we are may not do this."""
+
+
+#: What Postgres says when it lets us not in, and what to do. By its words: libpq tells no SQLSTATE of a connection
+#: that was not made. In another language (lc_messages) they are not known again, and the general sentence says them.
+_NOT_LET_IN = (
+    ("password authentication failed", "check the user in MASKWATCH_DATABASE__URL and MASKWATCH_DATABASE__PASSWORD"),
+    ("no password supplied", "set MASKWATCH_DATABASE__PASSWORD"),
+    ("no pg_hba.conf entry", "the server takes no such connection: is sslmode needed, is this host allowed?"),
+    ("does not exist", "check MASKWATCH_DATABASE__URL"),
+    ("too many clients", "all of its connections are in use: raise max_connections, or run fewer processes"),
+    ("too many connections", "all that this role may have are in use: raise its limit, or run fewer processes"),
+    ("remaining connection slots", "all of its connections are in use: raise max_connections, or run fewer processes"),
+    ("certificate", "check sslmode and sslrootcert in MASKWATCH_DATABASE__URL"),
+)
+
+
+def _down(error: DBAPIError) -> DatabaseDownError:
+    line = first_line(error)
+    for words, what_to_do in _NOT_LET_IN:
+        if words in line:
+            return DatabaseDownError(f"the database let us not in ({line}): {what_to_do}")
+    return DatabaseDownError(f"the database does not answer ({line}): is Postgres running?")
+
+
+def _role() -> str:
+    """Who we are to Postgres, for a message."""
+    configured = get_settings().database.url
+    user = _parsed(configured.get_secret_value()).username if configured is not None else None
+    return f"the database role {user}" if user else "this database role"
 
 
 def is_lost(error: DBAPIError) -> bool:

@@ -44,33 +44,19 @@ def doctor(as_json: bool) -> None:
 
 def _examine() -> list[Check]:
     """Everything, in the order of the road. Never shows a password."""
-    from sqlalchemy.engine import make_url
-
+    from common.database import address
     from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
     from common.settings import get_settings
 
     found: list[Check] = []
     settings = get_settings()
     embedded = uses_embedded_stack(settings)
-    if settings.database.url is not None:
-        shown = make_url(settings.database.url.get_secret_value()).render_as_string(hide_password=True)
-        found.append(("database", None, shown))
-    else:
-        found.append(("database", None, f"embedded, under {settings.state_dir}"))
     try:
-        with deployment():
-            from common.queues import Queue, queue_length, redis_client
-
+        where = f"embedded, under {settings.state_dir}" if embedded else address(settings.database)
+        found.append(("database", None, where))
+        with deployment() as used:
             found.append(("database reachable, migrated", True, ""))
-            try:
-                with redis_client() as client:
-                    queue_length(client, Queue.MEDIA)
-                    policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
-                safe = policy == "noeviction"
-                found.append(("broker reachable", True, "embedded" if embedded else ""))
-                found.append(("broker keeps messages", safe, policy + ("" if safe else ": set noeviction")))
-            except Exception as error:
-                found.append(("broker reachable", False, str(error)))
+            found += _examine_broker(used, embedded)
     except MaskwatchError as error:
         found.append(("database reachable, migrated", False, str(error)))
     source = settings.storage.endpoint_url or ("AWS" if has_aws_configuration(settings) else "embedded")
@@ -83,6 +69,39 @@ def _examine() -> list[Check]:
         found.append((f"layer {layer}", None, "installed" if installed else f"pip install 'maskwatch[{layer}]'"))
     free = shutil.disk_usage(settings.state_dir if settings.state_dir.exists() else ".").free
     found.append(("disk", free > 2**30, f"{free / 2**30:.1f} GiB free"))
+    return found
+
+
+def _examine_broker(settings: Settings, embedded: bool) -> list[Check]:
+    """Where Redis is, how one gets in, whether one does; and how it is set, where this user may read that."""
+    from redis.exceptions import NoPermissionError, RedisError
+
+    from common.broker import BrokerDownError, broker_error, credentials, place
+    from common.queues import Queue, queue_length, redis_client
+
+    try:
+        where = place(settings.broker)
+        user, password = credentials(settings.broker)
+    except MaskwatchError as error:
+        return [("broker", False, str(error))]
+    entry = f"user {user or 'default'}, {'with a' if password else 'no'} password, {'TLS' if where.tls else 'no TLS'}"
+    place_words = where.path or f"{where.host}:{where.port}"
+    found: list[Check] = [("broker", None, f"{'embedded' if embedded else place_words}; {entry}")]
+    try:
+        with redis_client() as client:
+            queue_length(client, Queue.MEDIA)
+            found.append(("broker reachable", True, ""))
+            policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
+            limit = int(client.config_get("maxmemory")["maxmemory"])
+    except NoPermissionError:
+        found.append(("broker keeps messages", None, "this user may not read that (maxmemory-policy: noeviction)"))
+    except (BrokerDownError, RedisError, OSError) as error:
+        sentence = str(error) if isinstance(error, BrokerDownError) else str(broker_error(error))
+        found.append(("broker reachable", False, sentence))
+    else:
+        safe = policy == "noeviction"
+        found.append(("broker keeps messages", safe, policy + ("" if safe else ": set noeviction")))
+        found.append(("broker memory", None, f"at most {limit / 2**20:.0f} MiB" if limit else "no limit (maxmemory)"))
     return found
 
 

@@ -1,11 +1,12 @@
-"""An S3 endpoint with faults: passes everything on to the real server but for the keys it is told about."""
+"""An S3 endpoint with faults: passes everything on to the real server but for what it is told about."""
 
 from __future__ import annotations
 
 import http.client
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -18,10 +19,26 @@ _ANSWERS = {
 }
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one answer."""
+
+    #: This HTTP status instead; 0: the real one.
+    status: int = 0
+    #: The connection is closed after half of the body that was announced.
+    cut: bool = False
+    #: Whatever is there passes for the version that was asked for.
+    unpinned: bool = False
+
+
 @contextmanager
-def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]]) -> Iterator[str]:
+def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]] | Callable[[str, str], Fault]) -> Iterator[str]:
     """The URL of a server that answers a GET or HEAD of a key in `faults` with that status; they may
-    be changed while it runs. A list is of one status for each request to come, 0 to let it through."""
+    be changed while it runs. A list is of one status for each request to come, 0 to let it through.
+
+    Or `faults` is asked for each GET and HEAD of a key, from several threads, with the method and the key.
+    """
+    wrong = faults if callable(faults) else _by_key(faults)
     upstream = urlsplit(endpoint_url)
 
     class Handler(BaseHTTPRequestHandler):
@@ -32,16 +49,15 @@ def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]]) -> Itera
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             _, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
-            status = faults.get(key) if self.command in ("GET", "HEAD") else None
-            if isinstance(status, list):
-                status = status.pop(0) if status else 0
-            if status:
-                text = f"<Error><Code>{_ANSWERS[status]}</Code><Message>fault</Message></Error>".encode()
-                self._answer(status, [("Content-Type", "application/xml")], text)
+            fault = wrong(self.command, key) if key and self.command in ("GET", "HEAD") else Fault()
+            if fault.status:
+                text = f"<Error><Code>{_ANSWERS[fault.status]}</Code><Message>fault</Message></Error>".encode()
+                self._answer(fault.status, [("Content-Type", "application/xml")], text)
                 return
             connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port, timeout=30)
             headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
             headers["Host"] = upstream.netloc
+            wanted = headers.pop("If-Match", None) if fault.unpinned else None
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             content = answer.read()
@@ -50,7 +66,12 @@ def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]]) -> Itera
                 for name, value in answer.getheaders()
                 if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date")
             ]
+            if wanted:
+                kept = [(name, wanted if name.lower() == "etag" else value) for name, value in kept]
             length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+            if fault.cut and self.command == "GET":
+                length, content = str(len(content)), content[: len(content) // 2]
+                self.close_connection = True
             self._answer(answer.status, kept, content, length)
             connection.close()
 
@@ -78,3 +99,13 @@ def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]]) -> Itera
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _by_key(faults: Mapping[str, int | list[int]]) -> Callable[[str, str], Fault]:
+    def wrong(_: str, key: str) -> Fault:
+        status = faults.get(key, 0)
+        if isinstance(status, list):
+            status = status.pop(0) if status else 0
+        return Fault(status)
+
+    return wrong

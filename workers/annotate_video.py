@@ -278,7 +278,7 @@ def _sounding(info: ObjectInfo, settings: Settings) -> Iterator[SoundingVideo]:
     """As `workers.videos.opened`, with its sound."""
     with block_reader(info, settings.storage) as reader:
         threads = runtime_of(settings).threads
-        video = SoundingVideo(reader, max_pixels=settings.worker.max_image_pixels, threads=threads)
+        video = SoundingVideo(reader, max_pixels=settings.worker.max_frame_pixels, threads=threads)
         try:
             yield video
         finally:

@@ -19,7 +19,16 @@ from av.error import FFmpegError
 from av.stream import Discard
 
 from common.domain import PermanentJobError, Reason, TransientJobError, VideoInfo
-from workers.formats import Reader, has_index, is_set_back, length_of_cut_avi, read_at, recognise
+from workers.formats import (
+    MAX_JPEG_SCANS,
+    Reader,
+    has_index,
+    has_too_many_scans,
+    is_set_back,
+    length_of_cut_avi,
+    read_at,
+    recognise,
+)
 
 #: Names of FFmpeg's decoders.
 CODECS = frozenset(
@@ -104,7 +113,7 @@ class VideoFile:
             raise PermanentJobError(
                 Reason.FRAME_TOO_LARGE,
                 f"the video's frames have {width} × {height} pixels, the limit is {self._max_pixels} in all; scale it "
-                "down or raise MASKWATCH_WORKER__MAX_IMAGE_PIXELS",
+                "down or raise MASKWATCH_WORKER__MAX_FRAME_PIXELS",
             )
         # For sizes that the header doesn't tell, or that change in the middle.
         codec.options = {**codec.options, "max_pixels": str(self._max_pixels)}
@@ -194,7 +203,7 @@ class VideoFile:
             raise PermanentJobError(
                 Reason.UNREADABLE_VIDEO,
                 "neither its header nor its first frame tells a size that can be decoded: it is damaged, or its frames "
-                f"have more than the {self._max_pixels} pixels that MASKWATCH_WORKER__MAX_IMAGE_PIXELS allows",
+                f"have more than the {self._max_pixels} pixels that MASKWATCH_WORKER__MAX_FRAME_PIXELS allows",
             )
         return VideoInfo(
             container=str(self._container.format.name),
@@ -214,7 +223,7 @@ class VideoFile:
             # The last, empty packet asks the decoder for what it still holds.
             for packet in self._container.demux(self.stream):
                 packets += packet.size > 0
-                for frame in packet.decode():
+                for frame in self.decode(packet):
                     return frame
                 if packets == _FIRST_PACKETS:
                     return None
@@ -233,6 +242,17 @@ class VideoFile:
         for packet in self._container.demux(self.stream):
             if packet.size:
                 yield packet
+
+    def decode(self, packet: Any | None) -> list[Any]:
+        """The frames that the decoder has after this packet; None: those that it still holds. Raises FFmpeg's errors,
+        and `PermanentJobError` for a packet that is made to keep the decoder busy."""
+        codec = self.stream.codec_context
+        if codec.name == "mjpeg" and packet is not None and has_too_many_scans(bytes(packet)):
+            raise PermanentJobError(
+                Reason.FRAME_TOO_LARGE,
+                f"one of its frames is told in more than {MAX_JPEG_SCANS} passes over all of its pixels; write it anew",
+            )
+        return list(codec.decode(packet))
 
     def seek(self, at: Fraction) -> bool:
         """Go to a keyframe that begins, by the container's index, at or before `at`; False where that fails."""

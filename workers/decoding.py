@@ -30,6 +30,7 @@ from PIL import (
 )
 
 from common.domain import PermanentJobError, Reason
+from workers.formats import MAX_JPEG_SCANS, has_too_many_scans
 
 #: What Pillow may open. JPEG includes MPO: a JPEG with further pictures behind it, as some phones write.
 #: Named by their plugins, which this imports: Pillow would import all of its formats to look for one.
@@ -59,6 +60,9 @@ _DAMAGE = (
     struct.error,
     zlib.error,
 )
+
+#: Rows that are turned into RGB at a time: transparency on white takes four copies of what it is done with.
+_ROWS = 256
 
 # Numbers of EXIF tags: EXIF 2.32, section 4.6.
 _EXIF_IFD = 0x8769
@@ -118,12 +122,17 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
             raise _cannot_read(data, error) from error
         with image:
             _check_size(image, max_pixels)
+            if image.format in ("JPEG", "MPO") and has_too_many_scans(data):
+                raise PermanentJobError(
+                    Reason.IMAGE_TOO_LARGE,
+                    f"the picture is told in more than {MAX_JPEG_SCANS} passes over all of its pixels; save it anew",
+                )
             # A TIFF's metadata are gone once its pixels are read; a PNG's may come after its pixels.
             early = _time_taken(_exif(image)) if image.format == "TIFF" else None
             try:
                 image.load()
                 upright = _upright(image)
-                rgb = np.asarray(_to_rgb(upright), dtype=np.uint8)
+                rgb = _to_array(upright)
             except _DAMAGE as error:
                 raise _cannot_read(data, error) from error
             exif_time = early or _time_taken(_exif(image))
@@ -174,6 +183,16 @@ def _is_cut_off(data: bytes, message: str) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """The picture as RGB, uint8 (height, width, 3), a few rows at a time."""
+    width, height = image.size
+    rgb = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, _ROWS):
+        bottom = min(height, top + _ROWS)
+        rgb[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom))))
+    return rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

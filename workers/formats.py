@@ -3,6 +3,7 @@ with it that FFmpeg would not say."""
 
 from __future__ import annotations
 
+import re
 import struct
 from fractions import Fraction
 from itertools import pairwise
@@ -21,6 +22,13 @@ _TS_PLACES = 16
 _TS_WINDOW_BYTES = 64 * 1024
 #: The clock of an MPEG-TS begins anew after so many ticks (ISO/IEC 13818-1, section 2.4.3.5).
 _TS_TICKS = 2**33
+
+#: A JPEG that tells its picture in more passes than this is made to keep its reader busy: each pass goes over all
+#: pixels, however few bytes it has. Encoders make about ten. (libtiff, too, stops at 100 of them.)
+MAX_JPEG_SCANS = 100
+#: A marker of a JPEG but for those that stand alone (ITU-T T.81, section B.1.1.3).
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
+_JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 
 
 class Reader(Protocol):
@@ -48,6 +56,20 @@ def recognise(head: bytes) -> str | None:
         return "gif"
     # Text that repeats itself may have a G, the sync byte, in the right places; but a NUL it hasn't.
     return "mpegts" if 0 in head and _ts_layout(head) is not None else None
+
+
+def has_too_many_scans(jpeg: bytes) -> bool:
+    """Whether a JPEG has more than `MAX_JPEG_SCANS` passes over its pixels; what is behind its end doesn't count."""
+    scans = position = 0
+    while scans <= MAX_JPEG_SCANS:
+        marker = _JPEG_MARKER.search(jpeg, position)
+        if marker is None or marker[1][0] == _JPEG_END:
+            return False
+        scans += marker[1][0] == _JPEG_SCAN
+        # What belongs to a marker says its length, and may hold anything: a thumbnail, for one.
+        length = jpeg[marker.end() : marker.end() + 2]
+        position = marker.end() + max(2, int.from_bytes(length))
+    return True
 
 
 def _ts_layout(data: bytes) -> tuple[int, int] | None:

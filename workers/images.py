@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from common.database import session_scope
-from common.domain import Face, ObservedAt
+from common.domain import Face, ObservedAt, PermanentJobError, Reason
 from common.ledger import ClaimedJob
 from common.planning import observed_from_file, zone
 from common.settings import Settings
@@ -62,7 +62,17 @@ def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[lis
     """The faces in these bytes, and when the camera saw them."""
     image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
     faces = attempts.analyzer(job.spec, runtime_of(settings)).analyze(image.rgb)
+    check_faces(len(faces), Reason.IMAGE_TOO_LARGE, settings)
     return faces, observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
+
+
+def check_faces(count: int, reason: Reason, settings: Settings) -> None:
+    """Raises `PermanentJobError` for more faces than a photograph can show: a pattern made for the detector."""
+    limit = settings.worker.max_faces
+    if count > limit:
+        raise PermanentJobError(
+            reason, f"{count:,} faces were found in it, the limit is {limit:,}; is it one? MASKWATCH_WORKER__MAX_FACES"
+        )
 
 
 def read_ahead(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:

@@ -201,7 +201,7 @@ class Sampler:
         if shown is not None:
             heapq.heappush(self._fed, shown)
         try:
-            return list(self._video.stream.codec_context.decode(packet))
+            return self._video.decode(packet)
         except FFmpegError as error:
             self._video.reraise(error)
             self._damage = error.strerror

@@ -19,6 +19,7 @@ from workers import attempts
 from workers.attempts import DrainedError, Heartbeat
 from workers.containers import VideoFile
 from workers.frames import to_picture
+from workers.images import check_faces
 from workers.inference import runtime_of
 from workers.pipeline import Picture, analyze_frames
 from workers.recording import Shortfall, record_chunk, record_probe
@@ -26,6 +27,10 @@ from workers.sampling import Grid, Sampler
 
 #: How often a job looks whether it should go on, between two frames that are wanted.
 LOOK_SECONDS = 0.2
+#: A job that is out of time at this attempt is not tried again. Before that the worker may have been at fault.
+TIME_LIMIT_ATTEMPTS = 2
+#: What a video must have for each of its chunks: a few bytes must not claim a week, which would be 10,000 jobs.
+MIN_CHUNK_BYTES = 256
 
 
 def run_video_job(
@@ -40,7 +45,8 @@ def run_video_job(
         if draining():
             raise DrainedError
         if time.monotonic() > deadline:
-            raise TransientJobError(
+            out_of_time = PermanentJobError if job.attempt >= TIME_LIMIT_ATTEMPTS else TransientJobError
+            raise out_of_time(
                 Reason.TIME_LIMIT,
                 f"not done within {settings.worker.soft_time_limit_seconds} s; shorten MASKWATCH_WORKER__CHUNK_SECONDS "
                 "before the video is planned, or raise MASKWATCH_WORKER__SOFT_TIME_LIMIT_SECONDS",
@@ -67,10 +73,11 @@ def probe(job: ClaimedJob, settings: Settings) -> None:
             f"it is {info.duration_seconds:,.0f} s long by its header, the limit is {limits.max_video_seconds:,.0f}; "
             "split it or raise MASKWATCH_WORKER__MAX_VIDEO_SECONDS",
         )
-    if info.width * info.height > limits.max_image_pixels:
+    if info.width * info.height > limits.max_frame_pixels:
         raise PermanentJobError(Reason.FRAME_TOO_LARGE, f"its frames have {info.width} × {info.height} pixels")
     seen = recording_start(job.key_time, info.created_at, job.last_modified, info.duration_seconds)
-    ranges = chunk_ranges(info.duration_seconds, limits.chunk_seconds)
+    sparse = (info.duration_seconds or 0) * MIN_CHUNK_BYTES / job.size_bytes
+    ranges = chunk_ranges(info.duration_seconds, max(limits.chunk_seconds, sparse))
     with session_scope() as session:
         record_probe(session, job, info, seen, ranges, fence=settings.ledger.fence)
 
@@ -97,10 +104,22 @@ def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None]
         with closing(analysed):
             for frame in analysed:
                 go_on()
+                check_faces(len(frame.faces), Reason.FRAME_TOO_LARGE, settings)
                 frames.append(frame)
+                _check_frames(len(frames), settings)
     shortfall = _shortfall(job, sampler, bool(frames))
     with session_scope() as session:
         record_chunk(session, job, frames, shortfall, fence=settings.ledger.fence)
+
+
+def _check_frames(count: int, settings: Settings) -> None:
+    limit = settings.worker.max_frames
+    if count > limit:
+        raise PermanentJobError(
+            Reason.VIDEO_TOO_LONG,
+            f"there are more than {limit:,} frames to look at in one job; look at fewer per second "
+            "(--sample-fps), shorten MASKWATCH_WORKER__CHUNK_SECONDS or raise MASKWATCH_WORKER__MAX_FRAMES",
+        )
 
 
 def _seldom(call: Callable[[], None]) -> Callable[[], None]:
@@ -149,10 +168,16 @@ def _shortfall(job: ClaimedJob, sampler: Sampler, something: bool) -> Shortfall 
 @contextmanager
 def opened(info: ObjectInfo, settings: Settings) -> Iterator[VideoFile]:
     """A video to read from, pinned to its ETag. Errors as `workers.containers.VideoFile`, and those of reading."""
+    if info.size_bytes > settings.storage.max_video_bytes:
+        raise PermanentJobError(
+            Reason.OBJECT_TOO_LARGE,
+            f"the video has {info.size_bytes:,} bytes, the limit is {settings.storage.max_video_bytes:,}; "
+            "split it or raise MASKWATCH_STORAGE__MAX_VIDEO_BYTES",
+        )
     with block_reader(info, settings.storage) as reader:
         # Half of the threads: the models take all of theirs at the same time.
         threads = max(1, runtime_of(settings).threads // 2)
-        video = VideoFile(reader, max_pixels=settings.worker.max_image_pixels, threads=threads)
+        video = VideoFile(reader, max_pixels=settings.worker.max_frame_pixels, threads=threads)
         try:
             yield video
         finally:

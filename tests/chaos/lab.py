@@ -197,7 +197,7 @@ class Lab:
             f"import os\ntry:\n{indent(dedent(fault), '    ')}\nexcept BaseException:\n"
             "    import traceback\n    traceback.print_exc()\n    os._exit(70)\n"
         )
-        return {"PYTHONPATH": str(folder)}
+        return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
     @staticmethod
     def children(process: Any) -> list[psutil.Process]:

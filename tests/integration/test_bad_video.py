@@ -4,7 +4,6 @@ and the rest goes on. Nothing that a file refers to is ever opened."""
 from __future__ import annotations
 
 import io
-import os
 import struct
 import subprocess
 import sys
@@ -14,9 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -29,6 +26,25 @@ from common.planning import PlannedObject, media_kind
 from common.settings import Settings, get_settings
 from common.storage import open_bucket
 from tests.faults import faulty_s3
+from tests.hostile_files import (
+    DREF,
+    FRAMES,
+    RATE,
+    STBL,
+    Canaries,
+    alias_to,
+    claims,
+    edited,
+    hls,
+    mjpeg,
+    open_freely,
+    scan_bomb,
+    sps,
+    url_of,
+    video,
+    watch_canaries,
+    with_sps,
+)
 from tests.ledger_rows import NOON, dispatch, register, rows, scalar
 from tests.photos import empty_jpeg
 from tests.services import Bucket, Services
@@ -39,8 +55,8 @@ from workers.frames import to_picture
 from workers.jobs import run_jobs
 from workers.sampling import Grid, Sampler
 
-#: Each video of `video` has this many frames, ten a second; every fifth is looked at, and each chunk has 2 s.
-FRAMES, RATE, EVERY, CHUNK_SECONDS = 60, 10, 5, 2
+#: Of the frames of `video` every fifth is looked at, and each chunk has 2 s.
+EVERY, CHUNK_SECONDS = 5, 2
 ALL = list(range(0, FRAMES, EVERY))
 
 
@@ -83,16 +99,11 @@ def _ready(configure: Configure, analyzer: FakeAnalyzer) -> None:
         pipeline__sample_fps=RATE / EVERY,
         worker__threads=1,
         storage__block_bytes=4096,
-        worker__max_image_pixels=1_000_000,
+        worker__max_frame_pixels=1_000_000,
     )
 
 
 # --- videos, whole and otherwise ---
-
-
-@lru_cache(maxsize=32)
-def video(container: str = "mp4", codec: str = "libx264", **options: Any) -> bytes:
-    return make_video(container, codec, FRAMES, fps=RATE, gop=5, **options)
 
 
 def grainy(number: int) -> NDArray[np.uint8]:
@@ -117,28 +128,6 @@ def cut_at(content: bytes, seconds: float) -> bytes:
             if packet.size and (packet.dts - (stream.start_time or 0)) * stream.time_base >= seconds:
                 return content[: packet.pos + packet.size // 2]
     raise AssertionError(f"the video is shorter than {seconds} s")
-
-
-def atoms(content: bytes) -> list[tuple[bytes, bytes]]:
-    """(kind, body) of the boxes of an MP4 at one level."""
-    found, position = [], 0
-    while position < len(content):
-        size, kind = struct.unpack(">I4s", content[position : position + 8])
-        found.append((kind, content[position + 8 : position + size]))
-        position += size
-    return found
-
-
-def edited(content: bytes, path: Sequence[bytes], edit: Callable[[bytes], bytes]) -> bytes:
-    """An MP4 whose boxes at this path have another body. Its index must come last, or no size may change."""
-    if not path:
-        return edit(content)
-    parts = [(kind, edited(body, path[1:], edit) if kind == path[0] else body) for kind, body in atoms(content)]
-    return b"".join(struct.pack(">I4s", len(body) + 8, kind) + body for kind, body in parts)
-
-
-STBL = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
-DREF = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
 
 
 def without_samples(mp4: bytes) -> bytes:
@@ -396,6 +385,52 @@ def test_a_video_that_is_too_long(session: Session, bucket: Bucket, configure: C
     assert seen(session, "short.mp4") == ALL[:10]
 
 
+def test_a_video_of_more_bytes_than_allowed_is_not_read(session: Session, bucket: Bucket, configure: Configure) -> None:
+    plan(session, bucket, "large.mp4", video())
+    configure(storage__max_video_bytes=len(video()) - 1)
+    work_off(session)
+    assert reason_of(session, "large.mp4") == "object_too_large"
+    (probe,) = ended(session)["large.mp4"]
+    assert probe.detail is not None and "MASKWATCH_STORAGE__MAX_VIDEO_BYTES" in probe.detail
+
+
+def test_more_frames_or_faces_in_a_job_than_allowed(session: Session, bucket: Bucket, configure: Configure) -> None:
+    configure(worker__max_frames=3)
+    plan(session, bucket, "dense.mp4", video())
+    work_off(session)
+    # The 2 s of a chunk have four frames to look at.
+    assert outcomes(session, "dense.mp4") == [WHOLE[0], *[("chunk", "quarantined", "video_too_long")] * 3]
+    configure(worker__max_frames=4, worker__max_faces=1)
+    plan(session, bucket, "fits.mp4", video() + bytes(8))
+    plan(session, bucket, "fits.jpg", empty_jpeg())
+    work_off(session)
+    check_whole(session, "fits.mp4")
+    assert outcomes(session, "fits.jpg") == [("image", "succeeded", None)]
+
+
+def test_a_few_bytes_that_claim_days_are_few_jobs(session: Session, bucket: Bucket) -> None:
+    claim = make_video("matroska", times=[0, 1, 4 * 86400])
+    plan(session, bucket, "days.mkv", claim)
+    work_off(session)
+    # One each 2 s would be 170,000.
+    assert 1 < scalar(session, "SELECT count(*) FROM jobs") <= len(claim) / 256 + 2
+    assert seen(session, "days.mkv") == [0, 1, 2]
+
+
+def test_frames_in_very_many_passes_are_not_decoded(session: Session, bucket: Bucket) -> None:
+    put(
+        session,
+        bucket,
+        first__avi=mjpeg(scan_bomb(101), scan_bomb(10)),
+        second__avi=mjpeg(scan_bomb(10), scan_bomb(101)),
+        good__avi=mjpeg(scan_bomb(100), scan_bomb(10)),
+    )
+    work_off(session)
+    assert reason_of(session, "first.avi") == "frame_too_large"
+    assert outcomes(session, "second.avi") == [WHOLE[0], ("chunk", "quarantined", "frame_too_large")]
+    assert outcomes(session, "good.avi") == WHOLE[:2]
+
+
 @pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
 def test_times_that_jump_forward_leave_empty_cells(session: Session, bucket: Bucket, container: str) -> None:
     times = [Fraction(n, 10) + (4 if n >= 10 else 0) for n in range(20)]  # 0 to 0.9 s and 5 to 5.9 s
@@ -450,77 +485,6 @@ def test_times_that_run_backwards_where_a_probe_does_not_look(
 # --- claims ---
 
 
-def claiming(content: bytes, was: bytes, claim: bytes) -> bytes:
-    assert was in content
-    return content.replace(was, claim)
-
-
-def sof(width: int, height: int) -> bytes:
-    """The beginning of a JPEG's frame header: 8 bits, height, width."""
-    return b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", height, width)
-
-
-def sps(width: int, height: int) -> bytes:
-    """The parameter set of an H.264 stream (ITU-T H.264, section 7.3.2.1.1), baseline, of frames of this size."""
-
-    def golomb(value: int) -> str:
-        digits = f"{value + 1:b}"
-        return "0" * (len(digits) - 1) + digits
-
-    # Its id, numbering, order, reference frames; whole frames; nothing cropped, nothing else told.
-    bits = golomb(0) + golomb(0) + golomb(2) + golomb(1) + "0"
-    bits += golomb(width // 16 - 1) + golomb(height // 16 - 1) + "11" + "0" + "0" + "1"
-    bits += "0" * (-len(bits) % 8)
-    body = int(bits, 2).to_bytes(len(bits) // 8)
-    assert b"\0\0" not in body  # which would have to be escaped
-    return b"\x67\x42\x00\x33" + body
-
-
-def with_sps(mp4: bytes, new: bytes) -> bytes:
-    """An MP4 of H.264 with another parameter set."""
-
-    def edit(stsd: bytes) -> bytes:
-        at = stsd.index(b"avcC") - 4
-        ((_, config),) = atoms(stsd[at : at + struct.unpack(">I", stsd[at : at + 4])[0]])
-        (length,) = struct.unpack(">H", config[6:8])
-        config = config[:6] + struct.pack(">H", len(new)) + new + config[8 + length :]
-        ((kind, entry),) = atoms(stsd[8:])
-        entry = entry[:78] + struct.pack(">I4s", len(config) + 8, b"avcC") + config
-        return stsd[:8] + struct.pack(">I4s", len(entry) + 8, kind) + entry
-
-    return edited(mp4, (*STBL, b"stsd"), edit)
-
-
-def claims() -> dict[str, bytes]:
-    """Small files whose headers claim enormous frames."""
-    avi, gif, mp4 = video("avi", "mjpeg"), video("gif", "gif"), video("mp4", "mjpeg")
-    mkv = make_video("matroska", "mjpeg", 20, size=(320, 240))
-    huge, small, large = (100_000, 100_000), (64, 48), (65_500, 65_500)
-    stsd = bytes(16) + struct.pack(">HH", *small)
-    return {
-        "header.avi": claiming(avi, struct.pack("<II", *small), struct.pack("<II", *huge)),
-        "frames.avi": claiming(avi, sof(*small), sof(*large)),
-        "both.avi": claiming(
-            claiming(avi, struct.pack("<II", *small), struct.pack("<II", *huge)), sof(*small), sof(*large)
-        ),
-        "screen.gif": claiming(gif, b"GIF89a" + struct.pack("<HH", *small), b"GIF89a" + struct.pack("<HH", *large)),
-        "track.mp4": claiming(mp4, stsd, bytes(16) + struct.pack(">HH", *large)),
-        "both.mp4": claiming(
-            claiming(mp4, stsd, bytes(16) + struct.pack(">HH", *large)), sof(*small), sof(*large)
-        ),
-        "stream.mp4": with_sps(video(), sps(100_000, 100_000)),
-        "wide.mp4": with_sps(video(), sps(16_000, 8_000)),
-        "track.mkv": claiming(
-            mkv, b"\xb0\x82\x01\x40\xba\x81\xf0", b"\xb0\x82\xff\xfe\xba\x81\xf0"
-        ),
-        "both.mkv": claiming(
-            claiming(mkv, b"\xb0\x82\x01\x40\xba\x81\xf0", b"\xb0\x82\xff\xfe\xba\x81\xf0"),
-            sof(320, 240),
-            sof(*large),
-        ),
-    }  # fmt: skip
-
-
 def test_a_parameter_set_that_is_written_here_works() -> None:
     with av.open(io.BytesIO(with_sps(video(), sps(64, 48)))) as file:
         assert [number_of(to_picture(frame)) for frame in file.decode(video=0)] == list(range(FRAMES))
@@ -538,7 +502,7 @@ def test_enormous_frames_end_in_the_ledger(session: Session, bucket: Bucket) -> 
     for key in ("both.avi", "screen.gif", "both.mp4", "both.mkv"):
         assert reason_of(session, key) == "unreadable_video", key
         (probe,) = ended(session)[key]
-        assert probe.detail is not None and "MASKWATCH_WORKER__MAX_IMAGE_PIXELS" in probe.detail
+        assert probe.detail is not None and "MASKWATCH_WORKER__MAX_FRAME_PIXELS" in probe.detail
     for key in ("frames.avi", "stream.mp4"):
         assert outcomes(session, key) == [WHOLE[0], *[("chunk", "quarantined", "unreadable_video")] * 3]
 
@@ -592,73 +556,10 @@ def test_claims_take_no_memory(tmp_path: Path) -> None:
 # --- files that point elsewhere ---
 
 
-@dataclass
-class Canaries:
-    """A server and a file that nobody should open. hits: how often somebody did, by "server" and "file"."""
-
-    url: str
-    path: Path
-    hits: dict[str, int]
-
-
 @pytest.fixture
 def canaries(tmp_path: Path) -> Iterator[Canaries]:
-    hits = {"server": 0, "file": 0}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            hits["server"] += 1
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    # A pipe: whoever opens it for reading, from whatever language, lets the one go on who opens it for writing.
-    path = tmp_path / "canary.ts"
-    os.mkfifo(path)
-    stopping = threading.Event()
-
-    def watch() -> None:
-        while True:
-            with path.open("wb"):
-                if stopping.is_set():
-                    return
-                hits["file"] += 1
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threads = [threading.Thread(target=server.serve_forever), threading.Thread(target=watch)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield Canaries(f"http://127.0.0.1:{server.server_address[1]}/canary.ts", path, hits)
-    finally:
-        server.shutdown()
-        server.server_close()
-        stopping.set()
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-        for thread in threads:
-            thread.join(10)
-
-
-def alias_to(path: Path) -> bytes:
-    """The body of a dref box whose one entry is a Macintosh alias of an absolute path (Inside Macintosh: Files)."""
-    text = str(path).encode()
-    record = bytes(10) + bytes(28) + bytes(12) + bytes(64) + bytes(16) + struct.pack(">HH", 0, 0) + bytes(16)
-    record += struct.pack(">HH", 2, len(text)) + text + bytes(len(text) % 2) + struct.pack(">hH", -1, 0)
-    entry = struct.pack(">I4sI", 12 + len(record), b"alis", 0) + record
-    return struct.pack(">II", 0, 1) + entry
-
-
-def url_of(url: str) -> bytes:
-    """The body of a dref box whose one entry is an address (ISO/IEC 14496-12, section 8.7.2)."""
-    entry = struct.pack(">I4sI", 12 + len(url) + 1, b"url ", 0) + url.encode() + b"\0"
-    return struct.pack(">II", 0, 1) + entry
-
-
-def hls(target: object) -> bytes:
-    return f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{target}\n#EXT-X-ENDLIST\n".encode()
+    with watch_canaries(tmp_path) as canaries:
+        yield canaries
 
 
 def test_nothing_that_a_file_refers_to_is_opened(session: Session, bucket: Bucket, canaries: Canaries) -> None:
@@ -697,30 +598,15 @@ def test_nothing_that_a_file_refers_to_is_opened(session: Session, bucket: Bucke
             container_options={"enable_drefs": "1", "use_absolute_path": "1"},
         )
     assert canaries.hits == {"server": 0, "file": 0}
-    _open_freely(canaries, alias)
-
-
-def _open_freely(canaries: Canaries, alias: bytes) -> None:
-    """The control: the canaries notice who opens them, and FFmpeg does, when it is let."""
-    everything = "file,http,tcp,crypto,data"
+    # The control: the canaries notice who opens them, and FFmpeg does, when it is let.
     playlist = canaries.path.with_name("playlist.m3u8")
-
-    def opened(source: Any, **options: str) -> dict[str, int]:
-        before = dict(canaries.hits)
-        try:
-            with av.open(source, container_options={"protocol_whitelist": everything, **options}) as file:
-                next(file.demux(), None)
-        except (av.FFmpegError, StopIteration):
-            pass
-        return {name: canaries.hits[name] - before[name] for name in before}
-
     playlist.write_bytes(hls(canaries.url))
-    assert opened(str(playlist))["server"] > 0
+    assert open_freely(canaries, str(playlist))["server"] > 0
     playlist.write_bytes(hls(canaries.path))
-    assert opened(str(playlist))["file"] > 0
+    assert open_freely(canaries, str(playlist))["file"] > 0
     concat = f"ffconcat version 1.0\nfile '{canaries.path}'\n".encode()
-    assert opened(io.BytesIO(concat), safe="0")["file"] > 0
-    assert opened(io.BytesIO(alias), enable_drefs="1", use_absolute_path="1")["file"] > 0
+    assert open_freely(canaries, io.BytesIO(concat))["file"] > 0
+    assert open_freely(canaries, io.BytesIO(alias))["file"] > 0
 
 
 # --- objects that change while they are read ---

@@ -205,13 +205,12 @@ def test_a_drained_worker_gives_its_chunk_back(
     assert scalar(session, "SELECT sum(frames) FROM frame_counts") == 12
 
 
-def test_a_chunk_that_takes_too_long_is_tried_again_and_says_so(
+def test_a_chunk_that_takes_too_long_is_tried_once_more_and_says_so(
     session: Session, bucket: Bucket, analyzer: ReadingAnalyzer, configure: Callable[..., Settings]
 ) -> None:
     configure(
         worker__batch_frames=1,
         worker__soft_time_limit_seconds=1,
-        ledger__max_attempts=2,
         ledger__retry_base_seconds=0.01,
     )
     plan(session, bucket, "a.mp4", video("steady.mp4"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -307,3 +310,47 @@ def test_what_stops_a_worker_is_not_mistaken_for_damage(monkeypatch: pytest.Monk
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", interrupted)
     with pytest.raises(TimeIsUp):
         decode_image(ENCODED["jpeg"], max_pixels=MEGAPIXEL)
+
+
+def in_passes(count: int) -> bytes:
+    """A progressive JPEG of so many passes over its pixels, most of them without any effect."""
+    whole = encode(Image.new("L", (64, 48)), "JPEG", progressive=True)
+    last, end = whole.rfind(b"\xff\xda"), whole.rfind(b"\xff\xd9")
+    return whole[:end] + whole[last:end] * (count - whole.count(b"\xff\xda")) + whole[end:]
+
+
+def test_a_jpeg_in_very_many_passes_is_refused() -> None:
+    refused = failure(in_passes(101))
+    assert refused.reason is Reason.IMAGE_TOO_LARGE and "100 passes" in refused.detail
+    assert decode_image(in_passes(100), max_pixels=MEGAPIXEL).rgb.shape == (48, 64, 3)
+    # What only looks like passes is none: a comment, and what phones put behind a picture.
+    comment = encode(quadrants(), "JPEG", comment=b"\xff\xda" * 500)
+    assert decode_image(comment + b"\xff\xda" * 500, max_pixels=MEGAPIXEL).rgb.shape == (40, 60, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(("mode", "file_format"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("LA", "PNG"), ("P", "PNG")])
+def test_a_picture_takes_a_bounded_memory_per_pixel(mode: str, file_format: str, tmp_path: Path) -> None:
+    """16 bytes per pixel, which the limit on pixels counts on; transparency done at once would take 23."""
+    side = 4000
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    (tmp_path / "bomb").write_bytes(encode(Image.new(mode, (side, side)), file_format, **options))
+    code = (
+        "import sys, pathlib; from workers.decoding import decode_image\n"
+        "most = lambda: int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+        "data = pathlib.Path(sys.argv[1]).read_bytes(); before = most()\n"
+        "decode_image(data, max_pixels=10**8); print(most() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "bomb")], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert int(done.stdout) * 1024 < 17 * side * side
+
+
+def test_rows_are_done_in_parts_that_fit_together() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (700, 30, 4), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    at_once = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    found = decode_image(encode(picture, "PNG"), max_pixels=MEGAPIXEL).rgb
+    assert np.array_equal(found, np.asarray(at_once))

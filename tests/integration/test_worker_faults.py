@@ -1,0 +1,398 @@
+"""Models and machines that fail under real workers: a broken device, a hang, full disks. Each with its control."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from textwrap import dedent, indent
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from common.settings import get_settings
+from producer import dispatch
+from tests.ledger_rows import rows, scalar, states
+from tests.photos import face_jpeg
+from tests.services import QUICK, Bucket, Services, forget_settings, locate, maskwatch, running, wait_until
+
+#: A busy machine takes its time to start a child and to load its models.
+LONG = 240
+
+#: What a fault has to do with in the worker: `number` tells a picture, `note` writes a line to a file of the test.
+ANALYZE = """
+import os
+from workers.pipeline import Analyzer
+
+analyze = Analyzer._analyze
+
+def note(number):
+    with open({notes!r}, "a") as file:
+        file.write(f"{{os.getpid()}} {{number}}\\n")
+
+def faulty(self, image_rgb):
+    number = int(image_rgb[0, 0, 0])
+    note(number)
+    fault(number)
+    return analyze(self, image_rgb)
+
+Analyzer._analyze = faulty
+"""
+
+#: As CUDA does it: from one call on all calls in this process fail.
+BROKEN_DEVICE = """
+broken = False
+
+def fault(number):
+    global broken
+    broken = broken or number == 5
+    if broken:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+"""
+
+#: In native code that keeps Python's lock, so that no thread of the process runs, the heartbeat included.
+HANGS = """
+import ctypes
+
+def fault(number):
+    if number == 2:
+        ctypes.PyDLL(None).sleep(3600)
+"""
+
+
+@pytest.fixture
+def quick(services: Services, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    for name, value in {**QUICK, "MASKWATCH_PIPELINE__ENLARGE_BELOW_PX": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASKWATCH_WORKER__GROUP_SIZE", "4")
+    forget_settings()
+    yield monkeypatch
+
+
+def injected(folder: Path, *faults: str) -> dict[str, str]:
+    """The environment of a worker that, with its children, runs this Python code at its start."""
+    code = dedent("\n".join(faults))
+    # Python imports a module of this name by itself. It may raise nothing: that would only be printed.
+    (folder / "sitecustomize.py").write_text(
+        f"import os\ntry:\n{indent(code, '    ')}\nexcept BaseException:\n"
+        "    import traceback\n    traceback.print_exc()\n    os._exit(70)\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+@contextmanager
+def at_work(folder: Path, env: dict[str, str], log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A producer and a worker."""
+    with ExitStack() as crew:
+        crew.enter_context(running("producer", log=folder / "producer.log"))
+        yield crew.enter_context(running("worker", log=log or folder / "worker.log", env=env))
+
+
+def picture(number: int) -> bytes:
+    """A picture that tells its number, of nobody."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def enqueue(session: Session, bucket: Bucket, *numbers: int) -> None:
+    if not scalar(session, "SELECT count(*) FROM locations"):
+        locate()
+    for number in numbers:
+        bucket.put(f"{number}.png", picture(number))
+    done = maskwatch("backfill", bucket.uri, "--location", "lobby")
+    assert done.returncode == 0, done.stderr
+
+
+def children(worker: subprocess.Popen[bytes]) -> set[int]:
+    return {
+        child.pid
+        for child in psutil.Process(worker.pid).children(recursive=True)
+        if "spawn_main" in " ".join(child.cmdline())
+    }
+
+
+#: Of each picture: its name, state, and what it is charged with.
+CHARGED = (
+    "SELECT m.key, j.state, j.attempt, j.failures, j.crashes, j.lost_leases, j.reason FROM jobs j"
+    " JOIN media_objects m ON m.id = j.media_object_id ORDER BY j.id"
+)
+
+
+def charged(session: Session) -> dict[str, Any]:
+    return {row.key: row for row in rows(session, CHARGED)}
+
+
+# --- a broken device ----------------------------------------------------------------------------------------
+
+
+def test_a_broken_device_ends_its_process_and_the_jobs_run_elsewhere(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    quick.setenv("MASKWATCH_LEDGER__MAX_ATTEMPTS", "3")
+    # So that nothing is found by its lease.
+    quick.setenv("MASKWATCH_LEDGER__LEASE_SECONDS", "3600")
+    notes = tmp_path / "notes"
+    enqueue(session, bucket, *range(1, 13))
+    with at_work(tmp_path, injected(tmp_path, ANALYZE.format(notes=str(notes)), BROKEN_DEVICE)) as worker:
+        wait_until(
+            lambda: states(session) == {"succeeded": 11, "quarantined": 1}, seconds=LONG, what="the end of all jobs"
+        )
+        assert worker.poll() is None
+    found = charged(session)
+    guilty = found.pop("5.png")
+    # Whoever breaks it each time is charged each time, as for any error, and in the end looked at by a person.
+    assert (guilty.state, guilty.attempt, guilty.failures, guilty.crashes) == ("quarantined", 3, 3, 0)
+    assert {(row.attempt, row.failures, row.crashes, row.lost_leases) for row in found.values()} == {(1, 0, 0, 0)}
+    seen = [tuple(map(int, line.split())) for line in notes.read_text().splitlines()]
+    broke = [pid for pid, number in seen if number == 5]
+    assert len(set(broke)) == 3
+    for pid in broke:  # it was the last that the process did
+        assert [number for each, number in seen if each == pid][-1] == 5
+
+
+def test_without_the_mechanism_the_broken_process_fails_one_job_after_the_other(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    quick.setenv("MASKWATCH_LEDGER__MAX_ATTEMPTS", "3")
+    notes = tmp_path / "notes"
+    enqueue(session, bucket, *range(1, 13))
+    off = "import re\nfrom workers.inference import faults\nfaults._BROKEN_WORDS = re.compile('(?!)')"
+    with at_work(tmp_path, injected(tmp_path, off, ANALYZE.format(notes=str(notes)), BROKEN_DEVICE)):
+        wait_until(
+            lambda: sum(states(session).get(state, 0) for state in ("succeeded", "quarantined")) == 12,
+            seconds=LONG,
+            what="the end of all jobs",
+        )
+    found = charged(session)
+    del found["5.png"]
+    assert sum(row.state == "quarantined" for row in found.values()) >= 4
+    assert len({line.split()[0] for line in notes.read_text().splitlines()}) == 1
+
+
+# --- a hang -------------------------------------------------------------------------------------------------
+
+
+def hang(quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, limit: int) -> None:
+    quick.setenv("MASKWATCH_WORKER__SOFT_TIME_LIMIT_SECONDS", str(limit - 1))
+    quick.setenv("MASKWATCH_WORKER__HARD_TIME_LIMIT_SECONDS", str(limit))
+    quick.setenv("MASKWATCH_WORKER__GROUP_SIZE", "1")
+    quick.setenv("MASKWATCH_LEDGER__MAX_CRASHES", "2")
+    quick.setenv("MASKWATCH_LEDGER__LEASE_SECONDS", "3600")
+    forget_settings()
+    enqueue(session, bucket, *range(1, 7))
+
+
+def test_a_hang_is_killed_at_the_hard_limit_and_its_job_charged_with_a_crash(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    hang(quick, session, bucket, 20)
+    notes = tmp_path / "notes"
+    with at_work(tmp_path, injected(tmp_path, ANALYZE.format(notes=str(notes)), HANGS)) as worker:
+        wait_until(lambda: states(session) == {"succeeded": 5, "quarantined": 1}, seconds=LONG, what="the others")
+        assert worker.poll() is None
+        hung = {int(line.split()[0]) for line in notes.read_text().splitlines() if line.endswith(" 2")}
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in hung), what="the end of the hung children")
+    found = charged(session)
+    guilty = found.pop("2.png")
+    assert (guilty.state, guilty.crashes, guilty.reason) == ("quarantined", 2, "crashed")
+    assert {(row.attempt, row.failures, row.crashes, row.lost_leases) for row in found.values()} == {(1, 0, 0, 0)}
+
+
+def test_without_the_limit_a_hang_keeps_the_worker(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    hang(quick, session, bucket, 3600)
+    notes = tmp_path / "notes"
+    with at_work(tmp_path, injected(tmp_path, ANALYZE.format(notes=str(notes)), HANGS)) as worker:
+        wait_until(lambda: notes.exists() and " 2\n" in notes.read_text(), seconds=LONG, what="the hang")
+        before = notes.read_text(), children(worker)
+        time.sleep(25)  # longer than the limit of the other test
+        assert (notes.read_text(), children(worker)) == before
+    assert states(session)["running"] == 1
+
+
+# --- full disks ---------------------------------------------------------------------------------------------
+
+
+def test_a_worker_needs_no_disk(quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path) -> None:
+    """Its log goes to a device that is always full, and from its first picture on no file may grow by a byte."""
+    (tmp_path / "tmp").mkdir()
+    enqueue(session, bucket, 1)
+    with at_work(tmp_path, {"TMPDIR": str(tmp_path / "tmp")}, log=Path("/dev/full")) as worker:
+        wait_until(lambda: states(session) == {"succeeded": 1}, seconds=LONG, what="the first picture")
+        for pid in {worker.pid, *children(worker)}:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
+        enqueue(session, bucket, *range(2, 40))
+        wait_until(lambda: states(session).get("succeeded", 0) >= 10, seconds=LONG, what="the others")
+        # And it can be asked to stop.
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(120) == 0
+    found = charged(session)
+    assert {(row.failures, row.crashes, row.lost_leases) for row in found.values()} == {(0, 0, 0)}
+    assert "running" not in states(session) and "retry_wait" not in states(session)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_these_disks_are_really_full(tmp_path: Path) -> None:
+    """The control: under the same limits whoever needs the disk fails."""
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OSError) as raised:
+        full.write(b"x")
+    assert raised.value.errno == errno.ENOSPC
+    code = (
+        "import os, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+        "os.write(os.open('file', os.O_CREAT | os.O_WRONLY), b'x')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "OSError: [Errno 27] File too large" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["picture", "video"])
+def test_annotating_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    if kind == "picture":
+        (source / "face.jpg").write_bytes(face_jpeg(1))
+        arguments = [str(source / "face.jpg"), "--out", str(tmp_path / "out")]
+    else:
+        from tests.videos import make_video
+
+        (source / "film.mp4").write_bytes(make_video(frames=40))
+        arguments = [str(source / "film.mp4"), "--out", str(tmp_path / "out.mp4")]
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "common.cli", "annotate", *arguments],
+        capture_output=True, text=True, preexec_fn=full, timeout=LONG, check=False,
+    )  # fmt: skip
+    print(done.stdout, done.stderr)
+    assert done.returncode != 0
+    assert "can't write" in done.stderr and "Traceback" not in done.stderr
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != source]
+    assert left == []
+
+
+FULL = """
+CREATE FUNCTION no_room() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = '53100'; END $$;
+CREATE TRIGGER no_room BEFORE INSERT ON faces FOR EACH STATEMENT EXECUTE FUNCTION no_room();
+"""
+ROOM = "DROP TRIGGER IF EXISTS no_room ON faces; DROP FUNCTION IF EXISTS no_room();"
+
+
+@pytest.fixture
+def full_database(session: Session) -> Iterator[None]:
+    session.execute(text(FULL))
+    session.commit()
+    yield
+    session.rollback()
+    session.execute(text(ROOM))
+    session.commit()
+
+
+def enqueue_faces(session: Session, bucket: Bucket, count: int) -> None:
+    locate()
+    for number in range(count):
+        bucket.put(f"{number}.jpg", face_jpeg(number))
+    assert maskwatch("backfill", bucket.uri, "--location", "lobby").returncode == 0
+
+
+@pytest.mark.usefixtures("full_database")
+def test_a_full_disk_of_the_database_is_nobodys_fault(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    enqueue_faces(session, bucket, 3)
+    with at_work(tmp_path, {}):
+        wait_until(
+            lambda: scalar(session, "SELECT count(*) FROM job_attempts WHERE outcome = 'released'") >= 6,
+            seconds=LONG,
+            what="jobs that are given back",
+        )
+        assert scalar(session, "SELECT count(*) FROM frame_counts") == 0  # the transaction is gone whole
+        session.rollback()
+        session.execute(text(ROOM))
+        session.commit()
+        wait_until(lambda: states(session) == {"succeeded": 3}, seconds=LONG, what="all, once there is room")
+    found = charged(session)
+    assert {(row.attempt, row.failures, row.crashes, row.lost_leases) for row in found.values()} == {(1, 0, 0, 0)}
+    assert scalar(session, "SELECT count(*) FROM faces") == 3
+
+
+@pytest.mark.usefixtures("full_database")
+def test_without_giving_back_jobs_are_charged_with_the_full_disk(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    enqueue_faces(session, bucket, 3)
+    off = "from workers import attempts\nattempts._release_if_possible = lambda job: None"
+    with at_work(tmp_path, injected(tmp_path, off)):
+        wait_until(
+            lambda: scalar(session, "SELECT sum(lost_leases) FROM jobs") > 0, seconds=LONG, what="a lease that ran out"
+        )
+
+
+# --- the wish to stop ---------------------------------------------------------------------------------------
+
+
+def dispatched(session: Session, bucket: Bucket, count: int) -> None:
+    enqueue(session, bucket, *range(1, count + 1))
+    dispatch.reconcile(get_settings())
+    assert dispatch.dispatch(get_settings()) == count
+
+
+#: Half a second a picture: long enough to be in the middle of a group.
+SLOW = "import time\n\ndef fault(number):\n    time.sleep(0.5)"
+
+
+def test_a_child_that_was_started_later_is_asked_to_stop_as_well(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    quick.setenv("MASKWATCH_WORKER__GROUP_SIZE", "40")
+    forget_settings()
+    notes = tmp_path / "notes"
+    env = injected(tmp_path, ANALYZE.format(notes=str(notes)), SLOW)
+    with running("worker", log=tmp_path / "worker.log", env=env) as worker:
+        (first,) = wait_until(lambda: children(worker), seconds=LONG, what="a child")
+        os.kill(first, signal.SIGKILL)
+        (second,) = wait_until(lambda: children(worker) - {first}, seconds=LONG, what="another child")
+        dispatched(session, bucket, 40)
+        wait_until(notes.exists, seconds=LONG, what="the first picture")
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(120) == 0
+    assert {line.split()[0] for line in notes.read_text().splitlines()} == {str(second)}
+    left = states(session)
+    assert left["pending"] >= 30 and "running" not in left
+    assert scalar(session, "SELECT max(attempt) FROM jobs WHERE state = 'pending'") == 0
+
+
+def test_a_child_whose_worker_was_killed_gives_back_what_it_has_not_begun(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+) -> None:
+    quick.setenv("MASKWATCH_WORKER__GROUP_SIZE", "40")
+    forget_settings()
+    notes = tmp_path / "notes"
+    env = injected(tmp_path, ANALYZE.format(notes=str(notes)), SLOW)
+    with running("worker", log=tmp_path / "worker.log", env=env) as worker:
+        wait_until(lambda: children(worker), seconds=LONG, what="a child")
+        (child,) = children(worker)
+        dispatched(session, bucket, 40)
+        wait_until(notes.exists, seconds=LONG, what="the first picture")
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until(lambda: "running" not in states(session), seconds=LONG, what="the rest, given back")
+        wait_until(lambda: not psutil.pid_exists(child), seconds=LONG, what="the end of the child")
+    left = states(session)
+    assert left["pending"] >= 30
+    assert scalar(session, "SELECT count(*) FROM job_attempts WHERE outcome = 'released'") == left["pending"]

@@ -1,8 +1,8 @@
 """Least authority in Postgres: a role per part of a deployment, with the rights that it uses and no more.
 
-The migrator owns the schema; it migrates, grants, purges and erases, and is nobody's login for anything else. The others
-are roles without a login, which the logins of a deployment are made members of. `maskwatch db grant` gives the rights,
-again after every migration; docs/operations.md says how the logins are made.
+The migrator owns the schema; it migrates, grants, purges and erases, and is nobody's login for anything else. The
+others are roles without a login, which the logins of a deployment are made members of. `maskwatch db grant` gives the
+rights, again after every migration; docs/operations.md says how the logins are made.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
             ("SELECT",),
         ),
         "jobs": (
-            "SELECT (id, media_object_id, source_id, pipeline_id, backfill_id, kind, range_start_ms, range_end_ms, lane,"
-            " state, attempt, failures, crashes, lost_leases, alone, next_run_at, queued_at, started_at, lease_until,"
-            " worker, finished_at, reason, detail, created_at)",
+            "SELECT (id, media_object_id, source_id, pipeline_id, backfill_id, kind, range_start_ms, range_end_ms,"
+            " lane, state, attempt, failures, crashes, lost_leases, alone, next_run_at, queued_at, started_at,"
+            " lease_until, worker, finished_at, reason, detail, created_at)",
         ),
     },
 }

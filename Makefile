@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench chaos clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ bench: $(VENV)/.test  ## Measure the road, video, and every model in every runti
 	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.models
+
+chaos: $(VENV)/.test  ## Pull every plug and count what is lost: the table of docs/reliability.md (an hour)
+	$(BIN)/python -m tests.chaos
 
 clean:  ## Stop and remove everything that the targets above made
 	-[ -x $(BIN)/maskwatch ] && MASKWATCH_STATE_DIR=demo-output/state $(BIN)/maskwatch local down --purge

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import resource
@@ -29,7 +28,7 @@ from tests.photos import face_jpeg
 from tests.services import QUICK, Bucket, Services, forget_settings, locate, maskwatch, running, wait_until
 
 #: A busy machine takes its time to start a child and to load its models.
-LONG = 240
+LONG = 400
 
 #: What a fault has to do with in the worker: `number` tells a picture, `note` writes a line to a file of the test.
 ANALYZE = """
@@ -72,11 +71,19 @@ def fault(number):
 """
 
 
+#: Leases and messages that no busy machine loses: what is charged here is charged for the fault.
+PATIENT = {
+    "MASKWATCH_LEDGER__LEASE_SECONDS": "600",
+    "MASKWATCH_LEDGER__OVERDUE_SECONDS": "60",
+    "MASKWATCH_PIPELINE__ENLARGE_BELOW_PX": "0",
+    "MASKWATCH_WORKER__GROUP_SIZE": "4",
+}
+
+
 @pytest.fixture
 def quick(services: Services, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    for name, value in {**QUICK, "MASKWATCH_PIPELINE__ENLARGE_BELOW_PX": "0"}.items():
+    for name, value in {**QUICK, **PATIENT}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASKWATCH_WORKER__GROUP_SIZE", "4")
     forget_settings()
     yield monkeypatch
 
@@ -93,11 +100,11 @@ def injected(folder: Path, *faults: str) -> dict[str, str]:
 
 
 @contextmanager
-def at_work(folder: Path, env: dict[str, str], log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def at_work(folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A producer and a worker."""
     with ExitStack() as crew:
         crew.enter_context(running("producer", log=folder / "producer.log"))
-        yield crew.enter_context(running("worker", log=log or folder / "worker.log", env=env))
+        yield crew.enter_context(running("worker", log=folder / "worker.log", env=env))
 
 
 def picture(number: int) -> bytes:
@@ -142,8 +149,6 @@ def test_a_broken_device_ends_its_process_and_the_jobs_run_elsewhere(
     quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
     quick.setenv("MASKWATCH_LEDGER__MAX_ATTEMPTS", "3")
-    # So that nothing is found by its lease.
-    quick.setenv("MASKWATCH_LEDGER__LEASE_SECONDS", "3600")
     notes = tmp_path / "notes"
     enqueue(session, bucket, *range(1, 13))
     with at_work(tmp_path, injected(tmp_path, ANALYZE.format(notes=str(notes)), BROKEN_DEVICE)) as worker:
@@ -190,7 +195,6 @@ def hang(quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, limit: int
     quick.setenv("MASKWATCH_WORKER__HARD_TIME_LIMIT_SECONDS", str(limit))
     quick.setenv("MASKWATCH_WORKER__GROUP_SIZE", "1")
     quick.setenv("MASKWATCH_LEDGER__MAX_CRASHES", "2")
-    quick.setenv("MASKWATCH_LEDGER__LEASE_SECONDS", "3600")
     forget_settings()
     enqueue(session, bucket, *range(1, 7))
 
@@ -228,13 +232,15 @@ def test_without_the_limit_a_hang_keeps_the_worker(
 
 
 def test_a_worker_needs_no_disk(quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path) -> None:
-    """Its log goes to a device that is always full, and from its first picture on no file may grow by a byte."""
+    """From its first picture on no file may grow by a byte, its log included."""
     (tmp_path / "tmp").mkdir()
+    log = tmp_path / "worker.log"
     enqueue(session, bucket, 1)
-    with at_work(tmp_path, {"TMPDIR": str(tmp_path / "tmp")}, log=Path("/dev/full")) as worker:
+    with at_work(tmp_path, {"TMPDIR": str(tmp_path / "tmp")}) as worker:
         wait_until(lambda: states(session) == {"succeeded": 1}, seconds=LONG, what="the first picture")
         for pid in {worker.pid, *children(worker)}:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
+        logged = log.stat().st_size
         enqueue(session, bucket, *range(2, 40))
         wait_until(lambda: states(session).get("succeeded", 0) >= 10, seconds=LONG, what="the others")
         # And it can be asked to stop.
@@ -244,13 +250,11 @@ def test_a_worker_needs_no_disk(quick: pytest.MonkeyPatch, session: Session, buc
     assert {(row.failures, row.crashes, row.lost_leases) for row in found.values()} == {(0, 0, 0)}
     assert "running" not in states(session) and "retry_wait" not in states(session)
     assert list((tmp_path / "tmp").iterdir()) == []
+    assert log.stat().st_size == logged  # the limit was felt: a worker says that it was asked to stop
 
 
-def test_these_disks_are_really_full(tmp_path: Path) -> None:
-    """The control: under the same limits whoever needs the disk fails."""
-    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OSError) as raised:
-        full.write(b"x")
-    assert raised.value.errno == errno.ENOSPC
+def test_this_disk_is_really_full(tmp_path: Path) -> None:
+    """The control: under the same limit whoever needs the disk fails."""
     code = (
         "import os, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
         "os.write(os.open('file', os.O_CREAT | os.O_WRONLY), b'x')"
@@ -336,12 +340,14 @@ def test_a_full_disk_of_the_database_is_nobodys_fault(
 def test_without_giving_back_jobs_are_charged_with_the_full_disk(
     quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
+    quick.setenv("MASKWATCH_LEDGER__LEASE_SECONDS", "30")
     enqueue_faces(session, bucket, 3)
     off = "from workers import attempts\nattempts._release_if_possible = lambda job: None"
     with at_work(tmp_path, injected(tmp_path, off)):
         wait_until(
             lambda: scalar(session, "SELECT sum(lost_leases) FROM jobs") > 0, seconds=LONG, what="a lease that ran out"
         )
+    assert scalar(session, "SELECT count(*) FROM faces") == 0
 
 
 # --- the wish to stop ---------------------------------------------------------------------------------------

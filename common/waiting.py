@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from common import ledger
+from common import ledger, sources
 from common.console import note, progress
 from common.database import session_scope
 from common.queues import BrokerDownError, TaskName, send
@@ -18,12 +18,20 @@ def wait_for(settings: Settings, location: str | None = None) -> None:
     """Return when no job of the location (or of all) has anything left to do and the summaries hold it all."""
     before, changed_at, told = (-1, -1), time.monotonic(), False
     asked_for_summary, count_again_at = False, 0.0
+    paused: set[str] = set()
     with progress() as bar:
         task = bar.add_task("analysing", total=None)
         while True:
             with session_scope() as session:
                 active = ledger.any_active(session, location)
                 marks = ledger.unsummarized(session, location)
+                for source in sources.list_paused(session):
+                    if source.bucket not in paused:
+                        paused.add(source.bucket)
+                        note(
+                            f"{source.bucket} refuses everything and is paused ({source.detail}); it is tried again now "
+                            f"and then. Put right: maskwatch sources resume {source.bucket}"
+                        )
             if time.monotonic() >= count_again_at or not active:
                 asked_at = time.monotonic()
                 with session_scope() as session:

@@ -13,6 +13,7 @@ from common import ledger, sources
 from common.domain import MaskwatchError, PausePolicy, Reason
 from common.ledger import JobRef, StaleJobError
 from common.settings import Settings, get_settings
+from common.waiting import wait_for
 from producer import dispatch as dispatching
 from tests.faults import faulty_s3
 from tests.ledger_rows import claim, dispatch, planned, register, register_many, rows, scalar, states
@@ -192,6 +193,15 @@ def test_a_bucket_that_denies_and_then_gives(
                 break
     assert states(session) == {"succeeded": 6}
     assert sources.list_paused(session) == []
+
+
+def test_who_waits_is_told_of_a_pause(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    register_many(session, 4)
+    refuse(session, 3)
+    ledger.cancel(session, [row.id for row in rows(session, "SELECT id FROM jobs")], by="Ada")
+    session.commit()
+    wait_for(get_settings())
+    assert "s3://footage refuses everything and is paused (denied)" in " ".join(capsys.readouterr().err.split())
 
 
 def work(session: Session, settings: Settings) -> None:

@@ -1005,7 +1005,7 @@ def progress(session: Session, location: str | None = None) -> tuple[int, int]:
             .join(Location, Location.id == MediaObject.location_id)
             .where(Location.name == location)
         )
-    active, ended = session.execute(query).tuples().one()
+    active, ended = session.execute(query).one()
     return active, ended
 
 

@@ -29,8 +29,8 @@ def wait_for(settings: Settings, location: str | None = None) -> None:
                     if source.bucket not in paused:
                         paused.add(source.bucket)
                         note(
-                            f"{source.bucket} refuses everything and is paused ({source.detail}); it is tried again now "
-                            f"and then. Put right: maskwatch sources resume {source.bucket}"
+                            f"{source.bucket} refuses everything and is paused ({source.detail}); it is tried again "
+                            f"now and then. Put right: maskwatch sources resume {source.bucket}"
                         )
             if time.monotonic() >= count_again_at or not active:
                 asked_at = time.monotonic()

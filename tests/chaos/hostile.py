@@ -147,7 +147,7 @@ def settled(lab: Lab) -> bool:
 def judged(lab: Lab, hostile: dict[str, bytes], harmless: dict[str, bytes], watch: Watch) -> dict[str, Any]:
     """What became of the files; `held`: all of it as promised but for the canaries."""
     lost = lab.scalar("SELECT count(*) FROM job_attempts WHERE outcome IN ('crashed', 'lease_expired')")
-    again = lab.scalar("SELECT count(*) FROM job_attempts WHERE outcome = 'retried'")
+    again = lab.scalar("SELECT coalesce(max(failures), 0) FROM jobs")
     unexplained = lab.rows(
         "SELECT m.key, j.reason, j.detail FROM jobs j JOIN media_objects m ON m.id = j.media_object_id"
         " WHERE j.state NOT IN ('succeeded', 'quarantined') OR j.reason IN ('unexpected_error', 'time_limit')"
@@ -165,14 +165,15 @@ def judged(lab: Lab, hostile: dict[str, bytes], harmless: dict[str, bytes], watc
     in_quarantine = lab.scalar("SELECT count(DISTINCT media_object_id) FROM jobs WHERE state = 'quarantined'")
     return {
         "hostile files": len(hostile),
-        "of these with a reason in the ledger": in_quarantine,
+        "quarantined with a reason": in_quarantine,
         "without an end or a reason": len(hostile) + len(harmless) - ended + len(unexplained),
-        "of the good ones not analysed": len(harmless) - analysed,
+        "good ones not analysed": len(harmless) - analysed,
         "workers lost": lost,
-        "tried again": again,
+        "tries more for one at most": again,
         "MB at most": watch.peak_mb,
         "s for a file at most": float(seconds[-1].s),
-        "held": (lost, again, len(unexplained), ended) == (0, 0, 0, len(hostile) + len(harmless))
+        "held": (lost, len(unexplained), ended) == (0, 0, len(hostile) + len(harmless))
+        and again <= 1
         and analysed == len(harmless)
         and 0 < watch.peak_mb < MEMORY_CAP_MB
         and seconds[-1].s < SOFT_LIMIT_SECONDS

@@ -11,7 +11,7 @@ from celery import Celery, signals
 from kombu.transport import redis as redis_transport
 from kombu.transport.virtual import QoS as CountedMessages
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from common.broker import BrokerRefusedError, broker_error, redis_client, tls_options, transport_url
 from common.settings import get_settings
@@ -19,16 +19,25 @@ from common.telemetry import configure_logging, get_logger
 
 
 class _QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
-    """Counts a message as acknowledged even if Redis could not be told.
+    """Counts a message as taken, and as acknowledged, even if Redis could not be told.
 
     Kombu's own leaves it counted as in hand when the connection breaks at that moment; a worker that takes one message
-    at a time then never asks for another, and so never notices that the connection is gone. What Redis still holds
-    of the message comes back later and is harmless: its token has changed.
+    at a time then never asks for another, and so never notices that the connection is gone. And a Redis that is full
+    refuses to note either: without us the worker ends there, although it is what would make room again. What Redis
+    still holds of the message comes back later and is harmless: its token has changed.
     """
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)
+        except ResponseError:
+            CountedMessages.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
         try:
             super().ack(delivery_tag)
+        except ResponseError:
+            CountedMessages.ack(self, delivery_tag)
         except Exception:
             CountedMessages.ack(self, delivery_tag)
             raise
@@ -97,6 +106,8 @@ app.conf.update(
     # A Redis that is away for an hour must not end a worker.
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    # Nor may one that refuses something for a while: it is full, or a replica that is about to take over.
+    broker_channel_error_retry=True,
     # The message was acknowledged before the task began: nothing to cancel when the connection drops.
     worker_cancel_long_running_tasks_on_connection_loss=False,
     broker_transport_options={

@@ -43,6 +43,10 @@ _MACHINE_FAULTS = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 _FIRST_PACKETS = 1000
 
 
+class NoMemoryError(TransientJobError):
+    """FFmpeg did not get the memory it asked for: this machine is short of it, or the file claims what none has."""
+
+
 class VideoFile:
     """An opened video. Times are seconds from the start of its video stream, exact."""
 
@@ -271,7 +275,8 @@ class VideoFile:
         if self._reader.error is not None:
             raise self._reader.error
         if error is not None and error.errno in _MACHINE_FAULTS:
-            raise TransientJobError(Reason.UNEXPECTED_ERROR, f"this machine is short of something: {error.strerror}")
+            kind = NoMemoryError if error.errno == errno.ENOMEM else TransientJobError
+            raise kind(Reason.UNEXPECTED_ERROR, f"this machine is short of something: {error.strerror}")
 
     # --- recognition ---
 

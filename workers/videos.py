@@ -17,7 +17,7 @@ from common.settings import Settings, StorageSettings
 from common.storage import ObjectInfo, open_bucket
 from workers import attempts
 from workers.attempts import DrainedError, Heartbeat
-from workers.containers import VideoFile
+from workers.containers import NoMemoryError, VideoFile
 from workers.frames import to_picture
 from workers.images import check_faces
 from workers.inference import runtime_of
@@ -27,8 +27,9 @@ from workers.sampling import Grid, Sampler
 
 #: How often a job looks whether it should go on, between two frames that are wanted.
 LOOK_SECONDS = 0.2
-#: A job that is out of time at this attempt is not tried again. Before that the worker may have been at fault.
-TIME_LIMIT_ATTEMPTS = 2
+#: A job that is out of time, or of memory, at this attempt is not tried again: the file asks for too much. Before that
+#: the worker may have been at fault.
+LAST_ATTEMPT = 2
 #: What a video must have for each of its chunks: a few bytes must not claim a week, which would be 10,000 jobs.
 MIN_CHUNK_BYTES = 256
 
@@ -45,7 +46,7 @@ def run_video_job(
         if draining():
             raise DrainedError
         if time.monotonic() > deadline:
-            out_of_time = PermanentJobError if job.attempt >= TIME_LIMIT_ATTEMPTS else TransientJobError
+            out_of_time = PermanentJobError if job.attempt >= LAST_ATTEMPT else TransientJobError
             raise out_of_time(
                 Reason.TIME_LIMIT,
                 f"not done within {settings.worker.soft_time_limit_seconds} s; shorten MASKWATCH_WORKER__CHUNK_SECONDS "
@@ -54,10 +55,17 @@ def run_video_job(
 
     def work() -> None:
         go_on()
-        if job.kind is JobKind.CHUNK:
-            analyze_chunk(job, settings, go_on)
-        else:
-            probe(job, settings)
+        try:
+            if job.kind is JobKind.CHUNK:
+                analyze_chunk(job, settings, go_on)
+            else:
+                probe(job, settings)
+        except NoMemoryError as error:
+            if job.attempt < LAST_ATTEMPT:
+                raise
+            raise PermanentJobError(
+                Reason.UNREADABLE_VIDEO, "it asks for more memory than there was, twice: it is damaged; upload it again"
+            ) from error
 
     return attempts.settle(job, work, settings)
 

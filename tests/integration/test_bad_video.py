@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
+from common import ledger
 from common.domain import Face, MaskStatus, ObservedAt, ObservedAtSource, PermanentJobError, SampleMode
 from common.planning import PlannedObject, media_kind
 from common.settings import Settings, get_settings
@@ -406,6 +408,21 @@ def test_more_frames_or_faces_in_a_job_than_allowed(session: Session, bucket: Bu
     work_off(session)
     check_whole(session, "fits.mp4")
     assert outcomes(session, "fits.jpg") == [("image", "succeeded", None)]
+
+
+def test_a_video_that_asks_for_more_memory_than_there_is(
+    session: Session, bucket: Bucket, configure: Configure
+) -> None:
+    configure(ledger__retry_base_seconds=0.01)
+    # An stts box of 2**32 - 1 runs.
+    claim = edited(video(), (*STBL, b"stts"), lambda body: body[:4] + b"\xff\xff\xff\xff" + body[8:])
+    plan(session, bucket, "runs.mp4", claim)
+    work_off(session)
+    assert outcomes(session, "runs.mp4") == [("probe", "retry_wait", "unexpected_error")]
+    time.sleep(0.05)
+    ledger.wake_retries(session)
+    work_off(session)
+    assert reason_of(session, "runs.mp4") == "unreadable_video"
 
 
 def test_a_few_bytes_that_claim_days_are_few_jobs(session: Session, bucket: Bucket) -> None:

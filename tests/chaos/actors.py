@@ -1,0 +1,645 @@
+"""Everybody who writes to the ledger and the summaries, interleaved by Hypothesis on a real Postgres.
+
+Producers, dispatchers, workers, reconcilers, operators and aggregators call the product's own functions, each in a
+transaction that others may interrupt (`tests/chaos/hands.py`). S3, Redis and the time are modelled: what lies in the
+bucket, which messages are on their way, and what has run out. After every commit the committed state is compared with
+what is promised; at the end of an example everything is worked off, and nothing may be missing, double or stuck.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from common import ledger
+from common.domain import (
+    ACTIVE_STATES,
+    Face,
+    FrameFaces,
+    JobKind,
+    JobState,
+    Lane,
+    MaskStatus,
+    MediaKind,
+    ObservedAt,
+    ObservedAtSource,
+    PausePolicy,
+    Reason,
+    VideoInfo,
+)
+from common.ledger import ClaimedJob, JobRef, Registered, StaleJobError
+from common.planning import PlannedObject, chunk_ranges, observed_from_file, recording_start, zone
+from common.storage import ObjectInfo
+from common.tables import Location, Pipeline
+from producer.dispatch import group
+from tests.chaos.hands import Hand, Hands, Rewrite, Task
+from tests.chaos.promises import FACES, SECONDS, BrokenPromiseError, Listed, Promises
+from tests.ledger_rows import face
+from workers import aggregation
+from workers.recording import record_chunk, record_image, record_probe
+
+ZONE = "Asia/Kolkata"
+BUCKET = "s3://footage"
+#: Far enough away that it never comes by itself.
+LONG = 1e6
+PAUSES = PausePolicy(after_refusals=2, seconds=LONG, cap_seconds=LONG)
+
+#: Half an hour past the hour, where an hour of Kolkata begins: the videos lie across it.
+BORDER = datetime(2026, 3, 2, 12, 30, tzinfo=UTC)
+KEYS = {
+    "a.jpg": BORDER - timedelta(seconds=5),
+    "b.jpg": BORDER + timedelta(seconds=5),
+    "c.mp4": BORDER - timedelta(seconds=2),
+    "d.mp4": BORDER - timedelta(seconds=1),
+}
+
+#: What runs out as time passes.
+TIMES = ("lease_until", "next_run_at", "queued_at", "next_trial_at")
+
+
+@dataclass(frozen=True)
+class Plant:
+    """How the machine is run. As shipped by default; with a fault planted otherwise."""
+
+    name: str = "as shipped"
+    rewrites: tuple[Rewrite, ...] = ()
+    #: Statements for the tables of the fault.
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    summarize: Callable[[Session, int], tuple[int, int]] | None = None
+    fence: bool = True
+    published_early: bool = False
+    #: The reconciler's rule for overdue messages; without it, the machine loses none.
+    overdue: bool = True
+    #: Look at what is counted only, not at the ledger's own table of transitions: a fault must be seen by its harm.
+    by_harm: bool = False
+
+
+#: Deleted, which takes a millisecond where so little is stored; TRUNCATE takes many.
+_RESET = (
+    "DELETE FROM job_attempts; DELETE FROM frame_counts; DELETE FROM faces; DELETE FROM dirty_marks;"
+    " DELETE FROM compliance_hourly; DELETE FROM operator_action_jobs; DELETE FROM erased_objects;"
+    " DELETE FROM operator_actions; DELETE FROM jobs; DELETE FROM media_objects; DELETE FROM sources"
+)
+
+#: So that an aggregator's statement can be slow: it waits for a lock of its own after its snapshot was taken.
+SLOW = Rewrite(
+    of="INSERT INTO compliance_hourly",
+    pattern=r"JOIN locations l ON l\.id = h\.location_id",
+    by=r"\g<0> CROSS JOIN (SELECT FROM pg_advisory_xact_lock_shared(pg_backend_pid())) AS gate",
+)
+
+
+@dataclass
+class Stage:
+    """What all examples of one run share."""
+
+    hands: Hands
+    location: Location
+    pipelines: tuple[Pipeline, Pipeline]
+    plant: Plant
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Held:
+    """A job that a worker believes to hold. `busy`: it is just being ended."""
+
+    job: ClaimedJob
+    worker: str
+    busy: bool = False
+
+
+SPREAD = 2**16
+
+_some = st.integers(0, 11)
+_ids_drawn = st.lists(_some, min_size=1, max_size=2)
+#: Before which statement a transaction stops; mostly it doesn't.
+_stop = st.one_of(st.none(), st.integers(0, 8))
+
+
+_registration: dict[str, st.SearchStrategy[Any]] = {
+    "age": st.integers(0, 2),
+    "only": st.sets(_some, max_size=2),
+    "pipeline": _some,
+    "lane": st.sampled_from(Lane),
+    "placing": st.sampled_from(["key", "key", "none", "mismatch"]),
+    "stop": _stop,
+}
+
+
+class Turn(NamedTuple):
+    """Something that somebody may do next."""
+
+    weight: int
+    when: Callable[[LedgerMachine], object]
+    name: str
+    arguments: st.SearchStrategy[dict[str, Any]]
+
+
+TURNS: list[Turn] = []
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def turn(
+    weight: int, when: Callable[[LedgerMachine], object] = lambda machine: True, **arguments: st.SearchStrategy[Any]
+) -> Callable[[F], F]:
+    """A method that is a turn: how often compared with others, when it is possible, and what is drawn for it."""
+
+    def keep(method: F) -> F:
+        TURNS.append(Turn(weight, when, method.__name__, st.fixed_dictionaries(arguments)))
+        return method
+
+    return keep
+
+
+def _can_begin(machine: LedgerMachine) -> bool:
+    return machine.hands.idle() is not None
+
+
+def _can_end(machine: LedgerMachine) -> bool:
+    return _can_begin(machine) and any(not held.busy for held in machine.held)
+
+
+def _is_news(machine: LedgerMachine) -> bool:
+    """The bucket holds what nobody has registered."""
+    return _can_begin(machine) and any(
+        machine.promises.newest.get(key) != seen
+        for key, seen in machine.bucket.items()
+        if key not in machine.promises.erased
+    )
+
+
+def _some_job(*states: str) -> Callable[[LedgerMachine], bool]:
+    """There is a job in one of these states, and a hand: so that few turns are spent on nothing."""
+    return lambda machine: _can_begin(machine) and any(job.state in states for job in machine.promises.jobs.values())
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """See the module. Whatever is drawn is an index into what there is, so that the draws don't depend on it."""
+
+    stage: ClassVar[Stage]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hands, self.plant = self.stage.hands, self.stage.plant
+        self.stage.counts["examples"] += 1
+        self.hands.look.execute(_RESET)
+        self.story: list[str] = []
+        self.promises = Promises(self.hands.look, self.story, self.stage.counts, by_harm=self.plant.by_harm)
+        self.hands.committed = self.promises.judge
+        # The world.
+        self.now = datetime(2026, 3, 3, tzinfo=UTC)
+        self.bucket: dict[str, Listed] = {}
+        self.listings: list[dict[str, Listed]] = []
+        self.redis: list[tuple[JobRef, ...]] = []
+        self.epoch: str | None = None
+        self.epochs = 0
+        self.held: list[Held] = []
+        self.processes = 0
+        self.slow: set[int] = set()
+        self.put(0, 0)
+        self.put(2, 0)
+        self._reconcile_messages(None)
+
+    @rule(data=st.data())
+    def take_a_turn(self, data: st.DataObject) -> None:
+        """One rule for all: Hypothesis leaves half of an example's rules out, and with it the road to the end."""
+        possible = [each for each in TURNS if each.when(self) for _ in range(each.weight)]
+        # Spread, because Hypothesis likes small numbers and numbers that it has drawn before.
+        chosen = possible[data.draw(st.integers(0, SPREAD - 1)) * 40503 % SPREAD * len(possible) // SPREAD]
+        self.stage.counts["steps"] += 1
+        self.stage.counts[f"turn: {chosen.name}"] += 1
+        getattr(self, chosen.name)(**data.draw(chosen.arguments))
+
+    # --- the bucket and its producers ---
+
+    @turn(4, key=_some, etag=_some)
+    def put(self, key: int, etag: int) -> None:
+        """A camera writes new bytes, or bytes that were there before."""
+        self.now += timedelta(seconds=1)
+        self.bucket[_pick(list(KEYS), key)] = Listed(_pick(list(FACES), etag), self.now)
+        self.listings = [*self.listings[-2:], dict(self.bucket)]
+
+    @turn(12, _is_news, **_registration)
+    @turn(3, _can_begin, **_registration)
+    def register(self, age: int, only: set[int], pipeline: int, lane: Lane, placing: str, stop: int | None) -> None:
+        """A producer registers what a listing shows, perhaps an old one."""
+        listing = self.listings[-1 - min(age, len(self.listings) - 1)]
+        keys = sorted({_pick(sorted(listing), index) for index in only} if only else listing)
+        listed = {key: listing[key] for key in keys}
+        planned = [_planned(key, seen, placing) for key, seen in listed.items()]
+
+        def work(session: Session) -> Registered:
+            return self._register(session, planned, self.stage.pipelines[pipeline % 2], lane, newest=False)
+
+        self._act(Task("register", work, done=lambda _: self.promises.registered(listed)), stop, f"{listed} {placing}")
+
+    def _register(
+        self, session: Session, planned: Sequence[PlannedObject], pipeline: Pipeline, lane: Lane, *, newest: bool
+    ) -> Registered:
+        return ledger.register(
+            session, planned, location=self.stage.location, camera=None, pipeline=pipeline, lane=lane, newest=newest
+        )
+
+    # --- dispatchers, and the messages on their way ---
+
+    @turn(
+        14,
+        lambda self: self.epoch and _some_job("pending", "retry_wait")(self),
+        limit=st.sampled_from([6, 3, 2]),
+        published=st.integers(0, 9).map(lambda drawn: 9 - drawn),
+        stop=_stop,
+    )
+    def dispatch(self, limit: int, published: int, stop: int | None) -> None:
+        """Pending jobs are sent, unless the dispatcher dies between its commit and the publishing."""
+        epoch = self.epoch
+        assert epoch is not None
+
+        def work(session: Session) -> list[tuple[JobRef, ...]]:
+            ledger.wake_retries(session)
+            alone = ledger.take_pending(session, limit=limit, alone=True, epoch=epoch)
+            alone += ledger.take_trials(session, epoch=epoch, policy=PAUSES)
+            others = ledger.take_pending(session, limit=limit, alone=False, epoch=epoch, video_counts_as=2)
+            messages = [(job.ref,) for job in alone] + [tuple(refs) for refs in group(others, 2)]
+            if self.plant.published_early:
+                self.redis += messages
+            return messages
+
+        def publish(messages: list[tuple[JobRef, ...]]) -> None:
+            if not self.plant.published_early and (published or not self.plant.overdue):
+                self.redis += messages
+
+        self._act(Task("dispatch", work, done=publish), stop)
+
+    @turn(24, lambda self: self.hands.idle() and self.redis, message=_some, again=st.booleans(), stop=_stop)
+    def deliver(self, message: int, again: bool, stop: int | None) -> None:
+        """A worker takes a message and claims its jobs; sometimes the message is delivered to another, too."""
+        refs = _pick(self.redis, message)
+        if not again:
+            self.redis.remove(refs)
+        self.processes += 1
+        worker = f"w{self.processes}"
+
+        def claim(session: Session) -> list[ClaimedJob]:
+            return ledger.claim(session, refs, worker=worker, lease_seconds=LONG, fence=self.plant.fence)
+
+        def done(jobs: list[ClaimedJob]) -> None:
+            self.promises.claims.update(job.ref.id for job in jobs)
+            self.held += [Held(job, worker) for job in jobs]
+            self.stage.counts["jobs of outdated messages dropped"] += len(refs) - len(jobs)
+
+        def undone() -> None:
+            if not self.plant.overdue and not again:
+                self.redis.append(refs)
+
+        self._act(Task("claim", claim, done=done, undone=undone, jobs=_ids(refs)), stop, f"{_ids(refs)} by {worker}")
+
+    @turn(1, lambda self: self.redis and self.plant.overdue, message=_some)
+    def lose(self, message: int) -> None:
+        """A message is lost."""
+        self.redis.remove(_pick(self.redis, message))
+
+    @turn(1, lambda self: self.epoch)
+    def wipe_redis(self) -> None:
+        """Redis is restarted without its data."""
+        self.redis.clear()
+        self.epoch = None
+
+    # --- workers ---
+
+    @turn(24, _can_end, which=_some, chunk_seconds=st.sampled_from([1.0, 2.0, 5.0]), stop=_stop)
+    def succeed(self, which: int, chunk_seconds: float, stop: int | None) -> None:
+        """A worker ends a job with its rows; how long ago it was paused, it doesn't know."""
+        self._succeed(_pick([held for held in self.held if not held.busy], which), chunk_seconds, stop)
+
+    def _succeed(self, held: Held, chunk_seconds: float, stop: int | None) -> None:
+        job, fence = held.job, self.plant.fence
+        if job.kind is JobKind.IMAGE:
+            seen = observed_from_file(job.observed_at, None, job.last_modified, zone(job.time_zone))
+            faces = [face(MaskStatus.WITHOUT_MASK) for _ in range(FACES[job.etag])]
+            self._end("succeed", held, lambda session: record_image(session, job, faces, seen, fence=fence), stop)
+        elif job.kind is JobKind.PROBE:
+            header = SECONDS[job.etag][0]
+            info = VideoInfo("mp4", "h264", 640, 480, 1.0, 0, header, None)
+            began = recording_start(job.key_time, None, job.last_modified, header)
+            ranges = chunk_ranges(header, chunk_seconds)
+
+            def plan(session: Session) -> None:
+                try:
+                    record_probe(session, job, info, began, ranges, fence=fence)
+                except IntegrityError as error:
+                    # Its video was erased. `settle` tries to put the job off, and is refused then.
+                    raise StaleJobError from error
+
+            self._end("plan chunks", held, plan, stop, others=True)
+        elif frames := _frames(job):
+            self._end("succeed", held, lambda session: record_chunk(session, job, frames, None, fence=fence), stop)
+        else:
+            self._quarantine(held, Reason.EMPTY_VIDEO, stop)
+
+    @turn(
+        14,
+        _can_end,
+        which=_some,
+        how=st.sampled_from(["changed", "later", "refused", "quarantine", "release"]),
+        stop=_stop,
+    )
+    def fail(self, which: int, how: str, stop: int | None) -> None:
+        """A worker can't do a job, or is asked to stop, or finds other bytes than those that were planned."""
+        held = _pick([held for held in self.held if not held.busy], which)
+        there = self.bucket[held.job.key]
+        if how == "quarantine":
+            self._quarantine(held, Reason.UNREADABLE_IMAGE, stop)
+        elif how == "release":
+            self._end("release", held, lambda session: ledger.release(session, held.job), stop)
+        elif how == "refused":
+            self._refuse(held, stop)
+        elif how == "later" or there.etag == held.job.etag:
+            self._retry_later(held, stop)
+        else:
+            self._source_changed(held, there, stop)
+
+    def _quarantine(self, held: Held, reason: Reason, stop: int | None) -> None:
+        self._end("quarantine", held, lambda session: ledger.quarantine(session, held.job, reason, "planted"), stop)
+
+    def _retry_later(self, held: Held, stop: int | None) -> None:
+        def work(session: Session) -> None:
+            reason = Reason.UNEXPECTED_ERROR
+            ledger.retry_later(session, held.job, reason, "planted", max_attempts=3, base=LONG, cap=LONG)
+
+        self._end("retry later", held, work, stop)
+
+    def _refuse(self, held: Held, stop: int | None) -> None:
+        def work(session: Session) -> None:
+            again = {"policy": PAUSES, "max_attempts": 3, "base": LONG, "cap": LONG}
+            ledger.refuse(session, held.job, Reason.ACCESS_DENIED, "planted", **again)
+
+        self._end("refuse", held, work, stop)
+
+    def _source_changed(self, held: Held, there: Listed, stop: int | None) -> None:
+        job = held.job
+        found = _planned(job.key, there, "none")
+
+        def work(session: Session) -> None:
+            pipeline = next(each for each in self.stage.pipelines if each.id == job.pipeline_id)
+            ledger.source_changed(session, job, "planted")
+            self._register(session, [replace(found, observed_at=job.key_time)], pipeline, job.lane, newest=True)
+
+        self._end(
+            "source changed", held, work, stop, others=True, done=lambda: self.promises.registered({job.key: there})
+        )
+
+    def _end(
+        self,
+        name: str,
+        held: Held,
+        work: Callable[[Session], Any],
+        stop: int | None,
+        *,
+        others: bool = False,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """End a job one way or another. Its worker drops it then, also when it was refused."""
+        held.busy = True
+        job = held.job.ref.id
+
+        def drop() -> None:
+            self.held.remove(held)
+
+        def committed(_: Any) -> None:
+            drop()
+            if name == "release":
+                self.promises.refunds[job] += 1
+            done()
+
+        jobs = None if others else frozenset({job})
+        self._act(Task(name, work, committed, drop, drop, jobs), stop, f"job {job} by {held.worker}")
+
+    @turn(2, lambda self: self.hands.idle() and self.held, which=_some, stop=_stop)
+    def renew(self, which: int, stop: int | None) -> None:
+        """A worker's heartbeat."""
+        worker = _pick(self.held, which).worker
+        refs = [held.job.ref for held in self.held if held.worker == worker]
+        self._act(Task("renew", lambda session: ledger.renew(session, refs, lease_seconds=LONG)), stop)
+
+    @turn(4, _can_end, which=_some, seen=st.booleans(), stop=_stop)
+    def die(self, which: int, seen: bool, stop: int | None) -> None:
+        """A worker's process dies; its parent reports it, or dies with it."""
+        worker = _pick([held for held in self.held if not held.busy], which).worker
+        self.held = [held for held in self.held if held.worker != worker or held.busy]
+        if seen and not any(held.worker == worker for held in self.held):
+            self._act(Task("crash", lambda s: ledger.report_crash(s, worker, max_crashes=3)), stop, worker)
+
+    # --- time, and the reconciler ---
+
+    @turn(6, _some_job("running", "queued", "retry_wait"), what=st.sampled_from(TIMES))
+    def pass_time(self, what: str) -> None:
+        """Leases run out, retries are due, messages overdue; where an open transaction writes just now, they don't."""
+        self._pass_time(what)
+
+    def _pass_time(self, what: str) -> None:
+        table = "sources" if what == "next_trial_at" else "jobs"
+        self.hands.look.execute(
+            f"UPDATE {table} SET {what} = clock_timestamp() - interval '1 day' WHERE id IN"
+            f" (SELECT id FROM {table} WHERE {what} > clock_timestamp() - interval '1 hour' FOR UPDATE SKIP LOCKED)"
+        )
+
+    @turn(6, _some_job("running", "quarantined"), stop=_stop)
+    def reconcile_leases(self, stop: int | None) -> None:
+        def work(session: Session) -> None:
+            ledger.recover_expired(session, max_lost_leases=4)
+            ledger.recover_refused(session, policy=PAUSES, max_attempts=3)
+
+        self._act(Task("expire", work), stop)
+
+    @turn(5, lambda self: (not self.epoch and _can_begin(self)) or _some_job("queued")(self), stop=_stop)
+    def reconcile_messages(self, stop: int | None) -> None:
+        self._reconcile_messages(stop)
+
+    def _reconcile_messages(self, stop: int | None) -> None:
+        """Only the reconciler begins an epoch."""
+        if self.epoch is None:
+            self.epochs += 1
+            self.epoch = f"epoch {self.epochs}"
+        epoch, empty = self.epoch, not self.redis and self.plant.overdue
+
+        def work(session: Session) -> int:
+            return ledger.recover_queued(session, epoch=epoch, overdue_seconds=3600, queue_empty=empty)
+
+        self._act(Task("lost messages", work), stop)
+
+    # --- operators ---
+
+    @turn(4, _some_job("quarantined", "cancelled"), which=st.none() | _ids_drawn, stop=_stop)
+    def retry(self, which: list[int] | None, stop: int | None) -> None:
+        ids = self._choose(which)
+        self._act(
+            Task("operator's retry", lambda session: ledger.retry(session, ids, by="me")), stop, f"{ids or 'all'}"
+        )
+
+    def _choose(self, which: Iterable[int] | None) -> list[int] | None:
+        return None if which is None else sorted({_pick(sorted(self.promises.jobs), index) for index in which})
+
+    @turn(4, _some_job(*ACTIVE_STATES), which=_ids_drawn, stop=_stop)
+    def cancel(self, which: list[int], stop: int | None) -> None:
+        ids = self._choose(which)
+        self._act(Task("operator's cancel", lambda session: ledger.cancel(session, ids, by="me")), stop, f"{ids}")
+
+    @turn(5, _some_job("succeeded"), which=_ids_drawn, stop=_stop)
+    def rerun(self, which: list[int], stop: int | None) -> None:
+        ids = self._choose(which) or []
+        self._act(Task("operator's rerun", lambda session: ledger.rerun(session, ids, by="me")), stop, f"{ids}")
+
+    @turn(1, _some_job(*JobState), key=_some, stop=_stop)
+    def erase(self, key: int, stop: int | None) -> None:
+        """An object is erased, in all its versions; it may not come back."""
+        name = _pick(list(KEYS), key)
+
+        def work(session: Session) -> int:
+            return ledger.erase(session, BUCKET, name, by="me")
+
+        self._act(Task("operator's erase", work, lambda _: self.promises.erase(name)), stop, name)
+
+    # --- aggregators ---
+
+    @turn(10, lambda self: self.promises.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]), stop=_stop)
+    def summarize(self, limit: int, stop: int | None) -> None:
+        self._act(Task("summarize", lambda session: self._summarize_batch(session, limit)), stop)
+
+    def _summarize_batch(self, session: Session, limit: int) -> tuple[int, int]:
+        return (self.plant.summarize or aggregation.summarize_batch)(session, limit)
+
+    @turn(5, lambda self: self.promises.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]))
+    def summarize_slowly(self, limit: int) -> None:
+        """An aggregator whose recompute takes long after it has seen what to count."""
+        hand = self.hands.idle()
+        assert hand is not None
+        if hand.pid not in self.slow:
+            self.hands.look.execute("SELECT pg_advisory_lock(%s)", (hand.pid,))
+            self.slow.add(hand.pid)
+        self.summarize(limit, None)
+
+    @turn(6, lambda self: self.slow)
+    def hurry(self) -> None:
+        """The slow statements come to their end."""
+        for pid in sorted(self.slow):
+            self.hands.look.execute("SELECT pg_advisory_unlock(%s)", (pid,))
+            self.slow.discard(pid)
+            self._settle()
+
+    # --- open transactions ---
+
+    @turn(20, lambda self: self.hands.stopped(), which=_some, stop=_stop)
+    def go_on(self, which: int, stop: int | None) -> None:
+        """A transaction that has stopped goes on."""
+        hand = _pick(self.hands.stopped(), which)
+        self._tell(hand, "goes on")
+        hand.go_on(stop)
+        self._settle()
+
+    @turn(3, lambda self: self.hands.stopped(), which=_some)
+    def kill(self, which: int) -> None:
+        """A process dies in mid-transaction."""
+        hand = _pick(self.hands.stopped(), which)
+        self._tell(hand, "is killed")
+        self._guarded(lambda: self.hands.kill(hand))
+
+    def _act(self, task: Task, stop: int | None, detail: str = "") -> None:
+        self.story.append(f"{task.name} {detail}" + ("" if stop is None else f", stops after {stop}"))
+        self._guarded(lambda: self.hands.act(task, stop))
+
+    def _settle(self) -> None:
+        self._guarded(self.hands.settle)
+
+    def _tell(self, hand: Hand, what: str) -> None:
+        assert hand.task is not None
+        self.story.append(f"({hand.task.name} {what})")
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """Whatever goes wrong is told with the story of the example."""
+        try:
+            act()
+        except BrokenPromiseError:
+            raise
+        except Exception as error:
+            self.promises.breaks("no error but a refusal", f"{type(error).__name__}: {error}")
+
+    # --- the end of an example ---
+
+    def teardown(self) -> None:
+        try:
+            if not self.promises.broken:
+                self._work_off()
+        finally:
+            self.hands.look.execute("SELECT pg_advisory_unlock_all()")
+            self.hands.abandon()
+
+    def _work_off(self) -> None:
+        """Let everything that is open end, deliver or recover every message, and summarize."""
+        self.story.append("(everything is worked off)")
+        self.hurry()
+        while self.hands.stopped():
+            self.go_on(0, None)
+        for _ in range(30):
+            self._one_round()
+            if not any(job.state in ACTIVE_STATES for job in self.promises.jobs.values()):
+                break
+        else:
+            stuck = [job for job in self.promises.jobs.values() if job.state in ACTIVE_STATES]
+            self.promises.breaks("no job is stuck", f"{stuck}")
+        while self.promises.marks:
+            self.summarize(50, None)
+        self.promises.judge_summaries()
+        self.promises.judge_end()
+
+    def _one_round(self) -> None:
+        while self.held:
+            self._succeed(self.held[0], 1.0, None)
+        for what in TIMES:
+            self._pass_time(what)
+        self.reconcile_leases(None)
+        self._reconcile_messages(None)
+        self.dispatch(6, 1, None)
+        while self.redis:
+            self.deliver(0, False, None)
+
+
+# --- small parts ---
+
+
+def _pick(choices: Sequence[Any], index: int) -> Any:
+    return choices[index % len(choices)]
+
+
+def _ids(refs: Iterable[JobRef]) -> frozenset[int]:
+    return frozenset(ref.id for ref in refs)
+
+
+def _planned(key: str, seen: Listed, placing: str) -> PlannedObject:
+    """As `plan_object` would: placed in time by the key's pattern, without a pattern, or by one that doesn't fit."""
+    info = ObjectInfo(BUCKET, key, seen.etag, 1000, seen.modified)
+    kind = MediaKind.IMAGE if key.endswith(".jpg") else MediaKind.VIDEO
+    if placing == "mismatch":
+        return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, "planted")
+    at = ObservedAt(KEYS[key], ObservedAtSource.KEY_PATTERN) if placing == "key" else None
+    return PlannedObject(info, kind, at)
+
+
+def _frames(job: ClaimedJob) -> list[FrameFaces]:
+    """The frames of a chunk, at whole seconds, one face in each."""
+    one: tuple[Face, ...] = (face(),)
+    return [
+        FrameFaces(float(second), 1.0, one, (1,))
+        for second in range(SECONDS[job.etag][1])
+        if job.range_start_ms <= second * 1000 and (job.last or second * 1000 < job.range_end_ms)
+    ]

@@ -1,0 +1,78 @@
+"""The faults that the state machine of the ledger must find: each takes one mechanism away, as a mistake would.
+
+They are planted in the statements on their way to Postgres, and in the machine's own actors; the product has no switch
+for them. Each is looked for by its harm: rows that are double or wrong, summaries that differ, jobs that are stuck.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from tests.chaos.actors import Plant
+from tests.chaos.hands import Rewrite
+from workers import aggregation
+
+_MARKED = "INSERT INTO dirty_marks"
+_LOCK = "SELECT pg_advisory_xact_lock"
+
+
+def _summarize_flags(session: Session, limit: int) -> tuple[int, int]:
+    """An aggregator over flags: those that are set are recomputed, then cleared."""
+    session.execute(text(_LOCK + "(:key)"), {"key": aggregation.AGGREGATION_LOCK})
+    marks = session.execute(
+        text("SELECT id, location_id, pipeline_id, hour FROM dirty_marks ORDER BY id LIMIT :limit"), {"limit": limit}
+    ).all()
+    if marks:
+        ids, locations, pipelines, hours = (list(column) for column in zip(*marks, strict=True))
+        session.execute(text(aggregation._RECOMPUTE), {"locations": locations, "pipelines": pipelines, "hours": hours})
+        session.execute(text("DELETE FROM dirty_marks WHERE id = ANY(:ids)"), {"ids": ids})
+    return len(marks), len(marks)
+
+
+NO_FENCE = Plant("no fence", fence=False, by_harm=True)
+
+#: A worker's writes compare the token only, and a withdrawn job keeps its token.
+STALE_TOKEN = Plant(
+    "a token that outlives a cancel",
+    rewrites=(
+        Rewrite("INSERT INTO job_attempts", r"(SET state = 'cancelled'), token = gen_random_uuid\(\)", r"\1"),
+        Rewrite("WITH held AS", r"(token = %\(token\)s(::UUID)?) AND state = 'running'", r"\1"),
+    ),
+    by_harm=True,
+)
+
+#: A flag per hour that is there or not, which writers set if it isn't.
+UPSERTED_MARKS = Plant(
+    "upserted marks",
+    rewrites=(
+        Rewrite(_MARKED, r"(INSERT INTO dirty_marks.* FROM (?:counted|gone))\s*$", r"\1 ON CONFLICT DO NOTHING"),
+    ),
+    before=("CREATE UNIQUE INDEX planted ON dirty_marks (location_id, pipeline_id, hour)",),
+    after=("DROP INDEX planted",),
+    summarize=_summarize_flags,
+    by_harm=True,
+)
+
+#: Two aggregators side by side share the marks instead of waiting for each other.
+NO_LOCK = Plant(
+    "aggregators without the lock",
+    rewrites=(
+        Rewrite(_LOCK + "(", r"pg_advisory_xact_lock\((.*)\)", r"\1"),
+        Rewrite(
+            "DELETE FROM dirty_marks", r"ORDER BY id LIMIT (\S+)\)", r"ORDER BY id LIMIT \1 FOR UPDATE SKIP LOCKED)"
+        ),
+    ),
+    by_harm=True,
+)
+
+#: Found by the stuck job; the rule for overdue messages would recover it, so it is taken away with it.
+PUBLISHED_EARLY = Plant("publish before commit", published_early=True, overdue=False, by_harm=True)
+
+#: Not a fault: without that rule, and without messages that are lost, nothing is stuck as long as commits come first.
+PUBLISHED_LATE = Plant("publish after commit", overdue=False)
+
+PLANTS = (NO_FENCE, STALE_TOKEN, UPSERTED_MARKS, NO_LOCK, PUBLISHED_EARLY)
+
+#: Those for which `make test` has time.
+QUICKLY_FOUND = (NO_FENCE, UPSERTED_MARKS)

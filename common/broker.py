@@ -27,8 +27,8 @@ _PORT = 6379
 class BrokerDownError(MaskwatchError):
     """Redis can't be reached."""
 
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(f"the broker does not answer ({error}): is Redis running?")
+    def __init__(self, error: BaseException, question: str = "is Redis running?") -> None:
+        super().__init__(f"the broker does not answer ({error}): {question}")
 
 
 class BrokerRefusedError(BrokerDownError):
@@ -148,6 +148,12 @@ def broker_error(error: BaseException) -> BrokerDownError:
         sentence = _refusal(cause)
         if sentence is not None:
             return BrokerRefusedError(sentence)
+    with suppress(MaskwatchError):
+        if place(get_settings().broker).tls:
+            # A port without TLS waits for the rest of what it takes for a command.
+            return BrokerDownError(error, "is Redis running, and does this port speak TLS?")
+        if any(word in str(error) for word in ("closed", "reset")):
+            return BrokerDownError(error, "does it want TLS, and so a URL that begins with rediss://?")
     return BrokerDownError(error)
 
 
@@ -165,12 +171,12 @@ def _refusal(error: BaseException) -> str | None:
         )
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
-            f"the broker's certificate does not fit ({error.verify_message}): check the host in MASKWATCH_BROKER__URL "
+            f"the broker's certificate does not fit ({getattr(error, 'verify_message', error)}): check the host in MASKWATCH_BROKER__URL "
             "and the authority in MASKWATCH_BROKER__CA_FILE"
         )
     if isinstance(error, ssl.SSLError):
         return (
-            f"no TLS with the broker ({error.reason or error}): is this a port with TLS, and does it want a client "
+            f"no TLS with the broker ({getattr(error, 'reason', None) or error}): is this a port with TLS, and does it want a client "
             "certificate (MASKWATCH_BROKER__CERTIFICATE_FILE and __KEY_FILE)?"
         )
     return None

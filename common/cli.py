@@ -95,11 +95,11 @@ def main() -> None:
     try:
         cli(standalone_mode=True)
     except MaskwatchError as error:
-        click.echo(f"error: {error}", err=True)
+        _tell(str(error))
         sys.exit(error.exit_code)
     except PermanentJobError as error:
         # No job is here to be quarantined: a pinned model that differs, say, is something a person has to put right.
-        click.echo(f"error: {error}", err=True)
+        _tell(str(error))
         sys.exit(MaskwatchError.exit_code)
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
@@ -119,8 +119,15 @@ def main() -> None:
         sentence = _explain(error)
         if sentence is None:
             raise
-        click.echo(f"error: {sentence}", err=True)
+        _tell(sentence)
         sys.exit(1)
+
+
+def _tell(sentence: str) -> None:
+    # Imported here: commands that succeed and print nothing need no tables.
+    from common.console import note
+
+    note(f"error: {sentence}")
 
 
 def _explain(error: Exception) -> str | None:

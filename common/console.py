@@ -6,6 +6,7 @@ Results go to standard output, everything else (notes, progress) to standard err
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -30,6 +31,16 @@ err = Console(stderr=True)
 
 #: Decorator of every command that machines read.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+#: What a terminal acts upon, or turns a line around at: control characters but for the end of a line and the tab, and
+#: the marks of writing direction (Unicode Standard Annex 9). Keys and file names may hold them.
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would act upon written out, as \\x1b."""
+    return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _plain(value: Any) -> Any:
@@ -58,13 +69,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(Text("–" if cell is None else visible(str(cell))) for cell in row))
     out.print(table)
 
 
 def note(message: str) -> None:
     """A line for people, on standard error."""
-    click.echo(message, err=True)
+    click.echo(visible(message), err=True)
 
 
 def note_unreadable(unreadable: Sequence[tuple[str, str]]) -> None:

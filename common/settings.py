@@ -110,7 +110,7 @@ class WorkerSettings(BaseModel):
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:n")
     runtime: Literal["onnx", "native"] = Field("onnx", description="ONNX Runtime, or torch and TensorFlow themselves")
     # Decoding takes up to 16 bytes per pixel of a picture (WebP), and 37 per pixel of a frame (H.264 that keeps
-    # sixteen): these let a process stay below 2 GB. 8K video has 33 megapixels.
+    # sixteen): with these, and its models, a process stays below 3 GB. 8K video has 33 megapixels.
     max_image_pixels: int = Field(64_000_000, gt=0, description="a larger picture is quarantined undecoded")
     max_frame_pixels: int = Field(36_000_000, gt=0, description="a video of larger frames is quarantined undecoded")
     max_faces: int = Field(10_000, gt=0, description="a picture or frame with more is quarantined: it is no photograph")

@@ -283,7 +283,10 @@ class S3Store:
                 Bucket=self._name, Key=key, IfMatch=f'"{etag}"', Range=f"bytes={start}-{stop - 1}"
             )
             with answer["Body"] as body:
-                # Some servers ignore that a range was asked for and send everything, from its first byte on.
+                # Some servers ignore that a version was asked for.
+                if (found := answer["ETag"].strip('"')) != etag:
+                    raise SourceChangedError(f"{self.bucket}/{key} changed: planned ETag {etag}, found {found}")
+                # Others ignore that a range was asked for and send everything, from its first byte on.
                 if not answer.get("ContentRange", "").startswith(f"bytes {start}-{stop - 1}/"):
                     raise TransientJobError(
                         Reason.STORAGE_UNAVAILABLE,

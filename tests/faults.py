@@ -27,8 +27,10 @@ class Fault:
     status: int = 0
     #: The connection is closed after half of the body that was announced.
     cut: bool = False
-    #: Whatever is there passes for the version that was asked for.
-    unpinned: bool = False
+    #: If-Match is ignored, as some servers do: whatever is there is sent.
+    deaf: bool = False
+    #: It is sent with the ETag that was asked for.
+    lies: bool = False
 
 
 @contextmanager
@@ -57,7 +59,7 @@ def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]] | Callabl
             connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port, timeout=30)
             headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
             headers["Host"] = upstream.netloc
-            wanted = headers.pop("If-Match", None) if fault.unpinned else None
+            wanted = headers.pop("If-Match", None) if fault.deaf else None
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             content = answer.read()
@@ -66,7 +68,7 @@ def faulty_s3(endpoint_url: str, faults: Mapping[str, int | list[int]] | Callabl
                 for name, value in answer.getheaders()
                 if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date")
             ]
-            if wanted:
+            if wanted and fault.lies:
                 kept = [(name, wanted if name.lower() == "etag" else value) for name, value in kept]
             length = answer.getheader("Content-Length") if self.command == "HEAD" else None
             if fault.cut and self.command == "GET":

@@ -13,10 +13,11 @@ from dataclasses import replace
 from functools import lru_cache
 from types import TracebackType
 
+import psycopg
 from sqlalchemy.exc import DBAPIError
 
 from common import ledger
-from common.database import DatabaseDownError, is_lost, session_scope
+from common.database import DatabaseDownError, first_line, is_lost, session_scope
 from common.domain import (
     REFUSALS,
     JobKind,
@@ -103,16 +104,27 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> boo
             _fail(job, TransientJobError(Reason.MODEL_OUT_OF_MEMORY, str(error)), settings)
         except StaleJobError:
             raise
+        except DatabaseDownError:
+            _release_if_possible(job)
+            raise
         except Exception as error:
-            if isinstance(error, DatabaseDownError) or (isinstance(error, DBAPIError) and is_lost(error)):
+            if (lost := _lost(error)) is not None:
                 _release_if_possible(job)
-                raise
+                raise DatabaseDownError(f"the database took no rows ({first_line(lost)})") from error
             # A fault of ours or of a library: tried again, then kept for a person to look at.
             log.exception("unexpected error", job=job.ref.id, uri=job.uri)
             _fail(job, TransientJobError(Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}"), settings)
     except StaleJobError as error:
         log.warning("stale commit refused", job=job.ref.id, uri=job.uri, detail=str(error))
     return False
+
+
+def _lost(error: Exception) -> DBAPIError | None:
+    """The error as SQLAlchemy's, if it means that the database is away or has no room; else None."""
+    if isinstance(error, psycopg.OperationalError):
+        # A COPY goes past SQLAlchemy, so what stops it comes as psycopg's own.
+        error = DBAPIError("COPY", None, error)
+    return error if isinstance(error, DBAPIError) and is_lost(error) else None
 
 
 def _release_if_possible(job: ClaimedJob) -> None:

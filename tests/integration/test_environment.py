@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from sqlalchemy.orm import Session
 from common import ledger
 from common.broker import BrokerDownError
 from common.database import DatabaseDownError, engine, session_scope
+from common.domain import SourceChangedError
 from common.queues import Queue, queue_length, redis_client
-from common.settings import Settings, get_settings
+from common.settings import Settings, StorageSettings, get_settings
+from common.storage import open_source
 from producer.dispatch import dispatch, reconcile, request_summary
 from tests.chaos.lab import SMALL, Lab
+from tests.faults import Fault, faulty_s3
 from tests.ledger_rows import claim, face, planned, register, register_many, states
 from tests.ledger_rows import dispatch as dispatch_now
-from tests.services import QUICK, Services, forget_settings, maskwatch, wait_until
+from tests.services import QUICK, Bucket, Services, forget_settings, maskwatch, wait_until
 from workers.aggregation import summarize
 from workers.attempts import settle
 from workers.recording import record_image
@@ -179,6 +182,31 @@ def test_workers_live_through_a_postgres_without_a_free_connection(lab: Lab) -> 
     assert (lab.lost(24), lab.doubled(), lab.summary_difference()) == (0, 0, 0)
 
 
+# --- S3 ---------------------------------------------------------------------------------------------------
+
+
+def read_both_ways(url: str, bucket: Bucket, etag: str) -> tuple[bytes, bytes]:
+    """The object `a.jpg`, whole and by a range, pinned to this ETag."""
+    store, _ = open_source(bucket.uri, Settings(storage=StorageSettings(endpoint_url=url)))
+    whole = part = b""
+    with suppress(SourceChangedError):
+        whole = store.read("a.jpg", etag, 1000)
+    with suppress(SourceChangedError):
+        part = store.read_range("a.jpg", etag, 0, 3)
+    return whole, part
+
+
+def test_a_server_that_ignores_which_version_was_asked_for_is_noticed(services: Services, bucket: Bucket) -> None:
+    planned = bucket.client.put_object(Bucket=bucket.name, Key="a.jpg", Body=b"planned")["ETag"].strip('"')
+    bucket.put("a.jpg", b"another")
+    fault = Fault(deaf=True)
+    with faulty_s3(services.endpoints.s3_endpoint_url, lambda *_: fault) as url:
+        assert read_both_ways(url, bucket, planned) == (b"", b"")
+        # One that lies about what it sends can't be noticed: it is the ETag of the answer that counts.
+        fault = Fault(deaf=True, lies=True)
+        assert read_both_ways(url, bucket, planned) == (b"another", b"ano")
+
+
 # --- clocks -----------------------------------------------------------------------------------------------
 
 
@@ -264,8 +292,14 @@ def test_a_time_of_our_own_clock_would_be_noticed(lab: Lab) -> None:
 def test_workers_whose_clocks_are_hours_off_do_their_work_once(lab: Lab) -> None:
     bucket = lab.bucket("skewed")
     lab.put(bucket, 24)
+    # A lease that doesn't run out on a busy machine, and would at once by a clock hours ahead.
+    lease = {"MASKWATCH_LEDGER__LEASE_SECONDS": "60"}
     slow, fast = (lab.injected(f"import time\nclock = time.time\ntime.time = lambda: clock() + {by}") for by in HOURS)
-    with lab.crew("producer", "aggregator"), lab.running("worker", env=slow), lab.running("worker", env=fast):
+    with (
+        lab.crew("producer", "aggregator"),
+        lab.running("worker", env=slow | lease),
+        lab.running("worker", env=fast | lease),
+    ):
         lab.backfill(bucket)
         lab.wait_until_done(24, seconds=120)
     assert (lab.lost(24), lab.doubled(), lab.summary_difference()) == (0, 0, 0)

@@ -14,8 +14,9 @@ help:  ## Show this help
 demo: $(VENV)/.demo  ## See it work: sample footage through the whole system (minutes, no configuration)
 	$(BIN)/maskwatch demo --out demo-output
 
+# Two at a time, by files: most tests wait for processes, and some files share what was dear to make.
 test: $(VENV)/.test  ## Run the tests, against a real Postgres, Redis and S3 server
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test  ## Check style and types
 	$(BIN)/ruff check

@@ -170,16 +170,14 @@ def _refusal(error: BaseException) -> str | None:
             "MASKWATCH_BROKER__PASSWORD, or what MASKWATCH_BROKER__URL says of them"
         )
     if isinstance(error, ssl.SSLCertVerificationError):
-        why = getattr(error, "verify_message", error)
         return (
-            f"the broker's certificate does not fit ({why}): check the host in MASKWATCH_BROKER__URL "
-            "and the authority in MASKWATCH_BROKER__CA_FILE"
+            f"the broker's certificate does not fit ({getattr(error, 'verify_message', error)}): check the host in "
+            "MASKWATCH_BROKER__URL and the authority in MASKWATCH_BROKER__CA_FILE"
         )
     if isinstance(error, ssl.SSLError):
-        why = getattr(error, "reason", None) or error
         return (
-            f"no TLS with the broker ({why}): is this a port with TLS, and does it want a client "
-            "certificate (MASKWATCH_BROKER__CERTIFICATE_FILE and __KEY_FILE)?"
+            f"no TLS with the broker ({getattr(error, 'reason', None) or error}): is this a port with TLS, and does it "
+            "want a client certificate (MASKWATCH_BROKER__CERTIFICATE_FILE and __KEY_FILE)?"
         )
     return None
 

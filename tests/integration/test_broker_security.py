@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pytest
 from kombu.transport import redis as redis_transport
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, RedisError
 from sqlalchemy.orm import Session
 
 from common import celery_app
@@ -60,42 +60,46 @@ Use = Callable[[dict[str, str]], None]
 # --- users ---
 
 
-def watch(server: Server) -> dict[str, set[str]]:
+class Monitor:
     """Which commands each user sends, from now on."""
-    addresses: dict[str, str] = {}
-    seen: dict[str, set[str]] = defaultdict(set)
 
-    def look_up() -> None:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._users: dict[str, str] = {}  # by address
+        self._sent: list[tuple[str, str]] = []
+        for work in (self._look_up, self._listen):
+            Thread(target=self._until_the_server_stops, args=(work,), daemon=True).start()
         with server.client() as client:
+            wait_until(lambda: client.ping() and self._sent, what="a monitor that sees commands")
+
+    def commands(self, user: str) -> set[str]:
+        # Looked up at the end: a connection has sent its first commands before anybody can know whose it is.
+        return {command for address, command in self._sent if self._users.get(address) == user}
+
+    def _look_up(self) -> None:
+        with self._server.client() as client:
             while True:
-                addresses.update({entry["addr"]: entry["user"] for entry in client.client_list()})
+                self._users.update({entry["addr"]: entry["user"] for entry in client.client_list()})
                 time.sleep(0.002)
 
-    def listen() -> None:
-        with server.client().monitor() as monitor:
+    def _listen(self) -> None:
+        with self._server.client().monitor() as monitor:
             for entry in monitor.listen():
-                user = addresses.get(f"{entry['client_address']}:{entry['client_port']}", "?")
-                seen[user].add(entry["command"].split()[0].lower())
+                address = f"{entry['client_address']}:{entry['client_port']}"
+                self._sent.append((address, entry["command"].split()[0].lower()))
 
-    def until_it_stops(work: Callable[[], None]) -> None:
-        try:
+    @staticmethod
+    def _until_the_server_stops(work: Callable[[], None]) -> None:
+        with suppress(RedisError, OSError, ValueError):
             work()
-        except Exception:  # the server has gone
-            return
-
-    for work in (look_up, listen):
-        Thread(target=until_it_stops, args=(work,), daemon=True).start()
-    time.sleep(0.5)
-    return seen
 
 
 def abandon(server: Server, queue: Queue) -> None:
     """Leave a message in hand of a consumer that died long ago, as kombu keeps them."""
-    send(TaskName.SUMMARIZE, ())
+    task = {Queue.MEDIA: TaskName.ANALYZE, Queue.PRODUCER: TaskName.DISPATCH, Queue.AGGREGATION: TaskName.SUMMARIZE}
+    send(task[queue], ([[1, str(uuid.uuid4())]],) if queue is Queue.MEDIA else ())
     with server.client() as admin:
-        raw = admin.rpop(Queue.AGGREGATION.value)
-        message = json.loads(str(raw))
-        message["properties"]["delivery_info"] = {"exchange": queue.value, "routing_key": queue.value}
+        message = json.loads(str(admin.rpop(queue.value)))
         admin.hset(f"{queue.value}.unacked", "old", json.dumps([message, queue.value, queue.value]))
         admin.zadd(f"{queue.value}.unacked_index", {"old": 1.0})
 
@@ -109,7 +113,7 @@ def test_three_users_do_the_whole_road_and_have_no_right_that_none_needs(
         bucket.put(f"{number}.jpg", face_jpeg(number))
     for queue in Queue:
         abandon(server, queue)
-    seen = watch(server)
+    monitor = Monitor(server)
     with ExitStack() as crew:
         for role in ROLES:
             crew.enter_context(running(role, log=tmp_path / f"{role}.log", env=server.environment(role)))
@@ -130,7 +134,7 @@ def test_three_users_do_the_whole_road_and_have_no_right_that_none_needs(
         assert "not let" not in log and "no permissions" not in log
         # A message put back at the front, and a lock that was lost, take these; here nothing goes wrong. `auth` is for
         # clients of the older protocol.
-        assert granted(role) - seen[f"maskwatch-{role}"] <= {"auth", "unwatch", "lpush"}, role
+        assert granted(role) - monitor.commands(f"maskwatch-{role}") <= {"auth", "unwatch", "lpush"}, role
 
 
 def granted(role: str) -> set[str]:

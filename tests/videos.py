@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -115,7 +116,7 @@ def make_video(
     picture: other pictures than those of `numbered`. options, muxer: for the encoder and the container.
     """
     # Not in memory: where FFmpeg moves an index to the front, it opens the file once more.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _ordinary_priority():
         path = Path(folder, "video")
         with av.open(str(path), "w", format=container, options=dict(muxer or {})) as file:
             file.metadata.update(metadata or {})
@@ -153,6 +154,14 @@ def make_video(
             if sound is not None:
                 _write_silence(file, sound, Fraction(len(times) if times is not None else frames) / Fraction(fps))
         return path.read_bytes()
+
+
+@contextmanager
+def _ordinary_priority() -> Iterator[None]:
+    """As root, SVT-AV1 makes the thread that calls it a real-time one, and with it every process it starts later."""
+    yield
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def index_first(mp4: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 The main process holds a lock on a file, and lets go of it at SIGTERM. Its children look between two pictures: once the
 lock is free they release what they have not begun and finish. A file, because a spawned child shares no memory with
-its parent; a lock, because letting go needs no room on a disk, and happens by itself when the parent is killed.
+its parent; a lock, because letting go needs no room on a disk, and tells what a killed worker has left behind.
 """
 
 from __future__ import annotations

@@ -10,22 +10,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common import ledger
 from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states
 from tests.photos import face_jpeg
 from tests.services import QUICK, Bucket, Services, forget_settings, locate, maskwatch, running, wait_until
+from workers import attempts
+from workers.detection import Detections
+from workers.jobs import run_jobs
+from workers.pipeline import Analyzer
 
 #: A busy machine takes its time to start a child and to load its models.
 LONG = 400
@@ -124,11 +130,12 @@ def enqueue(session: Session, bucket: Bucket, *numbers: int) -> None:
 
 
 def children(worker: subprocess.Popen[bytes]) -> set[int]:
-    return {
-        child.pid
-        for child in psutil.Process(worker.pid).children(recursive=True)
-        if "spawn_main" in " ".join(child.cmdline())
-    }
+    found = set()
+    for child in psutil.Process(worker.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just died
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 #: Of each picture: its name, state, and what it is charged with.
@@ -353,10 +360,10 @@ def test_without_giving_back_jobs_are_charged_with_the_full_disk(
 # --- the wish to stop ---------------------------------------------------------------------------------------
 
 
-def dispatched(session: Session, bucket: Bucket, count: int) -> None:
-    enqueue(session, bucket, *range(1, count + 1))
+def dispatched(session: Session, bucket: Bucket, *numbers: int) -> None:
+    enqueue(session, bucket, *numbers)
     dispatch.reconcile(get_settings())
-    assert dispatch.dispatch(get_settings()) == count
+    assert dispatch.dispatch(get_settings()) == len(numbers)
 
 
 #: Half a second a picture: long enough to be in the middle of a group.
@@ -371,11 +378,14 @@ def test_a_child_that_was_started_later_is_asked_to_stop_as_well(
     notes = tmp_path / "notes"
     env = injected(tmp_path, ANALYZE.format(notes=str(notes)), SLOW)
     with running("worker", log=tmp_path / "worker.log", env=env) as worker:
-        (first,) = wait_until(lambda: children(worker), seconds=LONG, what="a child")
+        dispatched(session, bucket, 100)
+        wait_until(lambda: states(session) == {"succeeded": 1}, seconds=LONG, what="the first child's picture")
+        (first,) = children(worker)
         os.kill(first, signal.SIGKILL)
         (second,) = wait_until(lambda: children(worker) - {first}, seconds=LONG, what="another child")
-        dispatched(session, bucket, 40)
-        wait_until(notes.exists, seconds=LONG, what="the first picture")
+        notes.unlink()
+        dispatched(session, bucket, *range(1, 41))
+        wait_until(notes.exists, seconds=LONG, what="the second child's first picture")
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(120) == 0
     assert {line.split()[0] for line in notes.read_text().splitlines()} == {str(second)}
@@ -384,21 +394,31 @@ def test_a_child_that_was_started_later_is_asked_to_stop_as_well(
     assert scalar(session, "SELECT max(attempt) FROM jobs WHERE state = 'pending'") == 0
 
 
-def test_a_child_whose_worker_was_killed_gives_back_what_it_has_not_begun(
-    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
+# --- a model without memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tries", "state"), [(2, "retry_wait"), (1, "quarantined")])
+def test_a_picture_that_fits_no_memory_is_tried_again_and_then_kept_with_what_to_do(
+    quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tries: int, state: str
 ) -> None:
-    quick.setenv("MASKWATCH_WORKER__GROUP_SIZE", "40")
+    class Small:
+        """A detector whose runtime has no memory for the second picture."""
+
+        def detect(self, image_rgb: Any) -> Detections:
+            if image_rgb[0, 0, 0] == 2:
+                raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 81920000")
+            return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+
+    quick.setenv("MASKWATCH_LEDGER__MAX_ATTEMPTS", str(tries))
     forget_settings()
-    notes = tmp_path / "notes"
-    env = injected(tmp_path, ANALYZE.format(notes=str(notes)), SLOW)
-    with running("worker", log=tmp_path / "worker.log", env=env) as worker:
-        wait_until(lambda: children(worker), seconds=LONG, what="a child")
-        (child,) = children(worker)
-        dispatched(session, bucket, 40)
-        wait_until(notes.exists, seconds=LONG, what="the first picture")
-        os.kill(worker.pid, signal.SIGKILL)
-        wait_until(lambda: "running" not in states(session), seconds=LONG, what="the rest, given back")
-        wait_until(lambda: not psutil.pid_exists(child), seconds=LONG, what="the end of the child")
-    left = states(session)
-    assert left["pending"] >= 30
-    assert scalar(session, "SELECT count(*) FROM job_attempts WHERE outcome = 'released'") == left["pending"]
+    small = Analyzer(get_settings().pipeline.spec(), Small(), None)  # type: ignore[arg-type]
+    quick.setattr(attempts, "analyzer", lambda spec, runtime: small)
+    enqueue(session, bucket, 1, 2, 3)
+    refs = [job.ref for job in ledger.take_pending(session, limit=9, alone=False, epoch="epoch")]
+    session.commit()
+    assert run_jobs(refs, worker="test/1", settings=get_settings()) == 2
+    found = charged(session)
+    assert [found[f"{number}.png"].state for number in (1, 2, 3)] == ["succeeded", state, "succeeded"]
+    assert found["2.png"].reason == "model_out_of_memory"
+    detail = scalar(session, "SELECT detail FROM jobs WHERE reason IS NOT NULL")
+    assert "a picture of 64×64 pixels doesn't fit the free memory" in detail and "run fewer processes" in detail

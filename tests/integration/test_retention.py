@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -175,52 +176,53 @@ def begin_in_kolkata(session: Session, at: datetime) -> list[ClaimedJob]:
     return claim(session, dispatch(session))
 
 
-def _commit_while_purged(session: Session, started: threading.Event) -> threading.Thread:
-    """Store a picture of January in a transaction that is still open when the purge begins."""
+@contextmanager
+def _open_transaction(session: Session) -> Iterator[threading.Event]:
+    """A worker that has stored a picture of January and not committed yet; it does so when the event is set."""
     ensure_partitions(engine(), [JANUARY])
     (job,) = begin(session, JANUARY)
-    purged = threading.Event()
+    stored, commit = threading.Event(), threading.Event()
 
     def store_slowly() -> None:
         with Session(engine()) as worker:
             assert job.observed_at is not None
             record_image(worker, job, [face()], job.observed_at, fence=True)
-            started.set()
-            purged.wait(20)
+            stored.set()
+            commit.wait(50)
             worker.commit()
-
-    def release() -> None:
-        wait_until(lambda: scalar(session, "SELECT count(*) FROM purges"), what="the purge")
-        purged.set()
 
     thread = threading.Thread(target=store_slowly)
     thread.start()
-    started.wait(20)
-    threading.Thread(target=release).start()
-    return thread
+    assert stored.wait(50)
+    yield commit
+    thread.join()
 
 
 def test_a_purge_waits_for_those_that_may_not_know_of_it(session: Session) -> None:
-    thread = _commit_while_purged(session, threading.Event())
-    purging.purge(FEBRUARY, by="Ada")
-    thread.join()
+    with _open_transaction(session) as commit:
+
+        def commit_once_it_has_begun() -> None:
+            with Session(session.bind) as watcher:
+                wait_until(lambda: scalar(watcher, "SELECT count(*) FROM purges"), what="the purge")
+            commit.set()
+
+        threading.Thread(target=commit_once_it_has_begun).start()
+        purging.purge(FEBRUARY, by="Ada")
     summarize()
     assert scalar(session, "SELECT count(*) FROM faces WHERE observed_at < '2026-02-01'") == 0
     assert rows(session, SUMMARY) == [(JANUARY, 1, 1)]  # it was in time, and counts
 
 
-def test_without_waiting_faces_of_purged_time_would_be_left_or_lost(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_waiting_faces_of_purged_time_would_be_left(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(purging, "_wait_for_older", lambda xid: None)
-    # Where its partition is in use the purge would wait for that; this one is not, as it would be by a COPY to come.
+    # It would wait for the worker here, too, whose transaction uses that month's partition.
     monkeypatch.setattr(purging, "_drop_partitions", lambda before: [])
-    thread = _commit_while_purged(session, threading.Event())
-    purging.purge(FEBRUARY, by="Ada")
-    thread.join()
+    with _open_transaction(session) as commit:
+        purging.purge(FEBRUARY, by="Ada")
+        commit.set()
     summarize()
-    left = scalar(session, "SELECT count(*) FROM faces WHERE observed_at < '2026-02-01'")
-    assert left or rows(session, SUMMARY) != [(JANUARY, 1, 1)]
+    assert scalar(session, "SELECT count(*) FROM faces WHERE observed_at < '2026-02-01'") == 1
+    assert rows(session, SUMMARY) == []  # frozen before it counted
 
 
 @pytest.mark.parametrize("step", ["_wait_for_older", "_freeze", "_drop_partitions", "_delete_faces"])

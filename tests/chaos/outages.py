@@ -82,6 +82,8 @@ def redis(lab: Lab, scale: Scale) -> Outcome:
 
     lab.empty()
     few = 80
+    bucket = lab.bucket("few")
+    lab.put(bucket, few)
     with lab.crew(*CREW, env=lab.injected(NO_RECOVERY)):
         lab.backfill(bucket)
         until_succeeded(lab, few // 8)

@@ -39,7 +39,8 @@ class DeadlockError(Exception):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A planted fault: this in a statement becomes that. `of` is found in the statements that are meant."""
+    """A planted fault: this in a statement becomes that. `of` is found in the statements that are meant, or in their
+    parameters."""
 
     of: str
     pattern: str
@@ -270,7 +271,7 @@ def open_hands(url: str, count: int, *, rewrites: Sequence[Rewrite] = ()) -> Ite
     @event.listens_for(engine, "before_cursor_execute", retval=True)
     def rewrite(_: Any, __: Any, statement: str, parameters: Any, *rest: Any) -> tuple[str, Any]:
         for each in rewrites:
-            if each.of in statement:
+            if each.of in statement or each.of in str(parameters):
                 statement, times = re.subn(each.pattern, each.by, statement)
                 if times:
                     fitted.add(each)

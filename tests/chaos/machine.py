@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.errors import FlakyFailure
+from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy.orm import Session
 
@@ -16,13 +16,20 @@ from common import catalog
 from common.ledger import StaleJobError
 from common.settings import get_settings
 from common.tables import Location, Pipeline
-from tests.chaos.actors import SLOW, ZONE, LedgerMachine, Plant, Stage
+from tests.chaos.actors import RESET, SLOW, ZONE, LedgerMachine, Plant, Stage
 from tests.chaos.hands import Hands, open_hands
 from tests.chaos.lab import Experiment, Lab, Outcome, Scale
 from tests.chaos.planted import PLANTS, PUBLISHED_LATE, QUICKLY_FOUND
 from tests.chaos.promises import OPEN, BrokenPromiseError
 
 STEPS = 50
+#: Nobody pulls these plugs here, and a vacuum would come at another time in each run.
+QUICK_DATABASE = (
+    "ALTER SYSTEM SET fsync = off",
+    "ALTER SYSTEM SET autovacuum = off",
+    "SELECT pg_reload_conf()",
+)
+
 #: Hands: transactions that are open at once at most.
 HANDS = 4
 
@@ -31,47 +38,52 @@ HANDS = 4
 class Run:
     """What the machine made of one plant. `found`: the first promise that broke, in example `counts["examples"]`."""
 
+    plant: str
     counts: Counter[str]
     found: BrokenPromiseError | None
     seconds: float
 
 
 def explore(url: str, plant: Plant, *, examples: int, seed: int, shrink: bool = False) -> Run:
-    """Run the machine on a migrated database, which it empties, until a promise breaks or the examples are used up."""
+    """Run the machine on a migrated database of its own, which it empties, until a promise breaks or the examples are
+    used up."""
     began = time.monotonic()
-    found: BrokenPromiseError | None = None
     with open_hands(url, HANDS, rewrites=(SLOW, *plant.rewrites)) as hands:
         hands.refusal = StaleJobError
-        for statement in plant.before:
+        for statement in (*QUICK_DATABASE, RESET, *plant.before):
             hands.look.execute(statement)
         stage = Stage(hands, *_catalog(hands), plant)
-        machine = type("LedgerMachine", (LedgerMachine,), {"stage": stage})
-        try:
-            run_state_machine_as_test(
-                hypothesis.seed(seed)(machine),
-                settings=settings(
-                    max_examples=examples,
-                    stateful_step_count=STEPS,
-                    phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
-                    database=None,
-                    deadline=None,
-                    report_multiple_bugs=False,
-                    suppress_health_check=list(HealthCheck),
-                ),
-            )
-        except BrokenPromiseError as broken:
-            found = broken
-        except FlakyFailure as flaky:
-            # It broke once and not again: broken all the same.
-            found = next(each for each in flaky.exceptions if isinstance(each, BrokenPromiseError))
-        finally:
-            hands.abandon()
-            for statement in plant.after:
-                hands.look.execute(statement)
+        while not stage.broken and stage.counts["examples"] < examples:
+            _explore(stage, examples - stage.counts["examples"], seed + stage.counts["unrepeatable"], shrink)
+        hands.abandon()
+        for statement in plant.after:
+            hands.look.execute(statement)
     unfit = {*plant.rewrites} - hands.fitted
     assert not unfit, f"these statements are not the product's any more: {unfit}"
+    # The last is the simplest, where it was looked for.
+    found = stage.broken[-1] if stage.broken else None
     stage.counts.update(hands.counts)
-    return Run(stage.counts, found, time.monotonic() - began)
+    return Run(plant.name, stage.counts, found, time.monotonic() - began)
+
+
+def _explore(stage: Stage, examples: int, seed: int, shrink: bool) -> None:
+    machine = hypothesis.seed(seed)(type("LedgerMachine", (LedgerMachine,), {"stage": stage}))
+    chosen = settings(
+        max_examples=examples,
+        stateful_step_count=STEPS,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    try:
+        run_state_machine_as_test(machine, settings=chosen)
+    except BrokenPromiseError:
+        pass  # is in `stage.broken`
+    except Flaky:
+        # Two who waited for a third went on in another order than before. What broke, if anything, broke all the same.
+        stage.counts["unrepeatable"] += 1
 
 
 def _catalog(hands: Hands) -> tuple[Location, tuple[Pipeline, Pipeline]]:
@@ -96,29 +108,29 @@ def _run(lab: Lab, scale: Scale) -> Outcome:
     shipped = explore(url, Plant(), examples=500 if full else 25, seed=seed, shrink=full)
     # What shows that the early message is what blocks the job, and not the rule that was taken away with it.
     late = explore(url, PUBLISHED_LATE, examples=60 if full else 5, seed=seed)
-    runs = {plant.name: explore(url, plant, examples=500, seed=seed) for plant in (PLANTS if full else QUICKLY_FOUND)}
+    runs = [explore(url, plant, examples=500, seed=seed) for plant in (PLANTS if full else QUICKLY_FOUND)]
     figures: dict[str, object] = {name: shipped.counts[name] for name in ("examples", "steps")}
     figures |= {
         "transactions": sum(count for name, count in shipped.counts.items() if name.endswith(" committed")),
         "that waited for another": shipped.counts["transactions waited"],
         "refused by the fence": shipped.counts["transactions refused"],
         "killed": shipped.counts["transactions killed"],
-        "broken promises": _found(shipped) if shipped.found else 0,
+        "new breaches": shipped.found.promise if shipped.found else 0,
     }
-    figures |= {f"known: {name}": count for name, count in shipped.counts.items() if name in OPEN}
+    figures |= {f"examples with: {name}": count for name, count in shipped.counts.items() if name in OPEN}
+    # A run in which nobody was refused, killed or made to wait would not have tried much; a short one may be such.
+    tried = not full or all(shipped.counts[f"transactions {what}"] for what in ("waited", "refused", "killed"))
     return Outcome(
         figures=figures,
-        control={f"{name} {_found(run)}": "found" if run.found else "NOT FOUND" for name, run in runs.items()},
-        held=shipped.found is None and late.found is None,
-        control_failed=all(run.found for run in runs.values()),
+        control={f"examples until {_found(run)}": run.counts["examples"] for run in runs},
+        held=shipped.found is None and late.found is None and tried,
+        control_failed=all(run.found for run in runs),
     )
 
 
 def _found(run: Run) -> str:
-    """Which promise broke, and after how much."""
-    if run.found is None:
-        return f"(in {run.counts['examples']} examples)"
-    return f"({run.found.promise!r} breaks in example {run.counts['examples']})"
+    """Which fault was found, and what it broke."""
+    return f"{run.plant!r} is found ({run.found.promise})" if run.found else f"{run.plant!r} is NOT found"
 
 
 EXPERIMENTS = (

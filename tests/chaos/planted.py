@@ -14,12 +14,11 @@ from tests.chaos.hands import Rewrite
 from workers import aggregation
 
 _MARKED = "INSERT INTO dirty_marks"
-_LOCK = "SELECT pg_advisory_xact_lock"
 
 
 def _summarize_flags(session: Session, limit: int) -> tuple[int, int]:
     """An aggregator over flags: those that are set are recomputed, then cleared."""
-    session.execute(text(_LOCK + "(:key)"), {"key": aggregation.AGGREGATION_LOCK})
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": aggregation.AGGREGATION_LOCK})
     marks = session.execute(
         text("SELECT id, location_id, pipeline_id, hour FROM dirty_marks ORDER BY id LIMIT :limit"), {"limit": limit}
     ).all()
@@ -58,7 +57,7 @@ UPSERTED_MARKS = Plant(
 NO_LOCK = Plant(
     "aggregators without the lock",
     rewrites=(
-        Rewrite(_LOCK + "(", r"pg_advisory_xact_lock\((.*)\)", r"\1"),
+        Rewrite(str(aggregation.AGGREGATION_LOCK), r"pg_advisory_xact_lock\((.*)\)", r"\1"),
         Rewrite(
             "DELETE FROM dirty_marks", r"ORDER BY id LIMIT (\S+)\)", r"ORDER BY id LIMIT \1 FOR UPDATE SKIP LOCKED)"
         ),

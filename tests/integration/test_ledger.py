@@ -362,6 +362,20 @@ def test_the_work_left_is_seen_without_counting(session: Session) -> None:
     assert not ledger.any_active(session)
 
 
+def test_a_job_that_moves_while_one_looks_is_not_missed(session: Session) -> None:
+    """One statement sees one moment; state by state, a job could be past the one and not yet in the other."""
+    register(session, planned("a.jpg"))
+    statements: list[str] = []
+
+    def watch(conn: object, cursor: object, statement: str, *rest: object) -> None:
+        statements.append(statement)
+
+    event.listen(session.get_bind(), "before_cursor_execute", watch)
+    assert ledger.any_active(session, "lobby")
+    event.remove(session.get_bind(), "before_cursor_execute", watch)
+    assert len(statements) == 1
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_dispatch_reads_only_what_is_pending(session: Session, alone: bool) -> None:
     """However many jobs are done: the plan uses the partial index of its half."""

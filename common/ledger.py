@@ -182,13 +182,21 @@ def register(
     source_id = sources.ensure(session, bucket)
     purged = purged_before(session)
     # The time of a local file is whatever its writer set, so it tells nothing of the order.
-    result.superseded = _supersede_older(session, bucket, by_key, newest=newest or bucket == FILE_BUCKET)
-    result.new += _revive(session, bucket, by_key)
-    session.execute(
-        insert(MediaObject)
-        .values([_media_values(item, location, camera) for item in by_key.values()])
-        .on_conflict_do_nothing()
-    )
+    newest = newest or bucket == FILE_BUCKET
+    older = _lock_older(session, bucket, by_key, newest=newest)
+    while True:
+        _supersede(session, older)
+        result.superseded += len(older)
+        result.new += _revive(session, bucket, by_key)
+        session.execute(
+            insert(MediaObject)
+            .values([_media_values(item, location, camera) for item in by_key.values()])
+            .on_conflict_do_nothing()
+        )
+        # What another registered meanwhile, and the insert had to wait for, is seen only now.
+        older = _lock_older(session, bucket, by_key, newest=newest)
+        if not older:
+            break
     current = session.execute(
         select(MediaObject.id, MediaObject.key, MediaObject.location_id, MediaObject.camera_id).where(
             MediaObject.bucket == bucket,
@@ -261,8 +269,7 @@ def purged_detail(seen_at: datetime, purged: datetime) -> str:
 
 def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[PlannedObject]:
     """Those that nobody has erased."""
-    # Shared with others that register; an erasure waits for us, or we for it and then see what it erased.
-    session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": _ERASE_LOCK})
+    _keep_from_erasing(session)
     by_hash = {_uri_hash(item.info.uri): item for item in planned}
     erased = session.execute(
         text("SELECT uri_sha256 FROM erased_objects WHERE uri_sha256 = ANY(:hashes)"), {"hashes": list(by_hash)}
@@ -271,34 +278,60 @@ def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[Plan
     return [item for uri_hash, item in by_hash.items() if uri_hash not in gone]
 
 
+def _keep_from_erasing(session: Session) -> None:
+    """Before media objects are locked by who registers some: an erasure waits for us, or we for it and then see what
+    it erased."""
+    session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": _ERASE_LOCK})
+
+
 def _uri_hash(uri: str) -> bytes:
     return hashlib.sha256(uri.encode()).digest()
 
 
-def _supersede_older(session: Session, bucket: str, by_key: dict[str, PlannedObject], *, newest: bool) -> int:
+def _lock_older(session: Session, bucket: str, by_key: dict[str, PlannedObject], *, newest: bool) -> list[int]:
+    """Lock the current versions of these keys; returns those that the planned ones are to replace.
+
+    A version that is seen again with a later time was put again: what is older than that must not replace it.
+    """
     current = session.execute(
         select(MediaObject.id, MediaObject.key, MediaObject.revision, MediaObject.last_modified)
         .where(MediaObject.bucket == bucket, MediaObject.key.in_(list(by_key)), MediaObject.superseded_at.is_(None))
         .order_by(MediaObject.id)
         .with_for_update()
     ).all()
-    older = [
+    again = {
+        media_id: by_key[key].info.last_modified
+        for media_id, key, revision, modified in current
+        if revision == by_key[key].info.etag and modified < by_key[key].info.last_modified
+    }
+    if again:
+        session.execute(
+            text(
+                "UPDATE media_objects SET last_modified = seen.modified"
+                " FROM unnest(CAST(:ids AS bigint[]), CAST(:times AS timestamptz[])) AS seen (id, modified)"
+                " WHERE media_objects.id = seen.id"
+            ),
+            {"ids": list(again), "times": list(again.values())},
+        )
+    return [
         media_id
         for media_id, key, revision, modified in current
         if revision != by_key[key].info.etag and (newest or modified <= by_key[key].info.last_modified)
     ]
-    if older:
+
+
+def _supersede(session: Session, media_ids: Sequence[int]) -> None:
+    if media_ids:
         session.execute(
-            update(MediaObject).where(MediaObject.id.in_(older)).values(superseded_at=func.clock_timestamp())
+            update(MediaObject).where(MediaObject.id.in_(media_ids)).values(superseded_at=func.clock_timestamp())
         )
-        _withdraw(session, older, "a newer version of the key was registered")
-    return len(older)
+        _withdraw(session, media_ids, "a newer version of the key was registered")
 
 
 def _revive(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> int:
     """Bytes that were replaced and are back: their media object is current again, its jobs start over.
 
-    Only a key without a current version is concerned, which is one that `_supersede_older` has just dealt with.
+    Only a key without a current version is concerned, which is one that `_supersede` has just dealt with.
     """
     rows = session.execute(
         text(
@@ -322,19 +355,22 @@ def _revive(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> 
     return len(rows.all())
 
 
-def _withdraw(session: Session, media_ids: Sequence[int], detail: str) -> None:
+def _withdraw(session: Session, media_ids: Sequence[int], detail: str, *, respect_cancelled: bool = False) -> None:
     """Cancel all jobs of these media objects, delete what they wrote, and mark the hours it counted in.
+
+    What an operator had cancelled is withdrawn, too, to be planned from the start should these bytes come back. Where
+    the object stays, `respect_cancelled` leaves it cancelled by him, all but chunks: they are of a plan that ends.
 
     A job that ended as `source_changed` keeps saying so: it is how the newer version was found.
     """
     parameters = {"ids": list(media_ids), "reason": Reason.SUPERSEDED.value, "detail": detail}
+    only_chunks = "AND kind = 'chunk'" if respect_cancelled else ""
     session.execute(
         text(
             "WITH stopped AS ("
             " SELECT id, state, attempt, worker, started_at FROM jobs WHERE media_object_id = ANY(:ids)"
-            # Also what an operator had cancelled: should these bytes come back, they are planned from the start.
-            " AND state <> 'source_changed' AND (state <> 'cancelled' OR reason = 'cancelled_by_operator')"
-            " ORDER BY id FOR UPDATE"
+            " AND state <> 'source_changed' AND (state <> 'cancelled' OR reason = 'cancelled_by_operator'"
+            f" {only_chunks}) ORDER BY id FOR UPDATE"
             "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
             " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
             " WHERE state = 'running'"
@@ -368,35 +404,43 @@ def _replan(
 ) -> None:
     """Give objects that no pattern could place in time, and now one can, their time and their turn.
 
-    Only those of this location and camera: another's zone would read the key as another time.
+    Only those of this location and camera: another's zone would read the key as another time. What another pipeline
+    has made of such an object without a pattern, or is about to, stands at another time, and starts over.
     """
     if not placed:
         return
     stuck = session.execute(
-        select(Job.id, MediaObject.id, MediaObject.key)
-        .join(MediaObject, MediaObject.id == Job.media_object_id)
+        select(MediaObject.id, MediaObject.key)
         .where(
             MediaObject.bucket == bucket,
             MediaObject.key.in_([item.info.key for item in placed]),
             MediaObject.superseded_at.is_(None),
             MediaObject.location_id == location.id,
             MediaObject.camera_id.is_not_distinct_from(camera.id if camera else None),
-            Job.state == JobState.QUARANTINED,
-            Job.reason.in_(UNPLACED),
+            select(Job.id)
+            .where(Job.media_object_id == MediaObject.id, Job.state == JobState.QUARANTINED, Job.reason.in_(UNPLACED))
+            .exists(),
         )
         .order_by(MediaObject.id)
-        .with_for_update(of=MediaObject)
+        .with_for_update()
     ).all()
+    if not stuck:
+        return
     by_key = {item.info.key: item for item in placed}
-    for job_id, media_id, key in stuck:
+    for media_id, key in stuck:
         seen = by_key[key].observed_at
         assert seen is not None
         _set_observed_at(session, media_id, seen)
-        session.execute(
-            update(Job)
-            .where(Job.id == job_id)
-            .values(state=JobState.PENDING, token=func.gen_random_uuid(), reason=None, detail=None, finished_at=None)
-        )
+    media_ids = [media_id for media_id, _ in stuck]
+    _withdraw(session, media_ids, "the time in its key is known now", respect_cancelled=True)
+    session.execute(
+        text(
+            "WITH again AS (SELECT id FROM jobs WHERE media_object_id = ANY(:ids) AND state = 'cancelled'"
+            " AND reason = 'superseded' AND kind <> 'chunk' ORDER BY id FOR UPDATE)"
+            f" UPDATE jobs SET {_ANEW} FROM again WHERE jobs.id = again.id"
+        ),
+        {"ids": media_ids},
+    )
 
 
 def _set_observed_at(session: Session, media_id: int, seen: ObservedAt) -> None:
@@ -595,9 +639,10 @@ def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: S
     chunks: a second one would count its frames twice.
     """
     values = {"media": job.media_object_id, "pipeline": job.pipeline_id}
-    session.execute(
+    kept = session.execute(
         update(MediaObject)
         .where(MediaObject.id == job.media_object_id)
+        .returning(MediaObject.id)
         .values(
             container=info.container,
             codec=info.codec,
@@ -607,7 +652,9 @@ def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: S
             rotation=info.rotation,
             duration_seconds=info.duration_seconds,
         )
-    )
+    ).first()
+    if kept is None:
+        raise StaleJobError(f"what job {job.ref.id} is about was erased")
     return _count(
         session,
         "INSERT INTO jobs"
@@ -707,6 +754,7 @@ def refuse(
 
 def source_changed(session: Session, job: ClaimedJob, detail: str) -> None:
     """running → source_changed: the object is no longer the planned one. The caller registers the new version."""
+    _keep_from_erasing(session)
     session.execute(select(MediaObject.id).where(MediaObject.id == job.media_object_id).with_for_update())
     _end(session, job.ref, "state = 'source_changed'", AttemptOutcome.SOURCE_CHANGED, Reason.SOURCE_CHANGED, detail)
 

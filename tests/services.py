@@ -138,6 +138,8 @@ def running(*arguments: str, log: Path, env: Mapping[str, str] | None = None) ->
 
 def kill_tree(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
     """Send a signal to a process and all its descendants, and reap it if that ends it."""
+    if process.poll() is not None:
+        return  # its number may be somebody else's by now
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -56,16 +56,21 @@ def _loaded(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
 
 
 def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[ClaimedJob]:
-    """The jobs of a message, held by this process, with their models loaded.
-
-    Jobs whose token has changed since they were sent are not ours to do, and are dropped. Raises `UnfitWorkerError`,
-    with the jobs given back, where the models can't be loaded.
-    """
+    """The jobs of a message, held by this process. Jobs whose token has changed since they were sent are not ours to
+    do, and are dropped."""
     limits = settings.ledger
     with session_scope() as session:
         jobs = ledger.claim(session, refs, worker=worker, lease_seconds=limits.lease_seconds, fence=limits.fence)
     if len(jobs) < len(refs):
         log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))
+    return jobs
+
+
+def load_models(jobs: Sequence[ClaimedJob], settings: Settings) -> None:
+    """Load what these jobs need; to be called under their heartbeat, since it may take longer than a lease.
+
+    Raises `UnfitWorkerError`, with the jobs given back, where it can't be loaded.
+    """
     try:
         # A probe only reads a header.
         for spec in {job.spec for job in jobs if job.kind is not JobKind.PROBE}:
@@ -73,7 +78,6 @@ def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[Claim
     except Exception as error:  # whatever a runtime raises when it can't load a model
         release(jobs)
         raise UnfitWorkerError(str(error)) from error
-    return jobs
 
 
 def release(jobs: Iterable[ClaimedJob]) -> None:

@@ -22,10 +22,11 @@ def run_jobs(
     Raises `workers.attempts.UnfitWorkerError`, with the jobs given back, where their models can't be loaded.
     """
     jobs = attempts.claim(refs, worker, settings)
-    deadline = time.monotonic() + settings.worker.soft_time_limit_seconds
     images = [job for job in jobs if job.kind is JobKind.IMAGE]
     succeeded = 0
     with Heartbeat(jobs, settings) as heartbeat:
+        attempts.load_models(jobs, settings)
+        deadline = time.monotonic() + settings.worker.soft_time_limit_seconds
         if images:
             succeeded += analyze_images(images, heartbeat, settings, draining=draining, deadline=deadline)
         for job in jobs:

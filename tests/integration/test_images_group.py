@@ -250,6 +250,28 @@ def test_a_worker_that_cannot_load_the_models_gives_its_jobs_back(
     assert rows(session, JOBS) == [pending(1), pending(2)]
 
 
+def test_leases_are_kept_while_models_are_loaded(
+    session: Session,
+    bucket: Bucket,
+    analyzer: FakeAnalyzer,
+    configure: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configure(ledger__lease_seconds=1, ledger__heartbeat_seconds=0.1)
+    expired: list[int] = []
+
+    def load_slowly(spec: object, runtime: object) -> FakeAnalyzer:
+        if not expired:
+            time.sleep(2.5)
+            with Session(session.bind) as other:
+                expired.append(ledger.recover_expired(other, max_lost_leases=10))
+        return analyzer
+
+    monkeypatch.setattr(attempts, "analyzer", load_slowly)
+    assert analyze(plan_group(session, bucket, 2)) == 2
+    assert expired == [0]
+
+
 # --- failures ---------------------------------------------------------------------------------------------
 
 
@@ -335,6 +357,7 @@ def claimed(sizes: Sequence[int]) -> list[ClaimedJob]:
             kind=JobKind.IMAGE,
             attempt=1,
             media_object_id=number,
+            source_id=1,
             bucket="s3://footage",
             key=f"{number}.png",
             etag="e",

@@ -91,6 +91,7 @@ def test_a_killed_training_goes_on_and_its_onnx_file_agrees(data, tmp_path):
     assert values["onnx"]["sha256"] in (out / "compact.md").read_text()
 
 
+@pytest.mark.bench
 def test_the_notebooks_recipe_trains_xception_and_says_what_it_lacks(data, tmp_path):
     out = tmp_path / "trained"
     more = ("--arch", "xception", "--recipe", "notebook", "--limit", "80")

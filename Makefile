@@ -35,6 +35,7 @@ bench: $(VENV)/.test  ## Measure the road, video, and every model in every runti
 	$(BIN)/python -m benchmarks.models
 
 chaos: $(VENV)/.test  ## Pull every plug and count what is lost: the table of docs/reliability.md (an hour)
+	$(BIN)/python -m pytest -m chaos
 	$(BIN)/python -m tests.chaos
 
 clean:  ## Stop and remove everything that the targets above made

@@ -11,6 +11,8 @@ from tests.chaos.lab import open_lab
 from tests.chaos.machine import explore
 from tests.chaos.planted import NO_LOCK, PLANTS, PUBLISHED_EARLY, PUBLISHED_LATE, QUICKLY_FOUND, STALE_TOKEN
 
+pytestmark = pytest.mark.chaos
+
 #: Each with a seed by which it is found in few examples.
 SEEDS = {STALE_TOKEN: 1, NO_LOCK: 1, PUBLISHED_EARLY: 3}
 

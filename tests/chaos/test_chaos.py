@@ -8,7 +8,13 @@ from tests.chaos.experiments import EXPERIMENTS
 from tests.chaos.lab import Scale, open_lab
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+#: What `make test` has time for; `make chaos` runs the others, too.
+QUICK = ("kill-9", "paused-worker", "sigterm", "hostile-files", "forged-messages")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.chaos]) for name in EXPERIMENTS]
+)
 def test_a_promise_and_its_control(name: str) -> None:
     with open_lab(name, seed=1) as lab:
         outcome = EXPERIMENTS[name].run(lab, Scale.SHORT)

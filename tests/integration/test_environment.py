@@ -162,6 +162,7 @@ def test_without_a_free_connection_a_job_is_neither_failed_nor_lost(lab: Lab, se
     assert states(session) == {"pending": 1}
 
 
+@pytest.mark.chaos
 def test_workers_live_through_a_postgres_without_a_free_connection(lab: Lab) -> None:
     bucket = lab.bucket("crowded")
     lab.put(bucket, 24)

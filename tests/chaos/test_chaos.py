@@ -7,7 +7,6 @@ import pytest
 from tests.chaos.experiments import EXPERIMENTS
 from tests.chaos.lab import Scale, open_lab
 
-
 #: What `make test` has time for; `make chaos` runs the others, too.
 QUICK = ("kill-9", "paused-worker", "sigterm", "hostile-files", "forged-messages")
 

@@ -18,7 +18,7 @@ from tests.chaos.lab import Outcome, Scale, open_lab
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--seed", type=int, default=1, show_default=True, help="Reproduces the choices of a run.")
-@click.option("--short", is_flag=True, help="The version that `make test` runs: minutes instead of an hour.")
+@click.option("--short", is_flag=True, help="Fewer kills and jobs: minutes instead of an hour.")
 @click.option(
     "--only", "only", multiple=True, type=click.Choice(list(EXPERIMENTS)), help="Only these; may be repeated."
 )

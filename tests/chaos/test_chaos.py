@@ -1,4 +1,4 @@
-"""The short version of `make chaos`: every promise is kept, and every control breaks it."""
+"""The short version of `make chaos`: a promise is kept, and its control breaks it."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("common.local.demo:demo", "See it work: sample footage through the whole system."),
     "run": ("common.local.run:run", "From pictures and videos to a compliance table, on this machine."),
     "backfill": ("producer.cli:backfill", "Enqueue a bucket prefix or a folder."),
+    "backfills": ("producer.cli:backfills", "How far backfills are; pause, resume or cancel one."),
     "summary": ("common.reporting.cli:summary", "Compliance per location by hour, day or week."),
     "report": ("common.reporting.cli:report", "Write a report.html with a plot per location."),
     "status": ("common.commands:status", "Jobs by state, queues, what is still to do."),

@@ -449,30 +449,24 @@ def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> Non
 
 
 @jobs.command("cancel")
-@click.argument("job_ids", type=JOB_ID, nargs=-1)
-@click.option("--backfill", "backfill_id", type=JOB_ID, help="All that is left of this backfill (its number).")
+@click.argument("job_ids", type=JOB_ID, nargs=-1, required=True)
 @json_option
-def cancel_jobs(job_ids: tuple[int, ...], backfill_id: int | None, as_json: bool) -> None:
+def cancel_jobs(job_ids: tuple[int, ...], as_json: bool) -> None:
     """Cancel jobs that have not ended. A worker that is at one of them can't store its result any more.
 
-    What has been analysed stays. `jobs retry` with its number takes a cancelled job back.
+    What has been analysed stays. `jobs retry` with its number takes a cancelled job back. A whole backfill:
+    `maskwatch backfills cancel`.
 
     \b
-    Examples:
+    Example:
       maskwatch jobs cancel 17 18
-      maskwatch jobs cancel --backfill 3
     """
     from common import audit, ledger
     from common.database import session_scope
     from common.deployment import deployment
-    from common.tables import Backfill
 
-    if bool(job_ids) == (backfill_id is not None):
-        raise MaskwatchError("name the jobs to cancel, or a backfill")
     with deployment(), session_scope() as session:
-        if backfill_id is not None and session.get(Backfill, backfill_id) is None:
-            raise MaskwatchError(f"there is no backfill {backfill_id}")
-        moved = ledger.cancel(session, job_ids or None, backfill_id=backfill_id, by=audit.operator())
+        moved = ledger.cancel(session, job_ids, by=audit.operator())
     _tell_moved("cancelled", moved, job_ids, "because they have ended or are not there", as_json)
 
 

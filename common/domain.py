@@ -119,13 +119,16 @@ class Reason(StrEnum):
     STORAGE_UNAVAILABLE = "storage_unavailable"
     TIME_PATTERN_MISMATCH = "time_pattern_mismatch"
     NONEXISTENT_LOCAL_TIME = "nonexistent_local_time"
+    FUTURE_TIME = "future_time"
     MODEL_MISMATCH = "model_mismatch"
     UNEXPECTED_ERROR = "unexpected_error"
     CRASHED = "crashed"
     LEASE_EXPIRED = "lease_expired"
     SUPERSEDED = "superseded"
     CANCELLED_BY_OPERATOR = "cancelled_by_operator"
+    CANCELLED_WITH_BACKFILL = "cancelled_with_backfill"
     PURGED = "purged"
+    ARCHIVED = "archived"
     MODEL_OUT_OF_MEMORY = "model_out_of_memory"
 
 
@@ -149,6 +152,13 @@ class PermanentJobError(Exception):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+
+
+class ArchivedError(PermanentJobError):
+    """The object lies in an archive, and must be restored before it can be read."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(Reason.ARCHIVED, detail)
 
 
 class TransientJobError(Exception):

@@ -26,8 +26,8 @@ log = get_logger(__name__)
 MAX_BYTES = 128 * 1024
 
 
-def admit(item: bytes, queue: str) -> dict[str, Any]:
-    """The message that Celery gets to see for these bytes of a queue's list.
+def admit(item: bytes, queue: str, priority: int = 0) -> dict[str, Any]:
+    """The message that Celery gets to see for these bytes of a queue's list of that priority.
 
     Raises `ValueError` with the reason for what is not a message to a task of this queue as we send it.
     """
@@ -46,7 +46,7 @@ def admit(item: bytes, queue: str) -> dict[str, Any]:
     if ROUTES[task].value != queue:
         raise ValueError(f"{task.value} is no task of this queue")
     _check_arguments(task, args, kwargs)
-    return _envelope(task, args, _expiry(headers.get("expires")), queue)
+    return _envelope(task, args, _expiry(headers.get("expires")), queue, priority)
 
 
 def _check_arguments(task: TaskName, args: Any, kwargs: Any) -> None:
@@ -66,7 +66,7 @@ def _expiry(value: Any) -> str | None:
         raise ValueError("its expiry is no time") from error
 
 
-def _envelope(task: TaskName, args: list[Any], expires: str | None, queue: str) -> dict[str, Any]:
+def _envelope(task: TaskName, args: list[Any], expires: str | None, queue: str, priority: int) -> dict[str, Any]:
     """A message of Celery's protocol 2 (docs.celeryq.dev, "Message Protocol") as kombu keeps it in Redis."""
     # Not the sender's: it becomes a part of `jobs.worker`, and an expired message's id is never run again.
     message_id = str(uuid.uuid4())
@@ -88,7 +88,7 @@ def _envelope(task: TaskName, args: list[Any], expires: str | None, queue: str) 
             # Ours, because kombu keeps messages in hand under it, and puts them back where the next line says.
             "delivery_tag": str(uuid.uuid4()),
             "delivery_info": {"exchange": "", "routing_key": queue},
-            "priority": 0,
+            "priority": priority,
         },
     }
 
@@ -107,10 +107,10 @@ class Channel(redis_transport.Channel):  # type: ignore[misc]  # kombu carries n
             if not found:
                 raise Empty
             name, item = found
-            queue = name.decode().rsplit(self.sep, 1)[0]
+            queue, _, priority = name.decode().partition(self.sep)
             self._queue_cycle.rotate(queue)
             try:
-                message = admit(item, queue)
+                message = admit(item, queue, int(priority or 0))
             except ValueError as error:
                 log.error("dropped a message that is none of ours", queue=queue, detail=str(error))
             else:

@@ -8,7 +8,8 @@
                     operator's rerun, which removes them again, and a newer version of the key lead out of it
     quarantined     needs a person; `reason` and `detail` say why
     source_changed  the object was replaced after planning; the new version has a job of its own
-    cancelled       an operator's wish (and back by his retry), or a newer version of the key took its place
+    cancelled       an operator's wish (and back by his retry, or of a whole backfill by another one), or a newer
+                    version of the key took its place
 
 Every transition changes `token`. Every write of a worker names id and token and requires the state
 `running`: a worker that was paused past its lease, or whose job was cancelled, gets `StaleJobError` and its
@@ -25,14 +26,14 @@ deadlock.
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CursorResult, func, select, text, tuple_, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import CursorResult, func, select, text, update
 from sqlalchemy.orm import Session
 
 from common import audit, sources
@@ -62,14 +63,18 @@ DETAIL_LIMIT = 2000
 
 
 #: Reasons of objects whose time is unknown: only a pattern that fits can help them.
-UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME)
+UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME, Reason.FUTURE_TIME)
 
 #: Reasons that no retry helps against.
 HOPELESS = (*UNPLACED, Reason.PURGED)
 
+#: Of cancelled jobs: by whom. One by one, a job stays cancelled until he takes it back; with its backfill, until
+#: another one comes upon its object.
+_WISHED = "reason IN ('cancelled_by_operator', 'cancelled_with_backfill')"
+
 #: Whether a chunk belongs to the plan of its video as it stands: those of a withdrawn version's plan don't. One that an
 #: operator has cancelled does: its neighbours must not do its part.
-_PLANNED = "({jobs}.state NOT IN ('cancelled', 'source_changed') OR {jobs}.reason = 'cancelled_by_operator')"
+_PLANNED = f"({{jobs}}.state NOT IN ('cancelled', 'source_changed') OR {{jobs}}.{_WISHED})"
 
 _ACTIVE = ", ".join(f"'{state.value}'" for state in ACTIVE_STATES)
 
@@ -180,86 +185,124 @@ def register(
     if not by_key:
         return result
     source_id = sources.ensure(session, bucket)
-    purged = purged_before(session)
     # The time of a local file is whatever its writer set, so it tells nothing of the order.
     newest = newest or bucket == FILE_BUCKET
-    older = _lock_older(session, bucket, by_key, newest=newest)
+    rows = {
+        "rows": _planned_rows(by_key.values(), purged_before(session)),
+        "bucket": bucket,
+        "source": source_id,
+        "location": location.id,
+        "camera": camera.id if camera else None,
+        "pipeline": pipeline.id,
+        "backfill": backfill_id,
+        "lane": lane.value,
+    }
+    known = by_key
+    older = _lock_older(session, bucket, known, newest=newest)
     while True:
         _supersede(session, older)
         result.superseded += len(older)
-        result.new += _revive(session, bucket, by_key)
-        session.execute(
-            insert(MediaObject)
-            .values([_media_values(item, location, camera) for item in by_key.values()])
-            .on_conflict_do_nothing()
-        )
-        # What another registered meanwhile, and the insert had to wait for, is seen only now.
-        older = _lock_older(session, bucket, by_key, newest=newest)
+        result.new += _revive(session, rows)
+        inserted = set(session.execute(text(_INSERT_MEDIA), rows).scalars())
+        # What is there and not by us: another may have registered it meanwhile, and the insert had to wait for him.
+        known = {key: item for key, item in known.items() if key not in inserted}
+        older = _lock_older(session, bucket, known, newest=newest)
         if not older:
             break
-    current = session.execute(
-        select(MediaObject.id, MediaObject.key, MediaObject.location_id, MediaObject.camera_id).where(
-            MediaObject.bucket == bucket,
-            tuple_(MediaObject.key, MediaObject.revision).in_([(k, i.info.etag) for k, i in by_key.items()]),
-            MediaObject.superseded_at.is_(None),
-        )
-    ).all()
-    jobs = []
-    for media_id, key, location_id, camera_id in current:
-        if (location_id, camera_id) != (location.id, camera.id if camera else None):
-            result.elsewhere += 1
-            result.first_elsewhere = result.first_elsewhere or f"{bucket}/{key}"
-        jobs.append(
-            {
-                "media_object_id": media_id,
-                "source_id": source_id,
-                "pipeline_id": pipeline.id,
-                "backfill_id": backfill_id,
-                "lane": lane.value,
-                **_job_values(by_key[key], purged),
-            }
-        )
-    made: Sequence[Any] = ()
-    if jobs:
-        made = session.execute(insert(Job).values(jobs).on_conflict_do_nothing().returning(Job.id, Job.state)).all()
-    result.new += len(made)
-    result.quarantined = sum(state is JobState.QUARANTINED for _, state in made)
+    if known:
+        elsewhere = session.execute(
+            text(
+                f"SELECT m.key FROM {_KNOWN}"
+                " JOIN media_objects m ON m.bucket = :bucket AND m.key = known.key AND m.revision = known.etag"
+                " WHERE m.superseded_at IS NULL AND (m.location_id, m.camera_id)"
+                " IS DISTINCT FROM (:location, CAST(:camera AS integer)) ORDER BY m.id"
+            ),
+            {**rows, "known": _known(known)},
+        ).scalars()
+        others = elsewhere.all()
+        result.elsewhere = len(others)
+        result.first_elsewhere = f"{bucket}/{others[0]}" if others else None
+    made = session.execute(text(_INSERT_JOBS), rows).scalars().all()
+    result.new += len(made) + _take_back(session, bucket, known, pipeline, backfill_id)
+    result.quarantined = sum(state == JobState.QUARANTINED.value for state in made)
     result.known = len(by_key) - result.new
-    placed = [item for item in by_key.values() if item.reason is None and item.observed_at]
+    placed = [item for item in known.values() if item.reason not in UNPLACED and item.observed_at]
     _replan(session, bucket, placed, location, camera)
     return result
 
 
-def _media_values(item: PlannedObject, location: Location, camera: Camera | None) -> dict[str, Any]:
+#: What is planned, as rows; `_planned_rows` fills it. In one document, because an array per column takes psycopg longer
+#: than all the rest of a registration.
+_PLANNED_ROWS = (
+    "json_to_recordset(CAST(:rows AS json)) AS planned (key text, etag text, size_bytes bigint,"
+    " last_modified timestamptz, storage_class text, kind text, observed_at timestamptz, observed_at_source text,"
+    " observed_at_ambiguous boolean, job_kind text, reason text, detail text)"
+)
+
+_INSERT_MEDIA = (
+    "INSERT INTO media_objects (bucket, key, revision, etag, size_bytes, last_modified, storage_class, kind,"
+    " location_id, camera_id, observed_at, observed_at_source, observed_at_ambiguous)"
+    " SELECT :bucket, key, etag, etag, size_bytes, last_modified, storage_class, kind, :location,"
+    " CAST(:camera AS integer), observed_at, observed_at_source, coalesce(observed_at_ambiguous, false)"
+    # Two who register the same keys wait for each other in one order.
+    f' FROM {_PLANNED_ROWS} ORDER BY key COLLATE "C" ON CONFLICT DO NOTHING RETURNING key'
+)
+
+#: The first job of each object: what it is, and why it can't be done, if so.
+_INSERT_JOBS = (
+    "INSERT INTO jobs (media_object_id, source_id, pipeline_id, backfill_id, lane, kind, state, reason, detail,"
+    " finished_at) SELECT m.id, :source, :pipeline, CAST(:backfill AS bigint), :lane, planned.job_kind,"
+    " CASE WHEN planned.reason IS NULL THEN 'pending' ELSE 'quarantined' END, planned.reason, planned.detail,"
+    f" CASE WHEN planned.reason IS NOT NULL THEN clock_timestamp() END FROM {_PLANNED_ROWS}"
+    " JOIN media_objects m ON m.bucket = :bucket AND m.key = planned.key AND m.revision = planned.etag"
+    ' AND m.superseded_at IS NULL ORDER BY planned.key COLLATE "C" ON CONFLICT DO NOTHING RETURNING state'
+)
+
+#: Keys and the ETags that they are planned with.
+_KNOWN = "json_each_text(CAST(:known AS json)) AS known (key, etag)"
+
+
+def _known(items: Mapping[str, PlannedObject]) -> str:
+    """The parameter of `_KNOWN`."""
+    return json.dumps({key: item.info.etag for key, item in items.items()})
+
+
+def _planned_rows(items: Iterable[PlannedObject], purged: datetime | None) -> str:
+    """The parameter of `_PLANNED_ROWS`. What is missing in a row is NULL."""
+    return json.dumps([_planned_row(item, purged) for item in items])
+
+
+def _planned_row(item: PlannedObject, purged: datetime | None) -> dict[str, Any]:
+    info, seen = item.info, item.observed_at
+    row: dict[str, Any] = {
+        "key": info.key,
+        "etag": info.etag,
+        "size_bytes": info.size_bytes,
+        "last_modified": info.last_modified.isoformat(),
+        "kind": item.kind.value,
+        "job_kind": _FIRST_JOB[item.kind].value,
+    }
+    if info.storage_class is not None:
+        row["storage_class"] = info.storage_class
+    if seen is not None:
+        row["observed_at"] = seen.instant.isoformat()
+        row["observed_at_source"] = seen.source.value
+        row["observed_at_ambiguous"] = seen.ambiguous
+    reason, detail = _refused(item, purged)
+    if reason is not None:
+        row |= {"reason": reason.value, "detail": _storable(detail)}
+    return row
+
+
+_FIRST_JOB = {MediaKind.IMAGE: JobKind.IMAGE, MediaKind.VIDEO: JobKind.PROBE}
+
+
+def _refused(item: PlannedObject, purged: datetime | None) -> tuple[Reason | None, str | None]:
+    """Why an object can't be analysed, if so."""
     seen = item.observed_at
-    return {
-        "bucket": item.info.bucket,
-        "key": item.info.key,
-        "revision": item.info.etag,
-        "etag": item.info.etag,
-        "size_bytes": item.info.size_bytes,
-        "last_modified": item.info.last_modified,
-        "kind": item.kind,
-        "location_id": location.id,
-        "camera_id": camera.id if camera else None,
-        "observed_at": seen.instant if seen else None,
-        "observed_at_source": seen.source if seen else None,
-        "observed_at_ambiguous": seen.ambiguous if seen else False,
-    }
-
-
-def _job_values(item: PlannedObject, purged: datetime | None) -> dict[str, Any]:
-    """Of the first job of an object: what it is, and why it can't be done, if so."""
-    reason, detail = item.reason, item.detail
-    if reason is None and purged is not None and item.observed_at is not None and item.observed_at.instant < purged:
-        reason, detail = Reason.PURGED, f"{item.info.uri}: {purged_detail(item.observed_at.instant, purged)}"
-    return {
-        "kind": JobKind.IMAGE if item.kind is MediaKind.IMAGE else JobKind.PROBE,
-        "state": JobState.QUARANTINED if reason else JobState.PENDING,
-        "reason": reason,
-        "detail": detail,
-        "finished_at": func.clock_timestamp() if reason else None,
-    }
+    if item.reason not in UNPLACED and purged is not None and seen is not None and seen.instant < purged:
+        return Reason.PURGED, f"{item.info.uri}: {purged_detail(seen.instant, purged)}"
+    return item.reason, item.detail
 
 
 def purged_detail(seen_at: datetime, purged: datetime) -> str:
@@ -270,6 +313,8 @@ def purged_detail(seen_at: datetime, purged: datetime) -> str:
 def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[PlannedObject]:
     """Those that nobody has erased."""
     _keep_from_erasing(session)
+    if not session.scalar(text("SELECT EXISTS (SELECT FROM erased_objects)")):
+        return list(planned)
     by_hash = {_uri_hash(item.info.uri): item for item in planned}
     erased = session.execute(
         text("SELECT uri_sha256 FROM erased_objects WHERE uri_sha256 = ANY(:hashes)"), {"hashes": list(by_hash)}
@@ -293,11 +338,14 @@ def _lock_older(session: Session, bucket: str, by_key: dict[str, PlannedObject],
 
     A version that is seen again with a later time was put again: what is older than that must not replace it.
     """
+    if not by_key:
+        return []
     current = session.execute(
-        select(MediaObject.id, MediaObject.key, MediaObject.revision, MediaObject.last_modified)
-        .where(MediaObject.bucket == bucket, MediaObject.key.in_(list(by_key)), MediaObject.superseded_at.is_(None))
-        .order_by(MediaObject.id)
-        .with_for_update()
+        text(
+            f"SELECT id, m.key, revision, last_modified FROM {_KNOWN} JOIN media_objects m ON m.bucket = :bucket"
+            " AND m.key = known.key WHERE superseded_at IS NULL ORDER BY id FOR UPDATE OF m"
+        ),
+        {"bucket": bucket, "known": _known(by_key)},
     ).all()
     again = {
         media_id: by_key[key].info.last_modified
@@ -328,16 +376,15 @@ def _supersede(session: Session, media_ids: Sequence[int]) -> None:
         _withdraw(session, media_ids, "a newer version of the key was registered")
 
 
-def _revive(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> int:
+def _revive(session: Session, rows: dict[str, Any]) -> int:
     """Bytes that were replaced and are back: their media object is current again, its jobs start over.
 
     Only a key without a current version is concerned, which is one that `_supersede` has just dealt with.
     """
-    rows = session.execute(
+    found = session.execute(
         text(
-            "WITH back AS (UPDATE media_objects m SET superseded_at = NULL, last_modified = seen.modified"
-            " FROM unnest(CAST(:keys AS text[]), CAST(:etags AS text[]), CAST(:times AS timestamptz[]))"
-            " AS seen (key, etag, modified) WHERE m.bucket = :bucket AND m.key = seen.key AND m.revision = seen.etag"
+            "WITH back AS (UPDATE media_objects m SET superseded_at = NULL, last_modified = planned.last_modified"
+            f" FROM {_PLANNED_ROWS} WHERE m.bucket = :bucket AND m.key = planned.key AND m.revision = planned.etag"
             " AND m.superseded_at IS NOT NULL AND NOT EXISTS (SELECT FROM media_objects c WHERE c.bucket = m.bucket"
             " AND c.key = m.key AND c.superseded_at IS NULL) RETURNING m.id"
             "), again AS (SELECT j.id FROM jobs j JOIN back ON back.id = j.media_object_id"
@@ -345,14 +392,9 @@ def _revive(session: Session, bucket: str, by_key: dict[str, PlannedObject]) -> 
             " WHERE j.state IN ('cancelled', 'source_changed') AND j.kind <> 'chunk' ORDER BY j.id FOR UPDATE OF j"
             f") UPDATE jobs SET {_ANEW} FROM again WHERE jobs.id = again.id RETURNING jobs.id"
         ),
-        {
-            "bucket": bucket,
-            "keys": list(by_key),
-            "etags": [item.info.etag for item in by_key.values()],
-            "times": [item.info.last_modified for item in by_key.values()],
-        },
+        rows,
     )
-    return len(rows.all())
+    return len(found.all())
 
 
 def _withdraw(session: Session, media_ids: Sequence[int], detail: str, *, respect_cancelled: bool = False) -> None:
@@ -369,7 +411,7 @@ def _withdraw(session: Session, media_ids: Sequence[int], detail: str, *, respec
         text(
             "WITH stopped AS ("
             " SELECT id, state, attempt, worker, started_at FROM jobs WHERE media_object_id = ANY(:ids)"
-            " AND state <> 'source_changed' AND (state <> 'cancelled' OR reason = 'cancelled_by_operator'"
+            f" AND state <> 'source_changed' AND (state <> 'cancelled' OR {_WISHED}"
             f" {only_chunks}) ORDER BY id FOR UPDATE"
             "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
             " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
@@ -443,6 +485,35 @@ def _replan(
     )
 
 
+def _take_back(
+    session: Session, bucket: str, known: dict[str, PlannedObject], pipeline: Pipeline, backfill_id: int | None
+) -> int:
+    """→ pending for known objects that lay in an archive and can be read now, and for those that were cancelled with
+    their backfill; returns how many objects that were."""
+    if not known:
+        return 0
+    rows = session.execute(
+        text(
+            "WITH back AS (SELECT jobs.id FROM jobs JOIN media_objects m ON m.id = jobs.media_object_id"
+            f" JOIN {_KNOWN} ON known.key = m.key WHERE m.bucket = :bucket AND m.superseded_at IS NULL AND ("
+            " (jobs.state = 'cancelled' AND jobs.reason = 'cancelled_with_backfill' AND jobs.pipeline_id = :pipeline)"
+            " OR (jobs.state IN ('quarantined', 'retry_wait') AND jobs.reason = 'archived'"
+            " AND m.key <> ALL(:archived))) ORDER BY jobs.id FOR UPDATE OF jobs)"
+            f" UPDATE jobs SET {_ANEW}, next_run_at = NULL, backfill_id = coalesce(:backfill, jobs.backfill_id)"
+            " FROM back WHERE jobs.id = back.id RETURNING jobs.media_object_id"
+        ),
+        {
+            "bucket": bucket,
+            "known": _known(known),
+            # Mostly none.
+            "archived": [key for key, item in known.items() if item.info.archived],
+            "pipeline": pipeline.id,
+            "backfill": backfill_id,
+        },
+    )
+    return len(set(rows.scalars()))
+
+
 def _set_observed_at(session: Session, media_id: int, seen: ObservedAt) -> None:
     session.execute(
         update(MediaObject)
@@ -462,26 +533,31 @@ class DispatchedJob:
 
 
 def take_pending(
-    session: Session, *, limit: int, alone: bool, epoch: str, video_counts_as: int = 1
+    session: Session, *, limit: int, alone: bool, epoch: str, lane: Lane | None = None, video_counts_as: int = 1
 ) -> list[DispatchedJob]:
-    """pending → queued for at most `limit` jobs, live lane first. Publish only after the commit.
+    """pending → queued for at most `limit` jobs of a lane, or of both, live first. Publish only after the commit.
 
     `alone` selects the jobs that are sent in a message of their own. A video's job counts as `video_counts_as` of the
-    limit: it fills a message that would hold so many pictures. Those of paused sources are passed over. SKIP LOCKED:
-    two dispatchers share the work instead of waiting for each other.
+    limit: it fills a message that would hold so many pictures. Those of paused sources and backfills are passed over.
+    SKIP LOCKED: two dispatchers share the work instead of waiting for each other.
     """
     return _queue(
         session,
-        "WITH picked AS ("
-        # Source by source, so that a paused one costs nothing, however many of its jobs wait.
-        " SELECT next.id, next.lane, next.kind FROM sources CROSS JOIN LATERAL ("
+        "WITH feeds AS ("
+        " SELECT id AS source_id, 0::bigint AS backfill_id FROM sources WHERE paused_at IS NULL UNION ALL"
+        " SELECT source_id, backfills.id FROM backfills JOIN sources ON sources.id = source_id"
+        " WHERE sources.paused_at IS NULL AND backfills.paused_at IS NULL"
+        "), picked AS ("
+        # Feed by feed, so that a paused one costs nothing, however many of its jobs wait.
+        " SELECT next.id, next.lane, next.kind FROM feeds CROSS JOIN unnest(CAST(:lanes AS smallint[])) AS lanes (lane)"
+        " CROSS JOIN LATERAL ("
         # A literal and not a parameter, so that every plan can use the index of its half.
-        f"  SELECT id, lane, kind FROM jobs WHERE source_id = sources.id AND state = 'pending'"
-        f"  AND {'alone' if alone else 'NOT alone'} ORDER BY lane, id LIMIT :limit FOR UPDATE SKIP LOCKED) AS next"
-        " WHERE sources.paused_at IS NULL ORDER BY next.lane, next.id LIMIT :limit"
+        "  SELECT id, lane, kind FROM jobs WHERE source_id = feeds.source_id AND coalesce(backfill_id, 0)"
+        f"  = feeds.backfill_id AND lane = lanes.lane AND state = 'pending' AND {'alone' if alone else 'NOT alone'}"
+        "  ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED) AS next ORDER BY next.lane, next.id LIMIT :limit"
         "), chosen AS (SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :video END) OVER (ORDER BY lane, id)"
         " <= :limit AS fits FROM picked)",
-        {"limit": limit, "epoch": epoch, "video": video_counts_as},
+        {"limit": limit, "epoch": epoch, "video": video_counts_as, "lanes": list(Lane) if lane is None else [lane]},
     )
 
 
@@ -492,7 +568,8 @@ def take_trials(session: Session, *, epoch: str, policy: PausePolicy) -> list[Di
         taken += _queue(
             session,
             "WITH chosen AS (SELECT id, true AS fits FROM jobs WHERE source_id = :source AND state = 'pending'"
-            " ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)",
+            " AND NOT EXISTS (SELECT FROM backfills b WHERE b.id = jobs.backfill_id AND b.paused_at IS NOT NULL)"
+            " ORDER BY id LIMIT 1 FOR UPDATE OF jobs SKIP LOCKED)",
             {"source": source_id, "epoch": epoch},
         )
     return taken
@@ -712,6 +789,53 @@ def retry_later(
     return JobState.RETRY_WAIT
 
 
+def await_restore(
+    session: Session, job: ClaimedJob, detail: str, *, check_seconds: float, wait_seconds: float
+) -> JobState:
+    """running → retry_wait for an archived object that was asked for less than `wait_seconds` ago, to be tried again
+    after `check_seconds` or a little less, which counts as no failure; → quarantined for another. Returns the state."""
+    asked = session.scalar(
+        text(
+            "SELECT restore_requested_at > clock_timestamp() - make_interval(secs => :wait) FROM media_objects"
+            " WHERE id = :media"
+        ),
+        {"media": job.media_object_id, "wait": wait_seconds},
+    )
+    if asked:
+        _end(session, job.ref, _RESTORING, AttemptOutcome.RETRIED, Reason.ARCHIVED, detail, check=check_seconds)
+        return JobState.RETRY_WAIT
+    late = " (it was asked for, and has not come back)" if asked is False else ""
+    _end(session, job.ref, "state = 'quarantined'", AttemptOutcome.QUARANTINED, Reason.ARCHIVED, detail + late)
+    return JobState.QUARANTINED
+
+
+#: Spread, so that what was asked for together is not tried together.
+_RESTORING = (
+    "state = 'retry_wait', next_run_at = clock_timestamp() + make_interval(secs => (0.5 + random() / 2) * :check)"
+)
+
+
+def restore_requested(session: Session, bucket: str, keys: Sequence[str], *, check_seconds: float) -> int:
+    """quarantined → retry_wait for archived objects that S3 was asked to restore; returns how many jobs wait now."""
+    session.execute(
+        text(
+            "WITH asked AS (SELECT id FROM media_objects WHERE bucket = :bucket AND key = ANY(:keys)"
+            " AND superseded_at IS NULL ORDER BY id FOR UPDATE)"
+            " UPDATE media_objects m SET restore_requested_at = clock_timestamp() FROM asked WHERE m.id = asked.id"
+        ),
+        {"bucket": bucket, "keys": list(keys)},
+    )
+    return _count(
+        session,
+        "WITH asked AS (SELECT jobs.id FROM jobs JOIN media_objects m ON m.id = jobs.media_object_id"
+        " WHERE m.bucket = :bucket AND m.key = ANY(:keys) AND m.superseded_at IS NULL"
+        " AND jobs.state = 'quarantined' AND jobs.reason = 'archived' ORDER BY jobs.id FOR UPDATE OF jobs)"
+        f" UPDATE jobs SET {_RESTORING}, token = gen_random_uuid(), finished_at = NULL FROM asked"
+        " WHERE jobs.id = asked.id",
+        {"bucket": bucket, "keys": list(keys), "check": check_seconds},
+    )
+
+
 def quarantine(session: Session, job: ClaimedJob, reason: Reason, detail: str) -> None:
     """running → quarantined after an error that another try can't mend."""
     _end(session, job.ref, "state = 'quarantined'", AttemptOutcome.QUARANTINED, reason, detail)
@@ -869,16 +993,19 @@ def _lose(
     )
 
 
-def recover_queued(session: Session, *, epoch: str, overdue_seconds: float, queue_empty: bool) -> int:
-    """queued → pending for jobs whose message is lost: sent to a Redis that was wiped since (another epoch),
-    or overdue although the queue is empty."""
+def recover_queued(
+    session: Session, *, epoch: str, overdue_seconds: float, empty_lanes: Collection[Lane], lost_seconds: float
+) -> int:
+    """queued → pending for jobs whose message is lost: sent to a Redis that was wiped since (another epoch), overdue
+    although their lane's queue is empty, or older than any message should get. (A message that was only slow is then
+    dropped when it is read.)"""
     return _count(
         session,
-        "WITH lost AS (SELECT id FROM jobs WHERE state = 'queued' AND (epoch IS DISTINCT FROM :epoch OR"
-        " (:queue_empty AND queued_at < clock_timestamp() - make_interval(secs => :overdue)))"
+        "WITH lost AS (SELECT id FROM jobs WHERE state = 'queued' AND (epoch IS DISTINCT FROM :epoch OR queued_at <"
+        " clock_timestamp() - make_interval(secs => CASE WHEN lane = ANY(:empty) THEN :overdue ELSE :lost END))"
         " ORDER BY id FOR UPDATE SKIP LOCKED)"
         " UPDATE jobs SET state = 'pending', token = gen_random_uuid() FROM lost WHERE jobs.id = lost.id",
-        {"epoch": epoch, "queue_empty": queue_empty, "overdue": overdue_seconds},
+        {"epoch": epoch, "empty": list(empty_lanes), "overdue": overdue_seconds, "lost": lost_seconds},
     )
 
 
@@ -916,7 +1043,7 @@ def retry(session: Session, job_ids: Sequence[int] | None = None, *, by: str) ->
     """
     chosen = "state = 'quarantined' AND reason <> ALL(:hopeless)"
     if job_ids is not None:
-        chosen = f"id = ANY(:ids) AND ({chosen} OR (state = 'cancelled' AND reason = 'cancelled_by_operator'))"
+        chosen = f"id = ANY(:ids) AND ({chosen} OR (state = 'cancelled' AND {_WISHED}))"
     rows = session.execute(
         text(
             f"WITH chosen AS (SELECT id FROM jobs WHERE {chosen} ORDER BY id FOR UPDATE)"
@@ -927,22 +1054,27 @@ def retry(session: Session, job_ids: Sequence[int] | None = None, *, by: str) ->
     return _recorded(session, "retry", by, rows.scalars())
 
 
-def cancel(
-    session: Session, job_ids: Sequence[int] | None = None, *, by: str, backfill_id: int | None = None
-) -> list[int]:
-    """active → cancelled, for these jobs or for those of a backfill; returns the ids that moved. `by` is recorded.
+def cancel(session: Session, job_ids: Sequence[int], *, by: str) -> list[int]:
+    """active → cancelled for these jobs; returns the ids that moved. `by` is recorded.
 
     A worker that is at one of them goes on until it asks for its lease or wants to commit, and is refused.
     """
-    assert (job_ids is None) is not (backfill_id is None), "name the jobs or the backfill"
-    which, value = (
-        ("id = ANY(:which)", list(job_ids or ())) if backfill_id is None else ("backfill_id = :which", backfill_id)
-    )
+    chosen = {"ids": list(job_ids), "limit": None}
+    return _cancel(session, "id = ANY(:ids)", chosen, Reason.CANCELLED_BY_OPERATOR, by)
+
+
+def cancel_backfill(session: Session, backfill_id: int, *, by: str, limit: int) -> list[int]:
+    """active → cancelled for at most `limit` jobs of a backfill; returns the ids that moved. `by` is recorded."""
+    chosen = {"id": backfill_id, "limit": limit}
+    return _cancel(session, "backfill_id = :id", chosen, Reason.CANCELLED_WITH_BACKFILL, by)
+
+
+def _cancel(session: Session, which: str, parameters: dict[str, Any], reason: Reason, by: str) -> list[int]:
     rows = session.execute(
         text(
             "WITH stopped AS ("
             f" SELECT id, state, attempt, worker, started_at FROM jobs WHERE {which} AND state IN ({_ACTIVE})"
-            " ORDER BY id FOR UPDATE"
+            " ORDER BY id LIMIT :limit FOR UPDATE"
             "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
             " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
             " WHERE state = 'running'"
@@ -950,7 +1082,7 @@ def cancel(
             " next_run_at = NULL, finished_at = clock_timestamp(), reason = :reason, detail = :detail"
             " FROM stopped WHERE jobs.id = stopped.id RETURNING jobs.id"
         ),
-        {"which": value, "reason": Reason.CANCELLED_BY_OPERATOR.value, "detail": f"by {by}"},
+        {**parameters, "reason": reason.value, "detail": f"by {by}"},
     )
     return _recorded(session, "cancel", by, rows.scalars())
 
@@ -1009,7 +1141,15 @@ def erase(session: Session, bucket: str, key: str, *, by: str) -> int:
     _delete_rows(session, of_media, "", parameters)
     session.execute(text("DELETE FROM jobs WHERE media_object_id = ANY(:ids)"), parameters)
     session.execute(text("DELETE FROM media_objects WHERE id = ANY(:ids)"), parameters)
-    session.execute(text("UPDATE backfills SET cursor = NULL WHERE cursor = :key"), {"key": key})
+    session.execute(
+        text(
+            "UPDATE backfill_parts p SET begins_after = CASE WHEN begins_after = :key THEN '' ELSE begins_after END,"
+            " ends_with = nullif(ends_with, :key), cursor = nullif(cursor, :key) FROM backfills b JOIN sources s"
+            " ON s.id = b.source_id WHERE b.id = p.backfill_id AND s.bucket = :bucket"
+            " AND :key IN (begins_after, ends_with, cursor)"
+        ),
+        {"key": key, "bucket": bucket},
+    )
     session.execute(
         text("INSERT INTO erased_objects (uri_sha256, action_id) VALUES (:hash, :action) ON CONFLICT DO NOTHING"),
         {"hash": _uri_hash(f"{bucket}/{key}"), "action": audit.record(session, "erase", by)},
@@ -1026,20 +1166,45 @@ def counts_by_state(session: Session, backfill_id: int | None = None) -> dict[Jo
     return {state: found.get(state, 0) for state in JobState}
 
 
-def any_active(session: Session, location: str | None = None) -> bool:
-    """Whether a job of a location, or any, has something left to do. Quick, however large the ledger is."""
-    # State by state, because each has its partial index; in one statement, because a job moves between them.
-    of_location = (
-        " AND media_object_id IN (SELECT m.id FROM media_objects m JOIN locations l ON l.id = m.location_id"
-        " WHERE l.name = :location)"
+def same_bytes(session: Session, backfill_id: int) -> int:
+    """How many of a backfill's objects in buckets hold the same as another of them, by ETag and size. (Two uploads of
+    the same in parts of another size have other ETags, and are not found.)"""
+    return int(
+        session.scalar(
+            text(
+                "SELECT count(*) - count(DISTINCT (m.etag, m.size_bytes)) FROM jobs"
+                " JOIN media_objects m ON m.id = jobs.media_object_id"
+                " WHERE jobs.backfill_id = :id AND jobs.kind <> 'chunk' AND m.bucket <> :files"
+            ),
+            {"id": backfill_id, "files": FILE_BUCKET},
+        )
+        or 0
     )
-    where = of_location if location is not None else ""
+
+
+def any_active(session: Session, location: str | None = None, *, backfill_id: int | None = None) -> bool:
+    """Whether a job of a backfill, of a location, or any, has something left to do. Quick, however large the ledger
+    is."""
+    # State by state, because each has its partial index; in one statement, because a job moves between them.
+    where = ""
+    if backfill_id is not None:
+        where = " AND backfill_id = :backfill"
+    elif location is not None:
+        where = (
+            " AND media_object_id IN (SELECT m.id FROM media_objects m JOIN locations l ON l.id = m.location_id"
+            " WHERE l.name = :location)"
+        )
     query = " OR ".join(f"EXISTS (SELECT FROM jobs WHERE state = '{state}'{where})" for state in ACTIVE_STATES)
-    return bool(session.scalar(text(f"SELECT {query}"), {"location": location} if location is not None else {}))
+    parameters = {name: value for name, value in (("backfill", backfill_id), ("location", location)) if value}
+    return bool(session.scalar(text(f"SELECT {query}"), parameters))
 
 
-def progress(session: Session, location: str | None = None) -> tuple[int, int]:
-    """(active, ended) jobs of a location, or of all."""
+def progress(session: Session, location: str | None = None, *, backfill_id: int | None = None) -> tuple[int, int]:
+    """(active, ended) jobs of a backfill, of a location, or of all."""
+    if backfill_id is not None:
+        states = counts_by_state(session, backfill_id)
+        active = sum(states[state] for state in ACTIVE_STATES)
+        return active, sum(states.values()) - active
     query = select(
         func.count().filter(Job.state.in_(ACTIVE_STATES)), func.count().filter(Job.state.not_in(ACTIVE_STATES))
     ).select_from(Job)

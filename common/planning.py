@@ -62,6 +62,8 @@ class TimePattern:
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self._regex = _compile(pattern)
+        names = self._regex.groupindex.keys()
+        self._plain = {*"Ymd"} <= names <= {*"YmdHMSf"}
 
     def match(self, key: str) -> datetime | None:
         """The time in this key (naive, or aware where the pattern has %z); None if it doesn't match."""
@@ -70,6 +72,11 @@ class TimePattern:
             return None
         values = found.groupdict()
         try:
+            if self._plain:
+                # Nearly all patterns are; strptime would take longer than all the rest of planning.
+                year, month, day, hour, minute, second = (int(values.get(name, 0)) for name in "YmdHMS")
+                fraction = int(values.get("f", "").ljust(6, "0"))
+                return datetime(year, month, day, hour, minute, second, fraction)  # noqa: DTZ001
             return datetime.strptime(  # noqa: DTZ007 - the caller knows the zone
                 " ".join(values.values()), " ".join(f"%{name}" for name in values)
             )
@@ -157,20 +164,41 @@ def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) 
     kind = media_kind(info.key)
     if kind is None:
         return None
-    if pattern is None:
-        return PlannedObject(info, kind, None)
-    local = pattern.match(info.key)
-    if local is not None and local.year not in PLAUSIBLE_YEARS:
-        detail = f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names the year {local.year}"
-        return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
-    if local is None:
-        detail = f"the key {info.key!r} does not match the time pattern {pattern.pattern!r}"
-        return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
-    try:
-        instant, ambiguous = resolve_local(local, where)
-    except LocalTimeError as error:
-        return PlannedObject(info, kind, None, Reason.NONEXISTENT_LOCAL_TIME, f"{error} (key {info.key!r})")
-    return PlannedObject(info, kind, ObservedAt(instant, ObservedAtSource.KEY_PATTERN, ambiguous))
+    seen = None
+    if pattern is not None:
+        local = pattern.match(info.key)
+        if local is not None and local.year not in PLAUSIBLE_YEARS:
+            detail = f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names the year {local.year}"
+            return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
+        if local is None:
+            detail = f"the key {info.key!r} does not match the time pattern {pattern.pattern!r}"
+            return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
+        try:
+            seen = ObservedAt(*_instant(local, where))
+        except LocalTimeError as error:
+            return PlannedObject(info, kind, None, Reason.NONEXISTENT_LOCAL_TIME, f"{error} (key {info.key!r})")
+        if seen.instant - info.last_modified > timedelta(days=1):
+            detail = (
+                f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names {seen.instant:%Y-%m-%d}, "
+                f"and the object was last modified on {info.last_modified:%Y-%m-%d}: before it was seen"
+            )
+            return PlannedObject(info, kind, None, Reason.FUTURE_TIME, detail)
+    if info.archived:
+        return PlannedObject(info, kind, seen, Reason.ARCHIVED, archived_detail(info))
+    return PlannedObject(info, kind, seen)
+
+
+def _instant(local: datetime, where: ZoneInfo) -> tuple[datetime, ObservedAtSource, bool]:
+    instant, ambiguous = resolve_local(local, where)
+    return instant, ObservedAtSource.KEY_PATTERN, ambiguous
+
+
+def archived_detail(info: ObjectInfo) -> str:
+    """What to do about an object in an archive."""
+    return (
+        f"{info.uri} lies in the storage class {info.storage_class}: the backfill with --restore asks for it, and it "
+        "is analysed when it is back"
+    )
 
 
 def recording_start(

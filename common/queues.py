@@ -18,6 +18,7 @@ from common.broker import BrokerDownError as BrokerDownError
 from common.broker import broker_error, tls_options, transport_url
 from common.broker import redis_client as redis_client
 from common.celery_app import app
+from common.domain import Lane
 from common.ledger import JobRef
 from common.settings import get_settings
 
@@ -49,6 +50,13 @@ ROUTES: Mapping[TaskName, Queue] = {
     TaskName.SUMMARIZE: Queue.AGGREGATION,
 }
 
+#: The lanes of `Queue.MEDIA`, as Celery's priorities: kombu keeps a list for each, and takes from the first that isn't
+#: empty. So a worker that is free takes live footage, however much of a backfill waits.
+PRIORITIES: Mapping[Lane, int] = {Lane.LIVE: 0, Lane.BACKFILL: 3}
+
+#: What kombu puts between the name of a queue and a priority other than 0.
+PRIORITY_SEPARATOR = "\x06\x16"
+
 #: The key whose value tells one life of a Redis from the next; only the reconciler writes it.
 EPOCH_KEY = "maskwatch.epoch"
 
@@ -73,14 +81,19 @@ def ensure_epoch(client: Redis) -> str:
     return epoch
 
 
-def queue_length(client: Redis, queue: Queue) -> int:
-    """Messages that wait in a queue (kombu keeps a queue as a Redis list of its name)."""
+def queue_length(client: Redis, queue: Queue, lane: Lane | None = None) -> int:
+    """Messages that wait in a queue, or in one lane of it (kombu keeps each as a Redis list)."""
+    lists = [list_of(queue, each) for each in (Lane if lane is None else (lane,))]
     try:
-        length = client.llen(queue.value)
+        return sum(int(client.llen(name)) for name in lists)
     except RedisError as error:
         raise broker_error(error) from error
-    assert isinstance(length, int)
-    return length
+
+
+def list_of(queue: Queue, lane: Lane) -> str:
+    """The Redis list that holds a lane of a queue."""
+    priority = PRIORITIES[lane]
+    return f"{queue.value}{PRIORITY_SEPARATOR}{priority}" if priority else queue.value
 
 
 def send(task: TaskName, *messages: Sequence[Any], **options: Any) -> None:

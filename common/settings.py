@@ -69,6 +69,13 @@ class StorageSettings(BaseModel):
     endpoint_url: str | None = Field(None, description="an S3-compatible server; unset: AWS")
     max_object_bytes: int = Field(100 * 2**20, gt=0, description="a larger image object is quarantined unread")
     max_video_bytes: int = Field(2**40, gt=0, description="a larger video object is quarantined unread")
+    requester_pays: bool = Field(False, description="pay for what is read from buckets of others that ask for it")
+    restore_check_seconds: float = Field(
+        3600.0, gt=0, description="how often an archived object that was asked for is tried again"
+    )
+    restore_wait_seconds: float = Field(
+        5 * 86400.0, gt=0, description="an archived object that has not come back by then is quarantined"
+    )
     list_page_size: int = Field(1000, ge=1, le=1000)
     block_bytes: int = Field(256 * 1024, ge=4096, description="videos are read in blocks of this size")
     cached_blocks: int = Field(64, ge=4, description="blocks that a video being read keeps in memory")
@@ -149,6 +156,9 @@ class LedgerSettings(BaseModel):
     pause_seconds: float = Field(30.0, gt=0, description="until a paused source is first tried again; then doubled")
     pause_cap_seconds: float = Field(600.0, gt=0, description="the longest wait between two trials")
     overdue_seconds: float = Field(30.0, gt=0, description="a queued job older than this, with an empty queue, is lost")
+    lost_seconds: float = Field(
+        3600.0, gt=0, description="a queued job older than this is lost, whatever waits in its queue"
+    )
     fence: bool = Field(True, description="off only in tests: shows that the fence is what keeps rows single")
 
     @property
@@ -157,7 +167,10 @@ class LedgerSettings(BaseModel):
 
 
 class DispatchSettings(BaseModel):
-    queue_cap: int = Field(64, ge=1, description="messages Redis may hold per queue")
+    queue_cap: int = Field(64, ge=1, description="messages Redis may hold per lane")
+    backfill_share: float = Field(
+        0.1, gt=0, lt=1, description="of the messages sent while live footage keeps all workers busy"
+    )
     interval_seconds: float = Field(1.0, gt=0)
     reconcile_seconds: float = Field(5.0, gt=0)
     summarize_seconds: float = Field(5.0, gt=0)

@@ -12,16 +12,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from common.domain import MaskwatchError, PermanentJobError, Reason, SourceChangedError, TransientJobError
+from common.domain import (
+    ArchivedError,
+    MaskwatchError,
+    PermanentJobError,
+    Reason,
+    SourceChangedError,
+    TransientJobError,
+)
 from common.settings import Settings, StorageSettings, get_settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 FILE_BUCKET = "file://"
+
+#: The storage classes that hold nothing readable until it is restored ("Understanding and managing Amazon S3 storage
+#: classes", S3 User Guide). Glacier Instant Retrieval is none of them.
+ARCHIVES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 
 #: A third of a Postgres page, what an index entry may take, holds the bucket and the revision, too.
 MAX_KEY_BYTES = 2000
@@ -36,10 +48,19 @@ class ObjectInfo:
     etag: str
     size_bytes: int
     last_modified: datetime
+    #: As S3 names it; None for its standard class, and where there are none.
+    storage_class: str | None = None
+    #: Of an object in an archive: a copy of it can be read for now.
+    restored: bool = False
 
     @property
     def uri(self) -> str:
         return f"{self.bucket}/{self.key}"
+
+    @property
+    def archived(self) -> bool:
+        """Whether it has to be restored before it can be read."""
+        return self.storage_class in ARCHIVES and not self.restored
 
 
 class ObjectStore(Protocol):
@@ -49,6 +70,15 @@ class ObjectStore(Protocol):
 
     def list_pages(self, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
         """Objects below a prefix, in key order, page by page; `start_after` resumes behind a key."""
+        ...
+
+    def list_folders(self, prefix: str, limit: int) -> list[str]:
+        """At most `limit` prefixes of the next level below one, each ending in a slash, in order; none where a store
+        can't tell them without reading everything."""
+        ...
+
+    def restore(self, key: str, *, days: int, tier: str) -> None:
+        """Ask for a readable copy of an archived object, for so many days. Asking twice does no harm."""
         ...
 
     def stat(self, key: str) -> ObjectInfo:
@@ -155,6 +185,12 @@ class FileStore:
         if page:
             yield page
 
+    def list_folders(self, prefix: str, limit: int) -> list[str]:
+        return []  # a walk has to go through all of it each time
+
+    def restore(self, key: str, *, days: int, tier: str) -> None:
+        raise MaskwatchError(f"file:///{key} is a file: there is nothing to restore")
+
     def _walk(self, root: Path) -> Iterator[Path]:
         """All files below a folder in the order of their keys, hidden ones left out."""
         # Reversed, so that the first is popped first; a stack of ours, because folders may nest deeper than calls.
@@ -243,33 +279,69 @@ class S3Store:
         self._name = bucket.removeprefix("s3://")
         self._page_size = settings.list_page_size
         self._client = _client(settings.endpoint_url, settings.connect_timeout_seconds, settings.read_timeout_seconds)
+        # A bucket that lets the owner pay ignores it.
+        self._payer: dict[str, Any] = {"RequestPayer": "requester"} if settings.requester_pays else {}
 
     def list_pages(self, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._name,
             Prefix=prefix,
             StartAfter=start_after,
+            # Which archived objects can be read for now; servers that have no archive ignore it.
+            OptionalObjectAttributes=["RestoreStatus"],
             PaginationConfig={"PageSize": self._page_size},
+            **self._payer,
         )
         with _listing_errors(f"{self.bucket}/{prefix}"):
             for page in pages:
                 # "Folders" made by consoles are empty objects whose key ends in a slash.
-                yield [
-                    ObjectInfo(
-                        self.bucket, entry["Key"], entry["ETag"].strip('"'), entry["Size"], entry["LastModified"]
-                    )
-                    for entry in page.get("Contents", [])
-                    if not entry["Key"].endswith("/")
-                ]
+                yield [self._listed(entry) for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
+
+    def _listed(self, entry: Any) -> ObjectInfo:
+        storage_class = entry.get("StorageClass", "STANDARD")
+        restored = entry.get("RestoreStatus", {})
+        return ObjectInfo(
+            self.bucket,
+            entry["Key"],
+            entry["ETag"].strip('"'),
+            entry["Size"],
+            entry["LastModified"],
+            None if storage_class == "STANDARD" else storage_class,
+            "RestoreExpiryDate" in restored and not restored.get("IsRestoreInProgress", False),
+        )
+
+    def list_folders(self, prefix: str, limit: int) -> list[str]:
+        folders: list[str] = []
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._name, Prefix=prefix, Delimiter="/", PaginationConfig={"PageSize": 1000}, **self._payer
+        )
+        with _listing_errors(f"{self.bucket}/{prefix}"):
+            # Where millions of objects lie beside the folders, a few pages have to do.
+            for page in islice(pages, 10):
+                folders += [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
+                if len(folders) >= limit:
+                    break
+        return folders[:limit]
+
+    def restore(self, key: str, *, days: int, tier: str) -> None:
+        from botocore.exceptions import ClientError
+
+        request: Any = {"Days": days, "GlacierJobParameters": {"Tier": tier}}
+        with _reading_errors(self.bucket, key):
+            try:
+                self._client.restore_object(Bucket=self._name, Key=key, RestoreRequest=request, **self._payer)
+            except ClientError as error:
+                if _error_code(error) != "RestoreAlreadyInProgress":
+                    raise
 
     def stat(self, key: str) -> ObjectInfo:
         with _reading_errors(self.bucket, key):
-            head = self._client.head_object(Bucket=self._name, Key=key)
+            head = self._client.head_object(Bucket=self._name, Key=key, **self._payer)
         return ObjectInfo(self.bucket, key, head["ETag"].strip('"'), head["ContentLength"], head["LastModified"])
 
     def read(self, key: str, etag: str, max_bytes: int) -> bytes:
         with _reading_errors(self.bucket, key):
-            answer = self._client.get_object(Bucket=self._name, Key=key, IfMatch=f'"{etag}"')
+            answer = self._client.get_object(Bucket=self._name, Key=key, IfMatch=f'"{etag}"', **self._payer)
             found = ObjectInfo(
                 self.bucket, key, answer["ETag"].strip('"'), answer["ContentLength"], answer["LastModified"]
             )
@@ -280,7 +352,7 @@ class S3Store:
     def read_range(self, key: str, etag: str, start: int, stop: int) -> bytes:
         with _reading_errors(self.bucket, key):
             answer = self._client.get_object(
-                Bucket=self._name, Key=key, IfMatch=f'"{etag}"', Range=f"bytes={start}-{stop - 1}"
+                Bucket=self._name, Key=key, IfMatch=f'"{etag}"', Range=f"bytes={start}-{stop - 1}", **self._payer
             )
             with answer["Body"] as body:
                 # Some servers ignore that a version was asked for.
@@ -331,7 +403,10 @@ def _listing_errors(uri: str) -> Iterator[None]:
         if code == "NoSuchBucket":
             raise MaskwatchError(f"the bucket of {uri} does not exist; check the name and the endpoint") from error
         if code in _DENIED:
-            raise MaskwatchError(f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys") from error
+            raise MaskwatchError(
+                f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys; of a bucket whose "
+                "requester pays, set MASKWATCH_STORAGE__REQUESTER_PAYS"
+            ) from error
         raise MaskwatchError(f"listing {uri} failed: {_one_line(error)}") from error
     except NoCredentialsError as error:
         raise MaskwatchError(
@@ -363,6 +438,8 @@ def _reading_errors(bucket: str, key: str) -> Iterator[None]:
             raise SourceChangedError(f"{uri} no longer has the planned ETag") from error
         if code == "NoSuchBucket":
             raise PermanentJobError(Reason.BUCKET_MISSING, f"the bucket of {uri} does not exist") from error
+        if code == "InvalidObjectState":
+            raise ArchivedError(f"{uri} lies in an archive and is not restored") from error
         if status == 404 or code in {"NoSuchKey", "404"}:
             raise PermanentJobError(Reason.OBJECT_GONE, f"{uri} is gone") from error
         if status == 403 or code in _DENIED:

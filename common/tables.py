@@ -105,17 +105,41 @@ class Backfill(Base):
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     source: Mapped[str]
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"))
+    #: URI of the manifest that was read in place of a listing.
+    inventory: Mapped[str | None]
     location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
     camera_id: Mapped[int | None] = mapped_column(ForeignKey("cameras.id"))
     pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
     since: Mapped[datetime | None]
     until: Mapped[datetime | None]
     time_pattern: Mapped[str | None]
-    #: The last key that was registered: where a resumed listing goes on.
-    cursor: Mapped[str | None]
-    #: Objects by what became of them (`producer/submit.py` names the counts).
+    #: Objects by what became of them (`producer/submit.py` names the counts); empty until the listing has ended.
     counts: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     started_at: Mapped[datetime] = _created_at()
+    #: While this is set, neither the listing goes on nor is anything of it sent.
+    paused_at: Mapped[datetime | None]
+    cancelled_at: Mapped[datetime | None]
+    #: When everything was listed. Its jobs may still have work to do.
+    finished_at: Mapped[datetime | None]
+
+
+class BackfillPart(Base):
+    """A part of a backfill's listing, read by one thread at a time: a range of keys, or one file of a manifest."""
+
+    __tablename__ = "backfill_parts"
+    __table_args__ = (PrimaryKeyConstraint("backfill_id", "number"),)
+
+    backfill_id: Mapped[int] = mapped_column(ForeignKey("backfills.id"))
+    number: Mapped[int]
+    #: Keys behind this one, up to and with `ends_with` (NULL: to the end).
+    begins_after: Mapped[str] = mapped_column(server_default=text("''"))
+    ends_with: Mapped[str | None]
+    manifest_file: Mapped[str | None]
+    #: The last key, or the number of lines, that was registered: where it is taken up again.
+    cursor: Mapped[str | None]
+    #: As of the backfill.
+    counts: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     finished_at: Mapped[datetime | None]
 
 
@@ -163,6 +187,10 @@ class MediaObject(Base):
     etag: Mapped[str]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     last_modified: Mapped[datetime]
+    #: As S3 named it when the object was last listed; NULL for its standard class, and for files.
+    storage_class: Mapped[str | None]
+    #: When an archived object was last asked for.
+    restore_requested_at: Mapped[datetime | None]
     kind: Mapped[MediaKind] = mapped_column(_enum(MediaKind, "kind"))
     location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
     camera_id: Mapped[int | None] = mapped_column(ForeignKey("cameras.id"))
@@ -183,6 +211,10 @@ class MediaObject(Base):
     created_at: Mapped[datetime] = _created_at()
 
 
+#: Jobs that are dispatched in the order of their ids, and held back together.
+_FEED = ("source_id", text("coalesce(backfill_id, 0)"), "lane", "id")
+
+
 class Job(Base):
     """One unit of work on a media object. `common/ledger.py` is the only code that changes rows here."""
 
@@ -191,14 +223,14 @@ class Job(Base):
         # A media object is planned once per pipeline and range.
         UniqueConstraint("media_object_id", "pipeline_id", "kind", "range_start_ms", "range_end_ms"),
         CheckConstraint("range_start_ms >= 0 AND range_end_ms >= range_start_ms", name="range"),
-        Index("ix_jobs_pending", "source_id", "lane", "id", postgresql_where=text("state = 'pending' AND NOT alone")),
-        Index("ix_jobs_pending_alone", "source_id", "lane", "id", postgresql_where=text("state = 'pending' AND alone")),
+        Index("ix_jobs_pending", *_FEED, postgresql_where=text("state = 'pending' AND NOT alone")),
+        Index("ix_jobs_pending_alone", *_FEED, postgresql_where=text("state = 'pending' AND alone")),
         Index("ix_jobs_retry_wait", "next_run_at", postgresql_where=text("state = 'retry_wait'")),
         Index("ix_jobs_queued", "queued_at", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_running", "lease_until", postgresql_where=text("state = 'running'")),
         Index("ix_jobs_quarantined", "id", postgresql_where=text("state = 'quarantined'")),
         Index("ix_jobs_quarantined_source", "source_id", "finished_at", postgresql_where=text("state = 'quarantined'")),
-        Index(None, "backfill_id"),
+        Index("ix_jobs_backfill_id", "backfill_id", "state"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from common import ledger, sources
+from common import backfills, ledger, sources
 from common.console import note, progress
 from common.database import session_scope
 from common.queues import BrokerDownError, TaskName, send
@@ -14,8 +14,12 @@ from common.settings import Settings
 PATIENCE = 30.0
 
 
-def wait_for(settings: Settings, location: str | None = None) -> None:
-    """Return when no job of the location (or of all) has anything left to do and the summaries hold it all."""
+def wait_for(settings: Settings, location: str | None = None, *, backfill_id: int | None = None) -> None:
+    """Return when no job of the backfill, of the location or of all has anything left to do, and the location's
+    summaries hold it all.
+
+    Raises `MaskwatchError` when the backfill is paused or cancelled meanwhile.
+    """
     before, changed_at, told = (-1, -1), time.monotonic(), False
     asked_for_summary, count_again_at = False, 0.0
     paused: set[str] = set()
@@ -23,8 +27,10 @@ def wait_for(settings: Settings, location: str | None = None) -> None:
         task = bar.add_task("analysing", total=None)
         while True:
             with session_scope() as session:
-                active = ledger.any_active(session, location)
+                active = ledger.any_active(session, location, backfill_id=backfill_id)
                 marks = ledger.unsummarized(session, location)
+                if active and backfill_id is not None:
+                    backfills.check_wanted(session, backfill_id)
                 for source in sources.list_paused(session):
                     if source.bucket not in paused:
                         paused.add(source.bucket)
@@ -35,7 +41,7 @@ def wait_for(settings: Settings, location: str | None = None) -> None:
             if time.monotonic() >= count_again_at or not active:
                 asked_at = time.monotonic()
                 with session_scope() as session:
-                    left, ended = ledger.progress(session, location)
+                    left, ended = ledger.progress(session, location, backfill_id=backfill_id)
                 # Counting a large ledger takes a while: never more than a tenth of the time.
                 count_again_at = time.monotonic() + 9 * (time.monotonic() - asked_at)
                 bar.update(task, total=left + ended, completed=ended)

@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from common.console import json_option, note, print_json, progress
+from common.console import json_option, note, print_json, print_table, progress
 from common.options import source_options
 
 if TYPE_CHECKING:
-    from producer.submit import BackfillReport
+    from common.settings import Settings
+    from producer.submit import BackfillReport, Restore
+
+#: How quickly S3 brings back what lies in an archive; what is quicker costs more.
+TIERS = ("Bulk", "Standard", "Expedited")
+
+
+def listing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that lists a backfill's source."""
+    for option in reversed(
+        [
+            click.option(
+                "--restore",
+                "restore_tier",
+                type=click.Choice([tier.lower() for tier in TIERS]),
+                help="Have S3 bring back what lies in Glacier or Deep Archive (AWS bills it; bulk is the cheapest and "
+                "takes up to 48 h). It is analysed when it is back. Without it: counted and left.",
+            ),
+            click.option(
+                "--restore-days",
+                type=click.IntRange(1, 365),
+                default=7,
+                show_default=True,
+                help="How long S3 keeps what it brought back.",
+            ),
+            click.option(
+                "--threads",
+                type=click.IntRange(1, 16),
+                default=4,
+                show_default=True,
+                help="Folders of a bucket that are listed at once.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
 @source_options
-@click.option("--wait", is_flag=True, help="Wait until everything of this location is analysed and summarized.")
+@listing_options
+@click.option("--wait", is_flag=True, help="Wait until everything of it is analysed and summarized.")
 @json_option
 def backfill(
     source: str,
@@ -25,13 +64,16 @@ def backfill(
     time_pattern: str | None,
     since: str | None,
     until: str | None,
+    restore_tier: str | None,
+    restore_days: int,
+    threads: int,
     wait: bool,
     as_json: bool,
 ) -> None:
     """Enqueue every picture and video below SOURCE: s3://bucket/prefix, or a folder.
 
-    Doing it again adds nothing: what is known is skipped, what was replaced is analysed anew. Objects of
-    other kinds are counted and named.
+    Doing it again adds nothing: what is known is skipped, what was replaced is analysed anew. If it was stopped while
+    it listed, it goes on where it was. Objects of other kinds are counted and named.
 
     \b
     Examples:
@@ -40,17 +82,13 @@ def backfill(
           --time-pattern 'door/%Y/%m/%d/%H-%M-%S.jpg' --since 2026-03-01
       maskwatch backfill s3://footage/gate/ --location gate --sample-fps 2
     """
-    from common import ledger
-    from common.database import session_scope
     from common.deployment import deployment
     from common.reporting.cli import parse_bounds
-    from common.waiting import wait_for
     from producer.submit import submit
 
     bounds = parse_bounds(since, until)
     with deployment() as settings:
-        with progress() as bar:
-            listing = bar.add_task("listing", total=None)
+        with listing_bar() as on_page:
             report = submit(
                 settings,
                 source,
@@ -58,19 +96,165 @@ def backfill(
                 camera_name=camera,
                 time_pattern=time_pattern,
                 bounds=bounds,
-                on_page=lambda so_far: bar.update(listing, completed=so_far.listed),
+                restore=_restore(restore_tier, restore_days),
+                threads=threads,
+                on_page=on_page,
             )
-        nudge()
-        if not as_json:
-            describe(report)
-        if wait:
-            wait_for(settings, location)
-        if as_json:
-            with session_scope() as session:
-                states = ledger.counts_by_state(session, report.id)
-            print_json({**report.as_dict(), "jobs": {state.value: count for state, count in states.items() if count}})
-        elif not wait:
-            note("enqueued; see how it goes: maskwatch status")
+        conclude(settings, report, wait=wait, as_json=as_json)
+
+
+def _restore(tier: str | None, days: int) -> Restore | None:
+    from producer.submit import Restore
+
+    return Restore(tier.capitalize(), days) if tier else None
+
+
+@contextmanager
+def listing_bar() -> Iterator[Callable[[BackfillReport], None]]:
+    """A bar of what has been listed, to be moved by reports."""
+    with progress() as bar:
+        task = bar.add_task("listing", total=None)
+        yield lambda so_far: bar.update(task, completed=so_far.listed)
+
+
+def conclude(settings: Settings, report: BackfillReport, *, wait: bool, as_json: bool) -> None:
+    """Say what was found, have it sent, and wait for it if asked to."""
+    from common import ledger
+    from common.database import session_scope
+    from common.waiting import wait_for
+
+    nudge()
+    if not as_json:
+        describe(report)
+    if wait:
+        # What an earlier call had enqueued is not this one's, and is waited for, too.
+        wait_for(settings, report.location, backfill_id=None if report.known else report.id)
+    if as_json:
+        with session_scope() as session:
+            states = ledger.counts_by_state(session, report.id)
+        print_json({**report.as_dict(), "jobs": {state.value: count for state, count in states.items() if count}})
+    elif not wait:
+        note(f"enqueued as backfill {report.id}; see how it goes: maskwatch backfills list")
+
+
+@click.group()
+def backfills() -> None:
+    """Backfills: how far they are; pause, resume or cancel one."""
+
+
+@backfills.command("list")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest so many.")
+@json_option
+def list_backfills(limit: int, as_json: bool) -> None:
+    """List backfills, the newest first, with how many of their jobs stand where.
+
+    \b
+    Example:
+      maskwatch backfills list
+    """
+    from common import backfills as rows
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        found = rows.list_all(session, limit=limit)
+    if as_json:
+        print_json([asdict(row) for row in found])
+        return
+    columns = ["backfill", "source", "location", "camera", "begun", "state", "jobs"]
+    print_table(
+        "Backfills",
+        columns,
+        [
+            [
+                row.id,
+                row.source,
+                row.location,
+                row.camera,
+                f"{row.started_at:%Y-%m-%d %H:%M}",
+                row.state,
+                ", ".join(f"{count} {state}" for state, count in row.jobs.items()),
+            ]
+            for row in found
+        ],
+    )
+
+
+BACKFILL_ID = click.IntRange(1, 2**63 - 1)
+
+
+@backfills.command("pause")
+@click.argument("backfill_id", type=BACKFILL_ID)
+def pause_backfill(backfill_id: int) -> None:
+    """Send nothing more of a backfill, and stop its listing. What workers have in hand is ended.
+
+    \b
+    Example:
+      maskwatch backfills pause 3
+    """
+    from common import audit
+    from common import backfills as rows
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        rows.pause(session, backfill_id, by=audit.operator())
+    note(f"backfill {backfill_id} is paused; go on: maskwatch backfills resume {backfill_id}")
+
+
+@backfills.command("resume")
+@click.argument("backfill_id", type=BACKFILL_ID)
+@listing_options
+@click.option("--wait", is_flag=True, help="Wait until everything of it is analysed and summarized.")
+@json_option
+def resume_backfill(
+    backfill_id: int, restore_tier: str | None, restore_days: int, threads: int, wait: bool, as_json: bool
+) -> None:
+    """Go on with a backfill that was paused, or whose listing was stopped.
+
+    \b
+    Example:
+      maskwatch backfills resume 3
+    """
+    from common import audit
+    from common import backfills as rows
+    from common.database import session_scope
+    from common.deployment import deployment
+    from producer.submit import take_up
+
+    with deployment() as settings:
+        with session_scope() as session:
+            row = rows.get(session, backfill_id)
+            # A listing that was killed is not paused, and is taken up all the same.
+            if row.paused_at is not None or row.finished_at is not None or row.cancelled_at is not None:
+                rows.resume(session, backfill_id, by=audit.operator())
+        with listing_bar() as on_page:
+            report = take_up(
+                settings,
+                backfill_id,
+                restore=_restore(restore_tier, restore_days),
+                threads=threads,
+                on_page=on_page,
+            )
+        conclude(settings, report, wait=wait, as_json=as_json)
+
+
+@backfills.command("cancel")
+@click.argument("backfill_id", type=BACKFILL_ID)
+def cancel_backfill(backfill_id: int) -> None:
+    """Cancel what is left of a backfill, for good. What was analysed stays.
+
+    \b
+    Example:
+      maskwatch backfills cancel 3
+    """
+    from common.deployment import deployment
+    from producer.submit import cancel
+
+    with deployment(), progress() as bar:
+        task = bar.add_task("cancelling", total=None)
+        count = cancel(backfill_id, lambda some: bar.update(task, advance=some))
+    note(f"backfill {backfill_id} is cancelled, with {count} job(s) that had not ended")
 
 
 def nudge() -> None:
@@ -85,14 +269,23 @@ def nudge() -> None:
 
 def describe(report: BackfillReport) -> None:
     """Say in words what a backfill found."""
+    if report.resumed:
+        note(f"backfill {report.id} was begun earlier, and gone on with")
     note(f"{report.listed} objects below {report.source}: {report.new} new, {report.known} known already")
     if report.superseded:
         note(f"  {report.superseded} replaced an older version, whose results were withdrawn")
-    if report.quarantined:
+    if report.quarantined - report.archived > 0:
         note(
-            f"  {report.quarantined} can't be placed in time, or were seen in purged time: "
+            f"  {report.quarantined - report.archived} can't be placed in time, or were seen in purged time: "
             "maskwatch jobs list --state quarantined"
         )
+    if report.archived:
+        asked = f"{report.restoring} were asked for" if report.restoring else "--restore asks for them"
+        note(f"  {report.archived} lie in an archive of S3; {asked}")
+    if report.first_not_restored:
+        note(f"  not all could be asked for: {report.first_not_restored}")
+    if report.same_bytes:
+        note(f"  {report.same_bytes} hold the same bytes as another one, under another key; each is counted")
     if report.erased:
         note(f"  {report.erased} were erased and stay out")
     if report.outside_range:

@@ -1,8 +1,8 @@
-"""What lies in a source: listed page by page, planned by the pure rules, nothing written."""
+"""What lies in a source: listed batch by batch, planned by the pure rules, nothing written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from zoneinfo import ZoneInfo
 
@@ -10,13 +10,16 @@ from common.domain import TimeRange
 from common.planning import PlannedObject, TimePattern, plan_object
 from common.storage import ObjectInfo, ObjectStore, is_storable
 
-#: How many objects that are not analysed are named in a report.
-NAMED = 5
+#: Objects per batch, which is registered in one transaction: with more, nothing gets quicker.
+BATCH = 4000
+
+#: Parts that a listing is divided into at most; more than threads that list, so that none waits for a long one.
+PARTS = 64
 
 
 @dataclass(slots=True)
 class Page:
-    """One page of a listing, sorted into what becomes of it."""
+    """A batch of a listing, sorted into what becomes of it."""
 
     planned: list[PlannedObject] = field(default_factory=list)
     #: Objects of kinds that Maskwatch does not analyse.
@@ -24,23 +27,62 @@ class Page:
     outside_range: int = 0
     last_key: str = ""
 
+    def __len__(self) -> int:
+        return len(self.planned) + len(self.others) + self.outside_range
 
-def discover(
-    store: ObjectStore, prefix: str, *, pattern: TimePattern | None, where: ZoneInfo, within: TimeRange
-) -> Iterator[Page]:
-    """Pages of planned objects below a prefix, in key order."""
-    for objects in store.list_pages(prefix):
-        page = Page()
+    @property
+    def size_bytes(self) -> int:
+        """Of what is to be analysed."""
+        return sum(item.info.size_bytes for item in self.planned)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How listed objects are planned."""
+
+    pattern: TimePattern | None
+    where: ZoneInfo
+    within: TimeRange
+
+
+def list_range(store: ObjectStore, prefix: str, after: str = "", until: str | None = None) -> Iterator[ObjectInfo]:
+    """Objects below a prefix whose keys come after one, up to and with another, in key order."""
+    for objects in store.list_pages(prefix, after):
         for info in objects:
-            if not is_storable(info.key):
-                page.others.append(info)
-                continue
+            if until is not None and info.key > until:
+                return
+            yield info
+
+
+def plan_pages(objects: Iterable[ObjectInfo], rules: Rules, *, batch: int = BATCH) -> Iterator[Page]:
+    """Objects planned, in batches of that many listed ones."""
+    page = Page()
+    for info in objects:
+        if not is_storable(info.key):
+            page.others.append(info)
+        else:
             page.last_key = info.key
-            item = plan_object(info, pattern, where)
+            item = plan_object(info, rules.pattern, rules.where)
             if item is None:
                 page.others.append(info)
-            elif item.best_known_time not in within:
+            elif item.best_known_time not in rules.within:
                 page.outside_range += 1
             else:
                 page.planned.append(item)
+        if len(page) >= batch:
+            yield page
+            page = Page()
+    if len(page):
         yield page
+
+
+def divide(store: ObjectStore, prefix: str) -> list[tuple[str, str | None]]:
+    """Ranges of keys (after, up to and with) that together are all keys below a prefix, by its folders: at most
+    `PARTS`, one where it has none."""
+    folders = store.list_folders(prefix, 1000)
+    # One folder holds it all, as a year does its months: what matters is further down.
+    while len(folders) == 1 and (deeper := store.list_folders(folders[0], 1000)):
+        folders = deeper
+    step = -(-len(folders) // PARTS) or 1
+    bounds = folders[step::step]
+    return list(zip(["", *bounds], [*bounds, None], strict=True))

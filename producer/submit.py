@@ -1,24 +1,30 @@
-"""A backfill: discover, plan, register in the ledger, page by page. Running it again adds nothing."""
+"""A backfill: discover, plan, register in the ledger, batch by batch. Running it again adds nothing; one whose process
+was killed goes on where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from sqlalchemy import func, update
-
-from common import catalog, ledger
+from common import backfills, catalog, ledger, sources
+from common.audit import operator
 from common.database import engine, session_scope
-from common.domain import Lane, MaskwatchError, Reason, TimeRange
+from common.domain import Lane, MaskwatchError, PermanentJobError, Reason, TimeRange, TransientJobError
 from common.partitions import ensure_partitions
 from common.planning import TimePattern, resolve_local, zone
 from common.settings import Settings
-from common.storage import open_source
-from common.tables import Backfill
-from producer.discover import NAMED, Page, discover
+from common.storage import ObjectInfo, ObjectStore, open_source
+from common.tables import Backfill, BackfillPart, Camera, Location, Pipeline
+from producer.discover import Page, Rules, divide, list_range, plan_pages
+
+#: How many objects that are not analysed are named in a report.
+NAMED = 5
 
 
 @dataclass(slots=True)
@@ -41,14 +47,39 @@ class BackfillReport:
     erased: int = 0
     elsewhere: int = 0
     first_elsewhere: str | None = None
+    #: In an archive, and not restored.
+    archived: int = 0
+    #: Of those: S3 was asked for them.
+    restoring: int = 0
+    first_not_restored: str | None = None
+    #: Of what is to be analysed.
+    bytes: int = 0
+    #: More keys than contents: so many have the ETag and the size of another one of this backfill.
+    same_bytes: int = 0
     #: False when the location shows the figures of another pipeline.
     shown: bool = True
+    #: True when an earlier call had begun it.
+    resumed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def counts(self) -> dict[str, int]:
-        return {name: value for name, value in asdict(self).items() if type(value) is int and name != "id"}
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """How archived objects are asked for."""
+
+    tier: str
+    days: int
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What a backfill's footage is counted under."""
+
+    location: Location
+    camera: Camera | None
+    pipeline: Pipeline
 
 
 def submit(
@@ -59,13 +90,15 @@ def submit(
     camera_name: str | None = None,
     time_pattern: str | None = None,
     bounds: tuple[datetime | None, datetime | None] = (None, None),
+    restore: Restore | None = None,
+    threads: int = 1,
     on_page: Callable[[BackfillReport], None] = lambda report: None,
 ) -> BackfillReport:
     """Register everything below `source` that was taken within `bounds` (half-open; naive: the location's
-    clock). Each page is one transaction: a crash keeps the pages before it.
+    clock). Each batch is one transaction: a crash keeps those before it, and the same call goes on behind them.
 
     Raises `MaskwatchError` for an unknown location or camera, a source that can't be listed, and a time
-    pattern that fits none of the first page of pictures and videos (a typo must not quarantine an archive).
+    pattern that fits none of the first pictures and videos (a typo must not quarantine an archive).
     """
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
@@ -74,81 +107,222 @@ def submit(
         camera = catalog.get_camera(session, location, camera_name) if camera_name else None
         pipeline = catalog.ensure_pipeline(session, settings.pipeline.spec())
         session.flush()
+    places = Places(location, camera, pipeline)
     where = zone(location.time_zone)
-    within = _range(bounds, where)
-    pages = discover(store, prefix, pattern=pattern, where=where, within=within)
-    # Listed before anything is written, up to the first picture: a bucket that isn't there leaves no trace, and
+    within = range_of(bounds, where)
+    rules = Rules(pattern, where, within)
+    # Listed before anything is written, up to the first pictures: a bucket that isn't there leaves no trace, and
     # a pattern that fits nothing is noticed.
-    report = BackfillReport(0, source, location_name, camera_name)
-    page = next(pages, None)
-    while page is not None and not page.planned:
-        _add(report, page, ledger.Registered())
-        page = next(pages, None)
-    if pattern and page and page.planned and all(p.reason is Reason.TIME_PATTERN_MISMATCH for p in page.planned):
-        raise MaskwatchError(
-            f"the time pattern {time_pattern!r} matches none of the first {len(page.planned)} pictures and videos "
-            f"below {source} (the first is {page.planned[0].info.key!r}); nothing was enqueued"
-        )
+    first_look(
+        plan_pages(list_range(store, prefix), rules, batch=settings.storage.list_page_size), time_pattern, source
+    )
+    wanted = Backfill(
+        source=source,
+        location_id=location.id,
+        camera_id=camera.id if camera else None,
+        pipeline_id=pipeline.id,
+        since=within.start,
+        until=within.end,
+        time_pattern=time_pattern,
+    )
+    ranges = divide(store, prefix)
     with session_scope() as session:
-        row = Backfill(
-            source=source,
-            location_id=location.id,
-            camera_id=camera.id if camera else None,
-            pipeline_id=pipeline.id,
-            since=within.start,
-            until=within.end,
-            time_pattern=time_pattern,
-        )
-        session.add(row)
-        session.flush()
+        wanted.source_id = sources.ensure(session, store.bucket)
+        found = backfills.find_unfinished(session, wanted)
+        if found is None:
+            session.add(wanted)
+            session.flush()
+            backfills.add_parts(session, wanted.id, [{"begins_after": a, "ends_with": e} for a, e in ranges])
+        backfill = found or wanted
         current = catalog.get_location(session, location_name)
         if current.promoted_pipeline_id is None:
             catalog.promote(session, current, pipeline)
-        report.id, report.shown = row.id, current.promoted_pipeline_id == pipeline.id
-    while page is not None:
-        ensure_partitions(engine(), (item.best_known_time for item in page.planned))
-        with session_scope() as session:
-            registered = ledger.register(
-                session,
-                page.planned,
-                location=location,
-                camera=camera,
-                pipeline=pipeline,
-                lane=Lane.BACKFILL,
-                backfill_id=report.id,
-            )
-            _add(report, page, registered)
-            session.execute(
-                update(Backfill).where(Backfill.id == report.id).values(counts=report.counts(), cursor=page.last_key)
-            )
-        on_page(report)
-        page = next(pages, None)
-    with session_scope() as session:
-        session.execute(
-            update(Backfill)
-            .where(Backfill.id == report.id)
-            .values(finished_at=func.clock_timestamp(), counts=report.counts())
-        )
+        report = BackfillReport(backfill.id, source, location_name, camera_name, resumed=found is not None)
+        report.shown = current.promoted_pipeline_id == pipeline.id
+    Lister(settings, backfill, places, store, prefix, rules, restore, report, on_page).run(threads)
     return report
 
 
-def _range(bounds: tuple[datetime | None, datetime | None], where: ZoneInfo) -> TimeRange:
+def take_up(
+    settings: Settings,
+    backfill_id: int,
+    *,
+    restore: Restore | None = None,
+    threads: int = 1,
+    on_page: Callable[[BackfillReport], None] = lambda report: None,
+) -> BackfillReport:
+    """List what is left of a backfill. Nothing, if it was listed to its end."""
+    with session_scope() as session:
+        backfill = backfills.get(session, backfill_id)
+        location = session.get_one(Location, backfill.location_id)
+        camera = session.get_one(Camera, backfill.camera_id) if backfill.camera_id is not None else None
+        pipeline = session.get_one(Pipeline, backfill.pipeline_id)
+        shown = location.promoted_pipeline_id == pipeline.id
+    store, prefix = open_source(backfill.source, settings)
+    pattern = TimePattern(backfill.time_pattern) if backfill.time_pattern else None
+    rules = Rules(pattern, zone(location.time_zone), backfills.within(backfill))
+    report = BackfillReport(
+        backfill.id, backfill.source, location.name, camera.name if camera else None, shown=shown, resumed=True
+    )
+    places = Places(location, camera, pipeline)
+    Lister(settings, backfill, places, store, prefix, rules, restore, report, on_page).run(threads)
+    return report
+
+
+def first_look(pages: Iterator[Page], time_pattern: str | None, source: str) -> None:
+    """List up to the first pictures. Raises `MaskwatchError` if the pattern fits none of them."""
+    page = next((page for page in pages if page.planned), None)
+    if time_pattern is None or page is None or not all(item.reason in ledger.UNPLACED for item in page.planned):
+        return
+    first = page.planned[0]
+    what = (
+        f"matches none of the first {len(page.planned)} pictures and videos below {source} (the first is "
+        f"{first.info.key!r})"
+        if all(item.reason is Reason.TIME_PATTERN_MISMATCH for item in page.planned)
+        else f"gives none of the first {len(page.planned)} pictures and videos below {source} a time: {first.detail}"
+    )
+    raise MaskwatchError(f"the time pattern {time_pattern!r} {what}; nothing was enqueued")
+
+
+@dataclass
+class Lister:
+    """Lists what is left of a backfill, part by part, and registers what it finds."""
+
+    settings: Settings
+    backfill: Backfill
+    places: Places
+    store: ObjectStore
+    prefix: str
+    rules: Rules
+    restore: Restore | None
+    report: BackfillReport
+    on_page: Callable[[BackfillReport], None]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, threads: int) -> None:
+        """Raises what stops it; what was registered until then stays, and is not listed again."""
+        number = self.backfill.id
+        with backfills.listing(engine(), number):
+            with session_scope() as session:
+                backfills.check_wanted(session, number)
+                parts = backfills.open_parts(session, number)
+                self._add(backfills.counted(session, number))
+            self.on_page(self.report)
+            self._list_all(parts, threads)
+            with session_scope() as session:
+                backfills.finish(session, number)
+                self.report.same_bytes = ledger.same_bytes(session, number)
+
+    def _list_all(self, parts: list[BackfillPart], threads: int) -> None:
+        if threads == 1 or len(parts) < 2:
+            for part in parts:
+                self.list_part(part)
+            return
+        with ThreadPoolExecutor(min(threads, len(parts)), thread_name_prefix="list") as pool:
+            futures = [pool.submit(self.list_part, part) for part in parts]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future in futures:
+                if not future.cancelled():
+                    future.result()
+
+    def list_part(self, part: BackfillPart) -> None:
+        """From the part's cursor to its end."""
+        counts = Counter(part.counts)
+        objects = list_range(self.store, self.prefix, part.cursor or part.begins_after, part.ends_with)
+        for page in plan_pages(objects, self.rules):
+            found = self._register(part, page, counts)
+            with self._lock:
+                self._add(found)
+                self._name(page)
+                self.on_page(self.report)
+        with session_scope() as session:
+            backfills.finish_part(session, part)
+
+    def _register(self, part: BackfillPart, page: Page, counts: Counter[str]) -> Counter[str]:
+        """One batch into the ledger; returns what was found in it, and adds it to the part's counts."""
+        ensure_partitions(engine(), (item.best_known_time for item in page.planned))
+        found = Counter(
+            listed=len(page), others=len(page.others), outside_range=page.outside_range, bytes=page.size_bytes
+        )
+        archived = [item.info for item in page.planned if item.info.archived]
+        found["archived"] = len(archived)
+        with session_scope() as session:
+            backfills.check_wanted(session, self.backfill.id)
+            registered = ledger.register(
+                session,
+                page.planned,
+                location=self.places.location,
+                camera=self.places.camera,
+                pipeline=self.places.pipeline,
+                lane=Lane.BACKFILL,
+                backfill_id=self.backfill.id,
+            )
+            first = registered.first_elsewhere
+            found.update(
+                {name: value for name, value in asdict(registered).items() if isinstance(value, int) and value}
+            )
+            if not (archived and self.restore):
+                counts.update(found)
+                backfills.advance(session, part, page.last_key or part.begins_after, counts)
+        if archived and self.restore:
+            # Registered first, so that what S3 was asked for is known; the cursor moves when it was asked.
+            found["restoring"] = self._restore(archived, self.restore)
+            counts.update(found)
+            with session_scope() as session:
+                backfills.advance(session, part, page.last_key or part.begins_after, counts)
+        with self._lock:
+            self.report.first_elsewhere = self.report.first_elsewhere or first
+        return found
+
+    def _restore(self, archived: list[ObjectInfo], how: Restore) -> int:
+        """Ask S3 for a batch's archived objects; returns how many it will bring."""
+
+        def ask(info: ObjectInfo) -> str | None:
+            try:
+                self.store.restore(info.key, days=how.days, tier=how.tier)
+            except (PermanentJobError, TransientJobError) as error:
+                return error.detail
+            return None
+
+        with ThreadPoolExecutor(16, thread_name_prefix="restore") as pool:
+            problems = list(pool.map(ask, archived))
+        asked = [info.key for info, problem in zip(archived, problems, strict=True) if problem is None]
+        with self._lock:
+            self.report.first_not_restored = self.report.first_not_restored or next(filter(None, problems), None)
+        with session_scope() as session:
+            ledger.restore_requested(
+                session, self.store.bucket, asked, check_seconds=self.settings.storage.restore_check_seconds
+            )
+        return len(asked)
+
+    def _add(self, found: Counter[str]) -> None:
+        for name, value in found.items():
+            setattr(self.report, name, getattr(self.report, name) + value)
+
+    def _name(self, page: Page) -> None:
+        room = NAMED - len(self.report.others_named)
+        self.report.others_named += [info.uri.encode("utf-8", "replace").decode() for info in page.others[:room]]
+
+
+def range_of(bounds: tuple[datetime | None, datetime | None], where: ZoneInfo) -> TimeRange:
+    """The range of time that two bounds mean at a place. Raises `MaskwatchError` for one that can't be."""
     try:
         return TimeRange(*(None if bound is None else resolve_local(bound, where)[0] for bound in bounds))
     except ValueError as error:
         raise MaskwatchError(f"--since and --until: {error}") from error
 
 
-def _add(report: BackfillReport, page: Page, registered: ledger.Registered) -> None:
-    report.listed += len(page.planned) + len(page.others) + page.outside_range
-    report.new += registered.new
-    report.known += registered.known
-    report.superseded += registered.superseded
-    report.quarantined += registered.quarantined
-    report.erased += registered.erased
-    report.elsewhere += registered.elsewhere
-    report.first_elsewhere = report.first_elsewhere or registered.first_elsewhere
-    report.outside_range += page.outside_range
-    report.others += len(page.others)
-    room = NAMED - len(report.others_named)
-    report.others_named += [info.uri.encode("utf-8", "replace").decode() for info in page.others[:room]]
+def cancel(backfill_id: int, on_some: Callable[[int], None] = lambda count: None) -> int:
+    """Cancel a backfill and all of its jobs that have not ended, some thousand at a time; returns how many."""
+    by = operator()
+    with session_scope() as session:
+        backfills.stop(session, backfill_id, by=by)
+    total = 0
+    while True:
+        with session_scope() as session:
+            count = len(backfills.cancel_some(session, backfill_id, by=by))
+        if not count:
+            return total
+        total += count
+        on_some(total)

@@ -20,6 +20,7 @@ from common import ledger
 from common.database import DatabaseDownError, first_line, is_lost, session_scope
 from common.domain import (
     REFUSALS,
+    ArchivedError,
     JobKind,
     JobState,
     MaskwatchError,
@@ -99,6 +100,8 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> boo
         except DrainedError:
             release([job])
             log.info("given back", job=job.ref.id, uri=job.uri)
+        except ArchivedError as error:
+            _await_restore(job, str(error), settings)
         except (PermanentJobError, TransientJobError) as error:
             _fail(job, error, settings)
         except SourceChangedError as error:
@@ -174,6 +177,19 @@ def _fail(job: ClaimedJob, error: PermanentJobError | TransientJobError, setting
     log.warning(
         "failed", job=job.ref.id, uri=job.uri, reason=error.reason.value, detail=error.detail, state=state.value
     )
+
+
+def _await_restore(job: ClaimedJob, detail: str, settings: Settings) -> None:
+    """The object lies in an archive: wait for it if it was asked for."""
+    with session_scope() as session:
+        state = ledger.await_restore(
+            session,
+            job,
+            detail,
+            check_seconds=settings.storage.restore_check_seconds,
+            wait_seconds=settings.storage.restore_wait_seconds,
+        )
+    log.info("archived", job=job.ref.id, uri=job.uri, state=state.value)
 
 
 def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:

@@ -86,7 +86,7 @@ class Plant:
 #: Truncated, though deleting so little is faster: rows lie in the order they came again, so that turns can be repeated.
 RESET = (
     "TRUNCATE job_attempts, frame_counts, faces, dirty_marks, compliance_hourly, operator_action_jobs, erased_objects,"
-    " operator_actions, purges, jobs, media_objects, backfills, sources RESTART IDENTITY"
+    " operator_actions, purges, jobs, media_objects, backfill_parts, backfills, sources RESTART IDENTITY"
 )
 
 #: So that an aggregator's statement can be slow: it waits for a lock of its own after its snapshot was taken.
@@ -479,10 +479,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.epoch is None:
             self.epochs += 1
             self.epoch = f"epoch {self.epochs}"
-        epoch, empty = self.epoch, not self.redis and self.plant.overdue
+        epoch, empty = self.epoch, list(Lane) if not self.redis and self.plant.overdue else []
 
         def work(session: Session) -> int:
-            return ledger.recover_queued(session, epoch=epoch, overdue_seconds=3600, queue_empty=empty)
+            return ledger.recover_queued(
+                session, epoch=epoch, overdue_seconds=3600, empty_lanes=empty, lost_seconds=7200
+            )
 
         self._act(Task("lost messages", work), stop)
 

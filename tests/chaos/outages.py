@@ -21,6 +21,7 @@ from redis import Redis
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.queues import Queue, queue_length
 from tests.chaos.lab import Experiment, Lab, Outcome, Scale, percentile
 from tests.faults import Fault, faulty_s3
 from tests.integration.test_aggregation import Batch, batch_without_the_lock, overtake
@@ -139,7 +140,7 @@ REDIS_EVENTS: dict[str, Callable[[Lab], Any]] = {"kill": kill_redis, "freeze": f
 def stuck_in_queue(lab: Lab) -> int:
     """How many jobs are queued although no message is left and nobody works on anything; 0 while something moves."""
     with Redis.from_url(lab.services.endpoints.redis_url) as client:
-        if client.llen("maskwatch.media"):
+        if queue_length(client, Queue.MEDIA):
             return 0
     before = lab.states()
     # Longer than the reconciler takes for all that it recovers here.

@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
@@ -148,24 +147,8 @@ def test_the_commands_say_what_they_did_and_the_job_tells_its_story(session: Ses
     shown = maskwatch("jobs", "show", "1")
     assert "cancel" in shown.stdout and "Ada" in shown.stdout
     nothing = maskwatch("jobs", "cancel")
-    assert nothing.returncode == 1 and "name the jobs to cancel, or a backfill" in nothing.stderr
-    unknown = maskwatch("jobs", "cancel", "--backfill", "7")
-    assert unknown.returncode == 1 and "there is no backfill 7" in unknown.stderr
+    assert nothing.returncode == 2 and "Missing argument" in nothing.stderr
     rerun = maskwatch("jobs", "rerun", "3")
     assert rerun.returncode == 1 and "have not succeeded" in rerun.stderr
     nobody = maskwatch("jobs", "retry", "2", env={"MASKWATCH_OPERATOR": "\x07"})
     assert nobody.returncode == 1 and "MASKWATCH_OPERATOR" in nobody.stderr
-
-
-def test_a_backfill_is_cancelled_as_a_whole(session: Session) -> None:
-    register_many(session, 3)
-    session.execute(
-        text(
-            "INSERT INTO backfills (source, location_id, pipeline_id) SELECT 's3://footage', 1, min(id) FROM pipelines"
-        )
-    )
-    session.execute(text("UPDATE jobs SET backfill_id = (SELECT id FROM backfills) WHERE id < 3"))
-    session.commit()
-    done = maskwatch("jobs", "cancel", "--backfill", "1")
-    assert done.returncode == 0 and "2 job(s) cancelled" in done.stderr
-    assert states(session) == {"cancelled": 2, "pending": 1}

@@ -278,7 +278,10 @@ def test_nothing_of_its_name_is_left(session: Session) -> None:
     analyse(session, NOON)
     session.execute(
         text(
-            "INSERT INTO backfills (source, location_id, pipeline_id, cursor) SELECT 's', 1, 1, key FROM media_objects"
+            "WITH made AS (INSERT INTO backfills (source, source_id, location_id, pipeline_id)"
+            " SELECT 's', source_id, 1, pipeline_id FROM jobs RETURNING id)"
+            " INSERT INTO backfill_parts (backfill_id, number, begins_after, ends_with, cursor)"
+            " SELECT made.id, 0, key, key, key FROM made, media_objects"
         )
     )
     session.commit()

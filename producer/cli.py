@@ -15,6 +15,7 @@ from common.options import source_options
 
 if TYPE_CHECKING:
     from common.settings import Settings
+    from producer.estimate import Estimate
     from producer.submit import BackfillReport, Restore
 
 #: How quickly S3 brings back what lies in an archive; what is quicker costs more.
@@ -56,6 +57,13 @@ def listing_options(command: Callable[..., None]) -> Callable[..., None]:
 @source_options
 @listing_options
 @click.option("--wait", is_flag=True, help="Wait until everything of it is analysed and summarized.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would find, make, take and cost. Nothing is written.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Worker processes, for a dry run's time."
+)
+@click.option(
+    "--price-per-hour", type=click.FloatRange(0), metavar="PRICE", help="Of a worker process, for a dry run's cost."
+)
 @json_option
 def backfill(
     source: str,
@@ -68,6 +76,9 @@ def backfill(
     restore_days: int,
     threads: int,
     wait: bool,
+    dry_run: bool,
+    workers: int,
+    price_per_hour: float | None,
     as_json: bool,
 ) -> None:
     """Enqueue every picture and video below SOURCE: s3://bucket/prefix, or a folder.
@@ -81,13 +92,34 @@ def backfill(
       maskwatch backfill s3://footage/door/ --location lobby --camera door \\
           --time-pattern 'door/%Y/%m/%d/%H-%M-%S.jpg' --since 2026-03-01
       maskwatch backfill s3://footage/gate/ --location gate --sample-fps 2
+      maskwatch backfill s3://footage/ --location lobby --dry-run --workers 16 --price-per-hour 0.05
     """
     from common.deployment import deployment
     from common.reporting.cli import parse_bounds
+    from producer.estimate import estimate
     from producer.submit import submit
 
     bounds = parse_bounds(since, until)
     with deployment() as settings:
+        if dry_run:
+            with progress() as bar:
+                task = bar.add_task("listing", total=None)
+                result = estimate(
+                    settings,
+                    source,
+                    location_name=location,
+                    time_pattern=time_pattern,
+                    bounds=bounds,
+                    restore_tier=restore_tier.capitalize() if restore_tier else None,
+                    workers=workers,
+                    price_per_hour=price_per_hour,
+                    on_page=lambda listed: bar.update(task, completed=listed),
+                )
+            if as_json:
+                print_json(result.as_dict())
+            else:
+                _print_estimate(result)
+            return
         with listing_bar() as on_page:
             report = submit(
                 settings,
@@ -101,6 +133,45 @@ def backfill(
                 on_page=on_page,
             )
         conclude(settings, report, wait=wait, as_json=as_json)
+
+
+def _print_estimate(result: Estimate) -> None:
+    found, rates = result.found, result.throughput
+
+    def known(value: float | None, form: str) -> str:
+        return "unknown until some of it is analysed" if value is None else form.format(value)
+
+    rows = [
+        ("pictures", f"{found.images:,} ({found.image_bytes / 2**30:,.2f} GiB)"),
+        ("videos", f"{found.videos:,} ({found.video_bytes / 2**30:,.2f} GiB)"),
+        ("footage of videos", known(result.footage_hours, "{:,.2f} hours")),
+        ("jobs", known(result.jobs, "{:,}")),
+        ("face rows", known(result.face_rows, "about {:,}")),
+        ("worker-hours", known(result.worker_hours, "{:,.2f}")),
+        (f"time with {result.workers} worker process(es)", known(result.hours, "{:,.2f} hours")),
+    ]
+    if result.cost is not None:
+        rows.append(("cost", f"{result.cost:,.2f}"))
+    if found.archived:
+        rows += [
+            (f"in {name}", f"{count:,} ({found.archived_bytes[name] / 2**30:,.2f} GiB)")
+            for name, count in sorted(found.archived.items())
+        ]
+        rows.append(("restoring these, at list prices", known(result.restore_cost, "{:,.2f} US dollars")))
+    print_table(f"Dry run: {result.source} for {result.location}", ["", ""], rows)
+    left = [
+        (found.known, "known already"),
+        (found.unplaced, "whose key has no time by this pattern, and would be quarantined"),
+        (found.outside_range, "outside --since/--until"),
+        (found.others, "neither pictures nor videos"),
+    ]
+    for count, what in left:
+        if count:
+            note(f"  {count:,} {what}")
+    note(
+        f"  a picture takes {rates.seconds_per_image.value:.3f} s ({rates.seconds_per_image.origin}), a second of "
+        f"video {rates.seconds_per_footage_second.value:.3f} s ({rates.seconds_per_footage_second.origin})"
+    )
 
 
 def _restore(tier: str | None, days: int) -> Restore | None:

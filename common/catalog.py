@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from common.domain import MaskwatchError, PipelineSpec
-from common.planning import zone
-from common.tables import Camera, Location, Pipeline
+from common.planning import TimePattern, zone
+from common.schedule import check_schedule, interrupt_looks
+from common.settings import Settings
+from common.storage import open_source
+from common.tables import Camera, CameraSlot, Location, Pipeline
 
 
 def add_location(session: Session, name: str, time_zone: str) -> Location:
@@ -52,9 +59,7 @@ def get_camera(session: Session, location: Location, name: str) -> Camera:
     return camera
 
 
-def configure_camera(
-    session: Session, camera: Camera, settings: Settings, options: Mapping[str, str | None]
-) -> None:
+def configure_camera(session: Session, camera: Camera, settings: Settings, options: Mapping[str, str | None]) -> None:
     """Take over what is said of a camera; what is None stays. Names as of `maskwatch cameras add`.
 
     Raises `MaskwatchError` for what can't be, and for a source that another camera has.

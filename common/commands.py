@@ -138,7 +138,9 @@ def _camera_options(command: Callable[..., None]) -> Callable[..., None]:
     """What `cameras add` and `cameras change` can say of a camera."""
     for option in reversed(
         [
-            click.option("--source", metavar="SOURCE", help="Where its footage arrives: s3://bucket/prefix/, or a folder."),
+            click.option(
+                "--source", metavar="SOURCE", help="Where its footage arrives: s3://bucket/prefix/, or a folder."
+            ),
             click.option("--time-pattern", metavar="PATTERN", help="As of `maskwatch backfill`."),
             click.option("--every", metavar="TIME", help="Look for new footage so often: 30s, 5m, 2h, 1d."),
             click.option("--cron", metavar="EXPRESSION", help="Look when it says, on the location's clock."),

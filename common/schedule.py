@@ -108,8 +108,8 @@ def note_slots(session: Session) -> int:
             noted += len(
                 session.execute(
                     text(
-                        "INSERT INTO camera_slots (camera_id, slot) SELECT :camera, unnest(CAST(:slots AS timestamptz[]))"
-                        " ON CONFLICT DO NOTHING RETURNING slot"
+                        "INSERT INTO camera_slots (camera_id, slot)"
+                        " SELECT :camera, unnest(CAST(:slots AS timestamptz[])) ON CONFLICT DO NOTHING RETURNING slot"
                     ),
                     {"camera": row.id, "slots": new},
                 ).all()
@@ -130,7 +130,7 @@ def to_look_at(session: Session) -> list[int]:
 
 
 def begin_look(session: Session, camera_id: int) -> Look | None:
-    """Begin a look, or go on with one whose lease has run out; None if there is nothing to look for, or another looks."""
+    """Begin a look, or go on with one whose lease has run out; None if nothing is due, or another looks."""
     row = session.execute(
         text(
             "UPDATE cameras SET look_token = gen_random_uuid(),"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -54,9 +55,10 @@ def listing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@source_options
+@source_options(source_required=False)
 @listing_options
 @click.option("--wait", is_flag=True, help="Wait until everything of it is analysed and summarized.")
+@click.option("--gaps", is_flag=True, help="Of a camera's own source: only what its hours lack (maskwatch coverage).")
 @click.option("--dry-run", is_flag=True, help="Only say what it would find, make, take and cost. Nothing is written.")
 @click.option(
     "--workers", type=click.IntRange(1), default=1, show_default=True, help="Worker processes, for a dry run's time."
@@ -66,7 +68,7 @@ def listing_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @json_option
 def backfill(
-    source: str,
+    source: str | None,
     location: str,
     camera: str | None,
     time_pattern: str | None,
@@ -76,6 +78,7 @@ def backfill(
     restore_days: int,
     threads: int,
     wait: bool,
+    gaps: bool,
     dry_run: bool,
     workers: int,
     price_per_hour: float | None,
@@ -100,6 +103,13 @@ def backfill(
     from producer.submit import submit
 
     bounds = parse_bounds(since, until)
+    if gaps:
+        if source is not None or camera is None or dry_run:
+            raise click.UsageError("--gaps goes with --location and --camera, and neither with a SOURCE nor --dry-run")
+        _fill_gaps(location, camera, bounds, wait=wait, as_json=as_json)
+        return
+    if source is None:
+        raise click.UsageError("name a SOURCE: s3://bucket/prefix, or a folder")
     with deployment() as settings:
         if dry_run:
             with progress() as bar:
@@ -133,6 +143,32 @@ def backfill(
                 on_page=on_page,
             )
         conclude(settings, report, wait=wait, as_json=as_json)
+
+
+def _fill_gaps(
+    location: str, camera: str, bounds: tuple[datetime | None, datetime | None], *, wait: bool, as_json: bool
+) -> None:
+    from common.deployment import deployment
+    from common.waiting import wait_for
+    from producer.submit import fill_gaps
+
+    with deployment() as settings:
+        with progress() as bar:
+            task = bar.add_task("listing", total=None)
+            hours, new, again = fill_gaps(
+                settings,
+                location_name=location,
+                camera_name=camera,
+                bounds=bounds,
+                on_page=lambda listed: bar.update(task, completed=listed),
+            )
+        nudge()
+        if wait:
+            wait_for(settings, location)
+    if as_json:
+        print_json({"hours": hours, "new": new, "again": again})
+    else:
+        note(f"{hours} hours lacked something: {new} objects are new, {again} jobs are tried again")
 
 
 def _print_estimate(result: Estimate) -> None:

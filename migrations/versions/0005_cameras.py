@@ -37,6 +37,7 @@ WITH pieces AS (
     CROSS JOIN LATERAL generate_series(
         date_trunc('hour', p.began, p.time_zone), p.began + make_interval(secs => p.seconds), interval '1 hour'
     ) AS at (hour)
+    WHERE p.seconds = 0 OR at.hour < p.began + make_interval(secs => p.seconds)
 ), known AS (
     SELECT camera_id, hour, count(*) AS pieces, sum(seconds) AS present,
            count(*) FILTER (WHERE state IN ('quarantined', 'cancelled')) AS failed_pieces,
@@ -64,9 +65,12 @@ SELECT l.name AS location, c.name AS camera, hours.hour, hours.hour AT TIME ZONE
        hours.expected_seconds, coalesce(hours.present, 0) AS present_seconds,
        coalesce(a.seconds, 0) AS analysed_seconds, coalesce(hours.waiting, 0) AS waiting_seconds,
        coalesce(hours.failed, 0) AS failed_seconds,
-       greatest(0, hours.expected_seconds - coalesce(hours.present, 0)) AS missing_seconds,
+       -- greatest() and least() leave out what is NULL.
+       CASE WHEN hours.expected_seconds IS NOT NULL
+            THEN greatest(0, hours.expected_seconds - coalesce(hours.present, 0)) END AS missing_seconds,
        coalesce(hours.pieces, 0) AS pieces, coalesce(hours.failed_pieces, 0) AS failed_pieces,
-       least(1, coalesce(a.seconds, 0) / nullif(hours.expected_seconds, 0)) AS coverage,
+       CASE WHEN hours.expected_seconds > 0
+            THEN least(1, coalesce(a.seconds, 0) / hours.expected_seconds) END AS coverage,
        c.location_id, c.id AS camera_id
 FROM (known FULL JOIN due USING (camera_id, hour)) AS hours
 JOIN cameras c ON c.id = hours.camera_id
@@ -83,19 +87,20 @@ SELECT l.name AS location, h.hour, h.hour AT TIME ZONE l.time_zone AS local_hour
        compliance_bound(h.with_mask, h.with_mask + h.without_mask, -1) AS rate_low,
        compliance_bound(h.with_mask, h.with_mask + h.without_mask, 1) AS rate_high,
        h.summarized_at,
-       least(1, (
-           SELECT coalesce(sum(CASE WHEN f.seconds > 0 THEN f.seconds
-                                    ELSE f.frames * coalesce(c.picture_seconds, 0) END), 0)
-           FROM frame_counts f JOIN cameras c ON c.id = f.camera_id
-           WHERE f.location_id = h.location_id AND f.pipeline_id = h.pipeline_id AND f.hour = h.hour
-             AND c.expected_seconds IS NOT NULL
-       ) / nullif((
-           SELECT sum(c.expected_seconds) FROM cameras c
-           WHERE c.location_id = h.location_id AND date_trunc('hour', c.expected_since, l.time_zone) <= h.hour
-             AND (c.expected_until IS NULL OR c.expected_until > h.hour)
-       ), 0)) AS coverage
+       CASE WHEN due.seconds > 0 THEN least(1, coalesce(looked.seconds, 0) / due.seconds) END AS coverage
 FROM compliance_hourly h
 JOIN locations l ON l.id = h.location_id AND l.promoted_pipeline_id = h.pipeline_id
+CROSS JOIN LATERAL (
+    SELECT sum(c.expected_seconds) AS seconds FROM cameras c
+    WHERE c.location_id = h.location_id AND date_trunc('hour', c.expected_since, l.time_zone) <= h.hour
+      AND (c.expected_until IS NULL OR c.expected_until > h.hour)
+) AS due
+CROSS JOIN LATERAL (
+    SELECT sum(CASE WHEN f.seconds > 0 THEN f.seconds ELSE f.frames * coalesce(c.picture_seconds, 0) END) AS seconds
+    FROM frame_counts f JOIN cameras c ON c.id = f.camera_id
+    WHERE f.location_id = h.location_id AND f.pipeline_id = h.pipeline_id AND f.hour = h.hour
+      AND c.expected_seconds IS NOT NULL
+) AS looked
 """
 
 

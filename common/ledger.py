@@ -200,9 +200,11 @@ def register(
     known = by_key
     older = _lock_older(session, bucket, known, newest=newest)
     while True:
-        _supersede(session, older)
-        result.superseded += len(older)
-        result.new += _revive(session, rows)
+        if older:
+            _supersede(session, older)
+            result.superseded += len(older)
+            # Only a key that has just lost its current version can get an earlier one back.
+            result.new += _revive(session, rows)
         inserted = set(session.execute(text(_INSERT_MEDIA), rows).scalars())
         # What is there and not by us: another may have registered it meanwhile, and the insert had to wait for him.
         known = {key: item for key, item in known.items() if key not in inserted}
@@ -212,9 +214,7 @@ def register(
     if known:
         elsewhere = session.execute(
             text(
-                f"SELECT m.key FROM {_KNOWN}"
-                " JOIN media_objects m ON m.bucket = :bucket AND m.key = known.key AND m.revision = known.etag"
-                " WHERE m.superseded_at IS NULL AND (m.location_id, m.camera_id)"
+                f"SELECT m.key FROM {_KNOWN} WHERE m.revision = known.etag AND (m.location_id, m.camera_id)"
                 " IS DISTINCT FROM (:location, CAST(:camera AS integer)) ORDER BY m.id"
             ),
             {**rows, "known": _known(known)},
@@ -253,13 +253,18 @@ _INSERT_JOBS = (
     "INSERT INTO jobs (media_object_id, source_id, pipeline_id, backfill_id, lane, kind, state, reason, detail,"
     " finished_at) SELECT m.id, :source, :pipeline, CAST(:backfill AS bigint), :lane, planned.job_kind,"
     " CASE WHEN planned.reason IS NULL THEN 'pending' ELSE 'quarantined' END, planned.reason, planned.detail,"
-    f" CASE WHEN planned.reason IS NOT NULL THEN clock_timestamp() END FROM {_PLANNED_ROWS}"
-    " JOIN media_objects m ON m.bucket = :bucket AND m.key = planned.key AND m.revision = planned.etag"
-    ' AND m.superseded_at IS NULL ORDER BY planned.key COLLATE "C" ON CONFLICT DO NOTHING RETURNING state'
+    f" CASE WHEN planned.reason IS NOT NULL THEN clock_timestamp() END FROM {_PLANNED_ROWS} CROSS JOIN LATERAL ("
+    " SELECT id FROM media_objects WHERE bucket = :bucket AND key = planned.key AND revision = planned.etag"
+    " AND superseded_at IS NULL LIMIT 1) AS m"
+    ' ORDER BY planned.key COLLATE "C" ON CONFLICT DO NOTHING RETURNING state'
 )
 
-#: Keys and the ETags that they are planned with.
-_KNOWN = "json_each_text(CAST(:known AS json)) AS known (key, etag)"
+#: Keys, the ETags that they are planned with, and the current media object of each. Object by object (LIMIT makes it
+#: so): a join reads all of the bucket, as long as Postgres has not noticed how much lies in it.
+_KNOWN = (
+    "json_each_text(CAST(:known AS json)) AS known (key, etag) CROSS JOIN LATERAL (SELECT * FROM media_objects"
+    " WHERE bucket = :bucket AND key = known.key AND superseded_at IS NULL LIMIT 1) AS m"
+)
 
 
 def _known(items: Mapping[str, PlannedObject]) -> str:
@@ -342,8 +347,9 @@ def _lock_older(session: Session, bucket: str, by_key: dict[str, PlannedObject],
         return []
     current = session.execute(
         text(
-            f"SELECT id, m.key, revision, last_modified FROM {_KNOWN} JOIN media_objects m ON m.bucket = :bucket"
-            " AND m.key = known.key WHERE superseded_at IS NULL ORDER BY id FOR UPDATE OF m"
+            f"WITH found AS MATERIALIZED (SELECT m.id FROM {_KNOWN})"
+            " SELECT id, key, revision, last_modified FROM media_objects WHERE id IN (SELECT id FROM found)"
+            " AND superseded_at IS NULL ORDER BY id FOR UPDATE"
         ),
         {"bucket": bucket, "known": _known(by_key)},
     ).all()
@@ -369,11 +375,10 @@ def _lock_older(session: Session, bucket: str, by_key: dict[str, PlannedObject],
 
 
 def _supersede(session: Session, media_ids: Sequence[int]) -> None:
-    if media_ids:
-        session.execute(
-            update(MediaObject).where(MediaObject.id.in_(media_ids)).values(superseded_at=func.clock_timestamp())
-        )
-        _withdraw(session, media_ids, "a newer version of the key was registered")
+    session.execute(
+        update(MediaObject).where(MediaObject.id.in_(media_ids)).values(superseded_at=func.clock_timestamp())
+    )
+    _withdraw(session, media_ids, "a newer version of the key was registered")
 
 
 def _revive(session: Session, rows: dict[str, Any]) -> int:
@@ -383,10 +388,12 @@ def _revive(session: Session, rows: dict[str, Any]) -> int:
     """
     found = session.execute(
         text(
-            "WITH back AS (UPDATE media_objects m SET superseded_at = NULL, last_modified = planned.last_modified"
-            f" FROM {_PLANNED_ROWS} WHERE m.bucket = :bucket AND m.key = planned.key AND m.revision = planned.etag"
-            " AND m.superseded_at IS NOT NULL AND NOT EXISTS (SELECT FROM media_objects c WHERE c.bucket = m.bucket"
-            " AND c.key = m.key AND c.superseded_at IS NULL) RETURNING m.id"
+            f"WITH gone AS MATERIALIZED (SELECT old.id, planned.last_modified FROM {_PLANNED_ROWS} CROSS JOIN LATERAL ("
+            " SELECT id FROM media_objects WHERE bucket = :bucket AND key = planned.key AND revision = planned.etag"
+            " AND superseded_at IS NOT NULL AND NOT EXISTS (SELECT FROM media_objects c WHERE c.bucket = :bucket"
+            " AND c.key = planned.key AND c.superseded_at IS NULL) LIMIT 1) AS old"
+            "), back AS (UPDATE media_objects m SET superseded_at = NULL, last_modified = gone.last_modified FROM gone"
+            " WHERE m.id = gone.id AND m.superseded_at IS NOT NULL RETURNING m.id"
             "), again AS (SELECT j.id FROM jobs j JOIN back ON back.id = j.media_object_id"
             # Chunks are planned anew by the probe, perhaps with another length or start of the recording.
             " WHERE j.state IN ('cancelled', 'source_changed') AND j.kind <> 'chunk' ORDER BY j.id FOR UPDATE OF j"
@@ -494,8 +501,8 @@ def _take_back(
         return 0
     rows = session.execute(
         text(
-            "WITH back AS (SELECT jobs.id FROM jobs JOIN media_objects m ON m.id = jobs.media_object_id"
-            f" JOIN {_KNOWN} ON known.key = m.key WHERE m.bucket = :bucket AND m.superseded_at IS NULL AND ("
+            f"WITH found AS MATERIALIZED (SELECT m.id, m.key FROM {_KNOWN}), back AS ("
+            "SELECT jobs.id FROM jobs JOIN found m ON m.id = jobs.media_object_id WHERE ("
             " (jobs.state = 'cancelled' AND jobs.reason = 'cancelled_with_backfill' AND jobs.pipeline_id = :pipeline)"
             " OR (jobs.state IN ('quarantined', 'retry_wait') AND jobs.reason = 'archived'"
             " AND m.key <> ALL(:archived))) ORDER BY jobs.id FOR UPDATE OF jobs)"
@@ -1173,8 +1180,7 @@ def known_keys(session: Session, planned: Sequence[PlannedObject], pipeline_id: 
         return set()
     rows = session.execute(
         text(
-            f"SELECT m.key FROM {_KNOWN} JOIN media_objects m ON m.bucket = :bucket AND m.key = known.key"
-            " AND m.revision = known.etag AND m.superseded_at IS NULL WHERE EXISTS (SELECT FROM jobs WHERE"
+            f"SELECT m.key FROM {_KNOWN} WHERE m.revision = known.etag AND EXISTS (SELECT FROM jobs WHERE"
             " media_object_id = m.id AND pipeline_id = :pipeline"
             " AND NOT (state = 'quarantined' AND reason = 'archived') AND reason IS DISTINCT FROM"
             " 'cancelled_with_backfill')"

@@ -1275,13 +1275,13 @@ _WAITING = (
     " extract(epoch FROM clock_timestamp() - first.created_at) AS oldest"
     " FROM feeds CROSS JOIN unnest(CAST(:lanes AS smallint[])) AS lanes (lane)"
     f" CROSS JOIN LATERAL (SELECT created_at {_OF_FEED} ORDER BY id LIMIT 1) AS first"
-    f" CROSS JOIN LATERAL (SELECT count(*) AS jobs FROM (SELECT {_OF_FEED} LIMIT :limit) AS some) AS counted"
+    f" CROSS JOIN LATERAL (SELECT count(*) AS jobs FROM (SELECT {_OF_FEED} LIMIT :limit) AS part) AS counted"
     " UNION ALL SELECT 'pending', lane, false, count(*), extract(epoch FROM clock_timestamp() - min(created_at))"
-    " FROM (SELECT lane, created_at FROM jobs WHERE state = 'pending' AND alone LIMIT :limit) AS some GROUP BY lane"
+    " FROM (SELECT lane, created_at FROM jobs WHERE state = 'pending' AND alone LIMIT :limit) AS part GROUP BY lane"
 ) + "".join(
     f" UNION ALL SELECT '{state}', lane, false, count(*), NULL"
     # State by state: each has its index.
-    f" FROM (SELECT lane FROM jobs WHERE state = '{state}' LIMIT :limit) AS some GROUP BY lane"
+    f" FROM (SELECT lane FROM jobs WHERE state = '{state}' LIMIT :limit) AS part GROUP BY lane"
     for state in (JobState.QUEUED, JobState.RUNNING, JobState.RETRY_WAIT, JobState.QUARANTINED)
 )
 

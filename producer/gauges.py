@@ -74,7 +74,7 @@ def _from_ledger() -> list[GaugeMetricFamily]:
             lag = ledger.summary_lag(session)
             paused = len(sources.list_paused(session))
     except (MaskwatchError, SQLAlchemyError) as error:
-        log.warning("the ledger could not be read for metrics", detail=str(error))
+        log.warning("the ledger could not be read for metrics", detail=str(error).partition("\n")[0])
         return [_gauge("maskwatch_ledger_up", 0)]
     by_state, backlog, oldest = _by_lane(waiting)
     return [
@@ -112,7 +112,7 @@ def _from_queues() -> list[GaugeMetricFamily]:
                 for lane in (PRIORITIES if queue is Queue.MEDIA else (Lane.LIVE,))
             }
     except (MaskwatchError, OSError) as error:
-        log.warning("the queues could not be read for metrics", detail=str(error))
+        log.warning("the queues could not be read for metrics", detail=str(error).partition("\n")[0])
         return [_gauge("maskwatch_broker_up", 0)]
     return [_gauge("maskwatch_broker_up", 1), _by("maskwatch_queue_messages", ("queue", "lane"), lengths)]
 

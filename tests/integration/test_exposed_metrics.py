@@ -17,7 +17,7 @@ from common.domain import Lane
 from producer import gauges
 from producer.gauges import COUNT_LIMIT, LedgerGauges
 from tests.deployed import expressions, metrics_of
-from tests.ledger_rows import claim, dispatch, planned, register
+from tests.ledger_rows import claim, dispatch, planned, register, rows
 from tests.photos import face_jpeg
 from tests.redis_server import free_port
 from tests.services import QUICK, Bucket, Services, locate, maskwatch, running, wait_until
@@ -222,7 +222,7 @@ def test_what_panels_and_alerts_ask_for_is_what_running_processes_expose(
     assert worker["maskwatch_attempts_total", (("kind", "image"), ("outcome", "quarantined"))] == 1
     assert worker["maskwatch_quarantines_total", (("reason", "empty_file"),)] == 1
     assert worker["maskwatch_frames_total", (("kind", "image"),)] == 4
-    stored = dict(session.execute(text("SELECT status, count(*) FROM faces GROUP BY status")).tuples().all())
+    stored = dict(rows(session, "SELECT status, count(*) FROM faces GROUP BY 1"))
     counted = {
         dict(labels)["status"]: int(value)
         for (name, labels), value in worker.items()

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, text
 
+import migrations
 from common.local.stack import LocalStack
 from common.partitions import ensure_partitions
 
@@ -23,8 +25,8 @@ _FILL = (
     "INSERT INTO media_objects (bucket, key, revision, etag, size_bytes, last_modified, kind, location_id, observed_at,"
     " observed_at_source) SELECT 's3://footage', 'door/2026/03/02/' || lpad(n::text, 12, '0') || '.jpg', md5(n::text),"
     " md5(n::text), 200000, '2026-03-02', 'image', 1, '2026-03-01'::timestamptz + n * interval '20 s', 'key_pattern'"
-    f" FROM generate_series(1, {PICTURES}) n",
-    # Each is written twice more on its way: sent, claimed, ended.
+    " FROM generate_series(1, :pictures) n",
+    # Each is written three times more on its way: sent, claimed, ended.
     "INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane, state) SELECT id, 1, 1, 'image', 1,"
     " 'pending' FROM media_objects",
     "UPDATE jobs SET state = 'queued', queued_at = now(), epoch = md5('e')",
@@ -35,9 +37,10 @@ _FILL = (
     "INSERT INTO frame_counts (job_id, hour, location_id, pipeline_id, frames, seconds)"
     " SELECT id, '2026-03-02', 1, 1, 1, 0 FROM jobs",
     "INSERT INTO faces (observed_at, job_id, media_object_id, location_id, pipeline_id, x1, y1, x2, y2, size_px,"
-    " p_face, p_with_mask, p_without_mask, status) SELECT '2026-03-01'::timestamptz + n * interval '8 s', n / 3 + 1, n / 3 + 1,"
-    " 1, 1, 100.5, 100.5, 150.5, 160.5, 60, 0.9, 0.9, 0.1, 'with_mask'"
-    f" FROM generate_series(1, {FACES}) n",
+    " p_face, p_with_mask, p_without_mask, status)"
+    " SELECT '2026-03-01'::timestamptz + n * interval '8 s', n / 3 + 1, n / 3 + 1, 1, 1, 100.5,"
+    " 100.5, 150.5, 160.5, 60, 0.9, 0.9, 0.1, 'with_mask'"
+    " FROM generate_series(1, :faces) n",
 )
 
 TABLES = ("media_objects", "jobs", "job_attempts", "frame_counts")
@@ -49,17 +52,14 @@ def size(connection: Connection, table: str) -> int:
 
 
 def main() -> None:
-    import datetime
-
-    import migrations
-
+    """Fill the tables and print the table."""
     with tempfile.TemporaryDirectory() as folder, LocalStack(Path(folder) / "state").session() as endpoints:
         engine = create_engine(endpoints.database_url)
         migrations.upgrade(engine)
-        ensure_partitions(engine, [datetime.datetime(2026, 3, 5, tzinfo=datetime.UTC)])
+        ensure_partitions(engine, [datetime(2026, 3, 5, tzinfo=UTC)])
         with engine.begin() as connection:
             for statement in _FILL:
-                connection.execute(text(statement))
+                connection.execute(text(statement), {"pictures": PICTURES, "faces": FACES})
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE"))
             print("| table | bytes a row |\n|---|---|")

@@ -13,6 +13,7 @@ import pytest
 
 from common import metrics
 from common.domain import Face, JobKind, JobState, MaskStatus, Reason
+from common.local.crew import crew
 from tests.redis_server import free_port
 
 PROLOGUE = """
@@ -280,3 +281,24 @@ get_logger("ours").warning("after it")
         ("in the thread that decodes", 17, 2),
         ("after it", None, None),
     ]
+
+
+def test_the_crew_of_one_command_serves_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes would all want the port that is set for this one."""
+    started: list[dict[str, str]] = []
+
+    class Process:
+        pid = 1
+
+        def __init__(self, argv: list[str], env: dict[str, str], **_: object) -> None:
+            started.append(env)
+
+        def send_signal(self, number: int) -> None: ...
+
+        def wait(self, seconds: float) -> None: ...
+
+    monkeypatch.setenv("MASKWATCH_METRICS__PORT", "9464")
+    monkeypatch.setattr("common.local.crew.subprocess.Popen", Process)
+    with crew(2, state_dir=None):
+        pass
+    assert len(started) == 4 and {env["MASKWATCH_METRICS__PORT"] for env in started} == {"0"}

@@ -14,9 +14,10 @@ help:  ## Show this help
 demo: $(VENV)/.demo  ## See it work: sample footage through the whole system (minutes, no configuration)
 	$(BIN)/maskwatch demo --out demo-output
 
-# Two at a time, by files: most tests wait for processes, and some files share what was dear to make.
+# Three at a time on two cores, because most wait for processes; by files, because some share what was dear to make;
+# in their order, because the long ones come first in it.
 test: $(VENV)/.test  ## Run the tests, against a real Postgres, Redis and S3 server
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test  ## Check style and types
 	$(BIN)/ruff check

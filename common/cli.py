@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "backfill": ("producer.cli:backfill", "Enqueue a bucket prefix or a folder."),
     "backfills": ("producer.cli:backfills", "How far backfills are; pause, resume or cancel one."),
     "summary": ("common.reporting.cli:summary", "Compliance per location by hour, day or week."),
+    "coverage": ("common.reporting.cli:coverage", "What was looked at of a camera, and what is missing."),
     "report": ("common.reporting.cli:report", "Write a report.html with a plot per location."),
     "status": ("common.commands:status", "Jobs by state, queues, what is still to do."),
     "jobs": ("common.commands:jobs", "List, show, retry, cancel or rerun jobs."),

@@ -3,6 +3,7 @@ jobs and status. Each opens the transaction and leaves the work to the modules t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from common.console import json_option, note, percent, print_json, print_table
 from common.domain import JobState, MaskwatchError
 
 if TYPE_CHECKING:
-    from common.tables import Job
+    from common.tables import Camera, Job
 
 #: What the ledger's ids can be.
 JOB_ID = click.IntRange(1, 2**63 - 1)
@@ -130,53 +131,160 @@ def list_locations(as_json: bool) -> None:
 
 @click.group()
 def cameras() -> None:
-    """Cameras of the locations."""
+    """Cameras of the locations, and when their footage is looked for."""
+
+
+def _camera_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `cameras add` and `cameras change` can say of a camera."""
+    for option in reversed(
+        [
+            click.option(
+                "--source", metavar="SOURCE", help="Where its footage arrives: s3://bucket/prefix/, or a folder."
+            ),
+            click.option("--time-pattern", metavar="PATTERN", help="As of `maskwatch backfill`."),
+            click.option("--every", metavar="TIME", help="Look for new footage so often: 30s, 5m, 2h, 1d."),
+            click.option("--cron", metavar="EXPRESSION", help="Look when it says, on the location's clock."),
+            click.option("--look-back", metavar="TIME", help="How late footage may come and be found at once (2h)."),
+            click.option("--sweep", metavar="TIME", help="List everything so often, for what came later still (1d)."),
+            click.option("--picture-every", metavar="TIME", help="Its pictures stand for so long each, in coverage."),
+            click.option("--expects", metavar="TIME", help="Footage that it should deliver per hour, e.g. 1h or 20m."),
+        ]
+    ):
+        command = option(command)
+    return command
 
 
 @cameras.command("add")
 @click.argument("name")
 @click.option("--location", required=True, help="Where the camera hangs.")
-def add_camera(name: str, location: str) -> None:
-    """Register a camera of a location.
+@_camera_options
+def add_camera(name: str, location: str, **options: str | None) -> None:
+    """Register a camera of a location. With a source and --every or --cron a producer looks for its footage.
+
+    Where the keys sort by time (--time-pattern), only what can be new is listed, and everything once per --sweep.
+
+    \b
+    Examples:
+      maskwatch cameras add door --location lobby
+      maskwatch cameras add gate --location lobby --source s3://footage/gate/ --every 5m \\
+          --time-pattern 'gate/%Y/%m/%d/%H-%M-%S.mp4' --expects 1h
+    """
+    from common import catalog
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment() as settings, session_scope() as session:
+        camera = catalog.add_camera(session, catalog.get_location(session, location), name)
+        if any(value is not None for value in options.values()):
+            catalog.configure_camera(session, camera, settings, options)
+    note(f"camera {name} of {location} is registered{_looked_at(camera)}")
+
+
+def _looked_at(camera: Camera) -> str:
+    if camera.source is None or camera.scheduled_since is None:
+        return ""
+    how = f"every {camera.every_seconds:g} s" if camera.every_seconds else f"at {camera.cron!r}"
+    return f"; {camera.source} is looked at {how}"
+
+
+@cameras.command("change")
+@click.argument("name")
+@click.option("--location", required=True, help="Where the camera hangs.")
+@_camera_options
+def change_camera(name: str, location: str, **options: str | None) -> None:
+    """Change where and when a camera's footage is looked for, or what it should deliver. What was found stays.
 
     \b
     Example:
-      maskwatch cameras add door --location lobby
+      maskwatch cameras change gate --location lobby --every 1m
+    """
+    from common import audit, catalog
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    if all(value is None for value in options.values()):
+        raise MaskwatchError("say what to change: maskwatch cameras change --help")
+    with deployment() as settings, session_scope() as session:
+        camera = catalog.get_camera(session, catalog.get_location(session, location), name)
+        catalog.configure_camera(session, camera, settings, options)
+        changed = ", ".join(sorted(name for name, value in options.items() if value is not None))
+        audit.record(session, "change camera", audit.operator(), detail=f"{location}/{name}: {changed}")
+    note(f"camera {name} of {location} is changed{_looked_at(camera)}")
+
+
+def _switch_camera(name: str, location: str, action: str) -> None:
+    from common import audit, catalog
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        camera = catalog.get_camera(session, catalog.get_location(session, location), name)
+        catalog.switch_camera(session, camera, action)
+        audit.record(session, f"{action} camera", audit.operator(), detail=f"{location}/{name}")
+
+
+@cameras.command("disable")
+@click.argument("name")
+@click.option("--location", required=True, help="Where the camera hangs.")
+def disable_camera(name: str, location: str) -> None:
+    """Look for no more footage of a camera, for now. What was found stays, and is analysed.
+
+    \b
+    Example:
+      maskwatch cameras disable gate --location lobby
+    """
+    _switch_camera(name, location, "disable")
+    note(f"camera {name} of {location} is disabled; again: maskwatch cameras enable {name} --location {location}")
+
+
+@cameras.command("enable")
+@click.argument("name")
+@click.option("--location", required=True, help="Where the camera hangs.")
+def enable_camera(name: str, location: str) -> None:
+    """Look for footage of a camera again; what came meanwhile is found.
+
+    \b
+    Example:
+      maskwatch cameras enable gate --location lobby
+    """
+    _switch_camera(name, location, "enable")
+    note(f"camera {name} of {location} is enabled")
+
+
+@cameras.command("remove")
+@click.argument("name")
+@click.option("--location", required=True, help="Where the camera hung.")
+def remove_camera(name: str, location: str) -> None:
+    """Retire a camera: no more is looked for or expected of it. Its footage, faces and figures stay.
+
+    \b
+    Example:
+      maskwatch cameras remove gate --location lobby
+    """
+    _switch_camera(name, location, "remove")
+    note(f"camera {name} of {location} is removed; what it has seen stays")
+
+
+@cameras.command("list")
+@json_option
+def list_cameras(as_json: bool) -> None:
+    """List the cameras: where they hang, when they are looked at, when they were last, and what went wrong.
+
+    \b
+    Example:
+      maskwatch cameras list
     """
     from common import catalog
     from common.database import session_scope
     from common.deployment import deployment
 
     with deployment(), session_scope() as session:
-        catalog.add_camera(session, catalog.get_location(session, location), name)
-    note(f"camera {name} of {location} is registered")
-
-
-@cameras.command("list")
-@json_option
-def list_cameras(as_json: bool) -> None:
-    """List the cameras.
-
-    \b
-    Example:
-      maskwatch cameras list
-    """
-    from sqlalchemy import select
-
-    from common.database import session_scope
-    from common.deployment import deployment
-    from common.tables import Camera, Location
-
-    with deployment(), session_scope() as session:
-        query = select(Camera.name, Location.name).join(Location, Location.id == Camera.location_id)
-        rows = [
-            {"name": name, "location": location}
-            for name, location in session.execute(query.order_by(Location.name, Camera.name)).tuples()
-        ]
+        rows = catalog.list_cameras(session)
     if as_json:
         print_json(rows)
-    else:
-        print_table("Cameras", ["camera", "location"], [list(row.values()) for row in rows])
+        return
+    columns = ["name", "location", "state", "source", "schedule", "last_look", "problem"]
+    print_table("Cameras", ["camera", *columns[1:]], [[row[column] for column in columns] for row in rows])
 
 
 @click.group()

@@ -16,7 +16,7 @@ from common.domain import MaskwatchError
 from common.settings import DatabaseSettings, get_settings
 
 #: The newest migration. A test compares it with migrations/versions.
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 
 NOT_MIGRATED = "the database is not migrated (found {found}, need {need}): run `maskwatch db upgrade`"
 

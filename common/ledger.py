@@ -1169,6 +1169,28 @@ def counts_by_state(session: Session, backfill_id: int | None = None) -> dict[Jo
     return {state: found.get(state, 0) for state in JobState}
 
 
+def known_keys(session: Session, planned: Sequence[PlannedObject], pipeline_id: int | None) -> set[str]:
+    """Those of the planned objects of one bucket that this pipeline has been given already, as they are now, and that a
+    backfill would leave as they are."""
+    if not planned or pipeline_id is None:
+        return set()
+    rows = session.execute(
+        text(
+            f"SELECT m.key FROM {_KNOWN} JOIN media_objects m ON m.bucket = :bucket AND m.key = known.key"
+            " AND m.revision = known.etag AND m.superseded_at IS NULL WHERE EXISTS (SELECT FROM jobs WHERE"
+            " media_object_id = m.id AND pipeline_id = :pipeline"
+            " AND NOT (state = 'quarantined' AND reason = 'archived') AND reason IS DISTINCT FROM"
+            " 'cancelled_with_backfill')"
+        ),
+        {
+            "bucket": planned[0].info.bucket,
+            "known": _known({item.info.key: item for item in planned}),
+            "pipeline": pipeline_id,
+        },
+    )
+    return set(rows.scalars())
+
+
 def same_bytes(session: Session, backfill_id: int) -> int:
     """How many of a backfill's objects in buckets hold the same as another of them, by ETag and size. (Two uploads of
     the same in parts of another size have other ETags, and are not found.)"""

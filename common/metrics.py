@@ -128,7 +128,7 @@ TICKS = Metric(
     "maskwatch_ticks",
     "Ticks of the producer's schedule that were worked off.",
     (Role.PRODUCER,),
-    {"task": ("dispatch", "reconcile", "request_summary")},
+    {"task": ("dispatch", "reconcile", "request_summary", "look_at_cameras")},
 )
 SUMMARIZED = Metric("maskwatch_summarized_hours", "Hours that were summarized again.", (Role.AGGREGATOR,))
 

@@ -24,46 +24,53 @@ def _put_sampling(_context: click.Context, parameter: click.Parameter, value: st
         _put(f"MASKWATCH_PIPELINE__{(parameter.name or '').upper()}", str(value))
 
 
-def source_options(command: Callable[..., None]) -> Callable[..., None]:
+def source_options(*, source_required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options that say what a source's pictures and videos are; shared by `backfill` and `run`."""
-    for option in reversed(
-        [
-            click.argument("source"),
-            click.option("--location", required=True, help="Where it was taken."),
-            click.option("--camera", help="The camera that took it."),
-            click.option(
-                "--time-pattern",
-                metavar="PATTERN",
-                help="How keys tell when a picture was taken, in the location's time zone: text, strptime "
-                "directives and * for any text, e.g. 'cam1/%Y/%m/%d/%H-%M-%S.jpg'; of a video, when it began. Without "
-                "it: EXIF or a video's creation time, then LastModified.",
-            ),
-            click.option(
-                "--since",
-                metavar="TIME",
-                help="Only what was taken from this time on (ISO 8601; local if it names no offset).",
-            ),
-            click.option("--until", metavar="TIME", help="Only what was taken before this time (the same)."),
-            click.option(
-                "--sample-fps",
-                type=click.FloatRange(0, 240, min_open=True),
-                expose_value=False,
-                callback=_put_sampling,
-                help="Frames looked at per second of a video (default: MASKWATCH_PIPELINE__SAMPLE_FPS, 1). Figures of "
-                "another rate are those of another pipeline.",
-            ),
-            click.option(
-                "--sample",
-                type=click.Choice([mode.value for mode in SampleMode]),
-                expose_value=False,
-                callback=_put_sampling,
-                help="The first frame of each 1/fps seconds, or the first keyframe, if there is one: several times "
-                "cheaper to decode (default: MASKWATCH_PIPELINE__SAMPLE, frames).",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+    options = list(
+        reversed(
+            [
+                click.argument("source", required=source_required),
+                click.option("--location", required=True, help="Where it was taken."),
+                click.option("--camera", help="The camera that took it."),
+                click.option(
+                    "--time-pattern",
+                    metavar="PATTERN",
+                    help="How keys tell when a picture was taken, in the location's time zone: text, strptime "
+                    "directives and * for any text, e.g. 'cam1/%Y/%m/%d/%H-%M-%S.jpg'; of a video, when it began. "
+                    "Without it: EXIF or a video's creation time, then LastModified.",
+                ),
+                click.option(
+                    "--since",
+                    metavar="TIME",
+                    help="Only what was taken from this time on (ISO 8601; local if it names no offset).",
+                ),
+                click.option("--until", metavar="TIME", help="Only what was taken before this time (the same)."),
+                click.option(
+                    "--sample-fps",
+                    type=click.FloatRange(0, 240, min_open=True),
+                    expose_value=False,
+                    callback=_put_sampling,
+                    help="Frames looked at per second of a video (default: MASKWATCH_PIPELINE__SAMPLE_FPS, 1). Figures "
+                    "of another rate are those of another pipeline.",
+                ),
+                click.option(
+                    "--sample",
+                    type=click.Choice([mode.value for mode in SampleMode]),
+                    expose_value=False,
+                    callback=_put_sampling,
+                    help="The first frame of each 1/fps seconds, or the first keyframe, if there is one: several times "
+                    "cheaper to decode (default: MASKWATCH_PIPELINE__SAMPLE, frames).",
+                ),
+            ]
+        )
+    )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in options:
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def _put_device(_context: click.Context, _parameter: click.Parameter, value: str | None) -> None:

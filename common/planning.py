@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from itertools import takewhile
 from zoneinfo import ZoneInfo, available_timezones
 
 from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, Reason
@@ -82,6 +83,27 @@ class TimePattern:
             )
         except ValueError:
             return None  # looks right and isn't a time: month 13, 30 February
+
+    def key_before(self, key: str, local: datetime) -> str | None:
+        """What all keys of this time or later come after, in a source whose keys are like this one; None where keys
+        don't sort by time."""
+        before_date, _, _ = self.pattern.partition("%")
+        found = self._regex.search(key)
+        if found is None or "*" in before_date:
+            return None
+        # From the largest unit to the smallest, as far as the key goes in that order, each in its full width.
+        names = sorted(self._regex.groupindex, key=lambda name: found.start(name))
+        ordered = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], zip(names, "YmdHMSf", strict=False))]
+        if len(ordered) < 3:
+            return None
+        start, result = 0, ""
+        for name in ordered:
+            text = local.strftime(f"%{name}")
+            if len(found[name]) != len(text):
+                return None
+            result += key[start : found.start(name)] + text
+            start = found.end(name)
+        return result
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -21,7 +21,8 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     # Discovers, plans, dispatches and recovers; also for those who give the operator's commands.
     "maskwatch_producer": {
         "locations": ("SELECT", "INSERT", "UPDATE (promoted_pipeline_id)"),
-        "cameras": ("SELECT", "INSERT"),
+        "cameras": ("SELECT", "INSERT", "UPDATE"),
+        "camera_slots": ("SELECT", "INSERT", "UPDATE"),
         "pipelines": ("SELECT", "INSERT"),
         "sources": ("SELECT", "INSERT", "UPDATE"),
         "backfills": ("SELECT", "INSERT", "UPDATE"),
@@ -71,8 +72,10 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
                 "visit_results",
                 "compliance_by_hour",
                 "compliance_by_day",
+                "coverage_hourly",
                 "locations",
                 "cameras",
+                "camera_slots",
                 "pipelines",
                 "sources",
                 "backfills",

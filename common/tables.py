@@ -76,13 +76,65 @@ class Location(Base):
 
 
 class Camera(Base):
+    """A camera of a location. With a source and a schedule its footage is looked for (`common/schedule.py`)."""
+
     __tablename__ = "cameras"
-    __table_args__ = (UniqueConstraint("location_id", "name"),)
+    __table_args__ = (
+        UniqueConstraint("location_id", "name"),
+        CheckConstraint("every_seconds IS NULL OR cron IS NULL", name="schedule"),
+    )
 
     id: Mapped[int] = mapped_column(Identity(), primary_key=True)
     location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
     name: Mapped[str]
     created_at: Mapped[datetime] = _created_at()
+    source: Mapped[str | None]
+    time_pattern: Mapped[str | None]
+    #: What its footage is analysed with.
+    pipeline_id: Mapped[int | None] = mapped_column(ForeignKey("pipelines.id"))
+    every_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
+    #: In the location's time zone.
+    cron: Mapped[str | None]
+    #: How late footage may come and still be found by the next look; what comes later is found by a sweep.
+    look_back_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("7200"))
+    #: How often everything is listed.
+    sweep_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("86400"))
+    #: The instant that slots are counted from.
+    scheduled_since: Mapped[datetime | None]
+    disabled_at: Mapped[datetime | None]
+    removed_at: Mapped[datetime | None]
+    #: The fence of who is looking now, and his lease.
+    look_token: Mapped[uuid.UUID | None]
+    look_until: Mapped[datetime | None]
+    #: When the look began that is going on, and how far it is.
+    look_began: Mapped[datetime | None]
+    look_cursor: Mapped[str | None]
+    look_is_sweep: Mapped[bool | None]
+    swept_at: Mapped[datetime | None]
+    #: Why the last look failed.
+    problem: Mapped[str | None]
+    #: How much of an hour a picture stands for, in coverage.
+    picture_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
+    #: Footage per hour that it should deliver, from when, until when; NULL: nobody has said.
+    expected_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
+    expected_since: Mapped[datetime | None]
+    expected_until: Mapped[datetime | None]
+
+
+class CameraSlot(Base):
+    """A time at which a camera is to be looked at. Its key lets it be there once, whoever ticks."""
+
+    __tablename__ = "camera_slots"
+    __table_args__ = (
+        PrimaryKeyConstraint("camera_id", "slot"),
+        Index("ix_camera_slots_open", "camera_id", "slot", postgresql_where=text("finished_at IS NULL")),
+    )
+
+    camera_id: Mapped[int] = mapped_column(ForeignKey("cameras.id"))
+    slot: Mapped[datetime]
+    #: Looks that ended it: one.
+    looks: Mapped[int] = mapped_column(server_default=text("0"))
+    finished_at: Mapped[datetime | None]
 
 
 class Pipeline(Base):
@@ -177,6 +229,8 @@ class MediaObject(Base):
             postgresql_where=text("superseded_at IS NULL"),
         ),
         Index(None, "location_id"),
+        # A camera's footage of some time, and the newest that is known.
+        Index("ix_media_objects_camera_id", "camera_id", "observed_at"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)

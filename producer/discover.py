@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from common.domain import TimeRange
@@ -43,6 +44,23 @@ class Rules:
     pattern: TimePattern | None
     where: ZoneInfo
     within: TimeRange
+    #: Only what was seen in these hours of the place, by the instants they begin; None: in any.
+    hours: frozenset[datetime] | None = None
+
+    def wanted(self, item: PlannedObject) -> bool:
+        """Whether an object was taken when it should have been."""
+        at = item.best_known_time
+        if at not in self.within:
+            return False
+        return self.hours is None or hour_of(at, self.where) in self.hours
+
+
+def hour_of(instant: datetime, where: ZoneInfo) -> datetime:
+    """The instant that an instant's hour of a place begins."""
+    local = instant.astimezone(where)
+    return (instant - timedelta(minutes=local.minute, seconds=local.second, microseconds=local.microsecond)).astimezone(
+        UTC
+    )
 
 
 def list_range(store: ObjectStore, prefix: str, after: str = "", until: str | None = None) -> Iterator[ObjectInfo]:
@@ -65,7 +83,7 @@ def plan_pages(objects: Iterable[ObjectInfo], rules: Rules, *, batch: int = BATC
             item = plan_object(info, rules.pattern, rules.where)
             if item is None:
                 page.others.append(info)
-            elif item.best_known_time not in rules.within:
+            elif not rules.wanted(item):
                 page.outside_range += 1
             else:
                 page.planned.append(item)

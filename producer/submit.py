@@ -18,6 +18,7 @@ from common.database import engine, session_scope
 from common.domain import Lane, MaskwatchError, PermanentJobError, Reason, TimeRange, TransientJobError
 from common.partitions import ensure_partitions
 from common.planning import TimePattern, resolve_local, zone
+from common.reporting.coverage import coverage, failed_jobs
 from common.settings import Settings
 from common.storage import ObjectInfo, ObjectStore, open_source
 from common.tables import Backfill, BackfillPart, Camera, Location, Pipeline
@@ -182,6 +183,47 @@ def first_look(pages: Iterator[Page], time_pattern: str | None, source: str) -> 
         else f"gives none of the first {len(page.planned)} pictures and videos below {source} a time: {first.detail}"
     )
     raise MaskwatchError(f"the time pattern {time_pattern!r} {what}; nothing was enqueued")
+
+
+def fill_gaps(
+    settings: Settings,
+    *,
+    location_name: str,
+    camera_name: str,
+    bounds: tuple[datetime | None, datetime | None] = (None, None),
+    on_page: Callable[[int], None] = lambda listed: None,
+) -> tuple[int, int, int]:
+    """Enqueue what a camera's source holds of the hours that lack something, and try again what failed in them;
+    returns how many hours lack something, how many objects are new, and how many jobs are tried again.
+
+    Raises `MaskwatchError` for a camera without a source.
+    """
+    with session_scope() as session:
+        location = catalog.get_location(session, location_name)
+        camera = catalog.get_camera(session, location, camera_name)
+        if camera.source is None:
+            raise MaskwatchError(
+                f"camera {camera_name!r} has no source; name one: maskwatch cameras change {camera_name} --location "
+                f"{location_name} --source s3://bucket/prefix/ --every 5m"
+            )
+        holes = [row.hour for row in coverage(session, camera, *bounds) if row.is_hole]
+        pipeline = session.get_one(Pipeline, location.promoted_pipeline_id) if holes else None
+        again = ledger.retry(session, failed_jobs(session, camera, holes), by=operator()) if holes else []
+    if pipeline is None:
+        return 0, 0, 0
+    pattern = TimePattern(camera.time_pattern) if camera.time_pattern else None
+    rules = Rules(pattern, zone(location.time_zone), TimeRange(), frozenset(holes))
+    store, prefix = open_source(camera.source, settings)
+    new = listed = 0
+    for page in plan_pages(list_range(store, prefix), rules):
+        ensure_partitions(engine(), (item.best_known_time for item in page.planned))
+        with session_scope() as session:
+            new += ledger.register(
+                session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.BACKFILL
+            ).new
+        listed += len(page)
+        on_page(listed)
+    return len(holes), new, len(again)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from common.options import runtime_options, source_options
 
 
 @click.command()
-@source_options
+@source_options(source_required=True)
 @click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Of a new location.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
 @click.option("--by", type=click.Choice(["hour", "day", "week"]), default="day", show_default=True)

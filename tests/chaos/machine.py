@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import hypothesis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy.orm import Session
@@ -75,6 +75,7 @@ def _explore(stage: Stage, examples: int, seed: int, shrink: bool) -> None:
         database=None,
         deadline=None,
         report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,  # standard output is the experiment's; what broke is told as its figures
         suppress_health_check=list(HealthCheck),
     )
     try:

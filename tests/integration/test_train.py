@@ -56,12 +56,11 @@ LEFT = {
 }  # fmt: skip
 
 
-@pytest.mark.bench
 def test_a_killed_training_goes_on_and_its_onnx_file_agrees(data, tmp_path):
     out = tmp_path / "trained"
     first = subprocess.Popen(command(data, out, 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(1200):
+        for _ in range(6000):  # loading TensorFlow alone takes a minute on a busy machine
             if (out / "progress.json").exists() or first.poll() is not None:
                 break
             time.sleep(0.05)

@@ -20,7 +20,8 @@ import yaml
 from click.testing import CliRunner
 
 from common.cli import COMMANDS, cli
-from common.queues import Queue
+from common.metrics import TICKS
+from common.queues import ROUTES, Queue
 from common.settings import Settings
 from tests.deployed import DEPLOY, ROOT, compose, dashboards, expressions, manifests, metrics_of, rules, targets
 
@@ -402,6 +403,13 @@ def test_the_documents_name_every_metric() -> None:
     operations = (ROOT / "docs/operations.md").read_text()
     counted = {metric.name + ("" if metric.buckets else "_total") for metric in METRICS}
     assert {name for name in counted | set(GAUGES) if f"`{name}`" not in operations} == set()
+
+
+def test_every_tick_of_the_producer_is_counted() -> None:
+    ticked = {task.value.removeprefix("producer.") for task, queue in ROUTES.items() if queue is Queue.PRODUCER}
+    assert set(TICKS.labels["task"]) == ticked
+    source = (ROOT / "producer/tasks.py").read_text()
+    assert all(f'metrics.count(metrics.TICKS, task="{name}")' in source for name in ticked)
 
 
 def test_figures_of_the_scaling_page_were_measured() -> None:

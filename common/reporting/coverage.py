@@ -1,0 +1,74 @@
+"""What was looked at, not only what was found: a camera's hours, and the holes in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from common.tables import Camera
+
+#: Seconds that an hour may lack before it is a hole: cameras and containers round.
+TOLERANCE = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageHour:
+    """An hour of a camera, in seconds of footage; `hour` aware, `local_hour` naive. See `coverage_hourly`."""
+
+    hour: datetime
+    local_hour: datetime
+    expected_seconds: float | None
+    present_seconds: float
+    analysed_seconds: float
+    waiting_seconds: float
+    failed_seconds: float
+    missing_seconds: float | None
+    #: Pictures and chunks, and how many of them failed, whatever their length.
+    pieces: int
+    failed_pieces: int
+    coverage: float | None
+
+    @property
+    def is_hole(self) -> bool:
+        """Whether something that should have been analysed is not, and isn't about to be."""
+        done = self.analysed_seconds + self.waiting_seconds
+        return self.failed_pieces > 0 or (
+            self.expected_seconds is not None and self.expected_seconds - done > TOLERANCE
+        )
+
+
+def coverage(
+    session: Session, camera: Camera, since: datetime | None = None, until: datetime | None = None
+) -> list[CoverageHour]:
+    """The hours of a camera in which there is footage, or should be; bounds as instants (aware) or on the location's
+    clock (naive)."""
+    conditions = ["camera_id = :camera"]
+    for name, bound, operator in (("since", since, ">="), ("until", until, "<")):
+        if bound is not None:
+            conditions.append(f"{'local_hour' if bound.tzinfo is None else 'hour'} {operator} :{name}")
+    rows = session.execute(
+        text(
+            f"SELECT {', '.join(CoverageHour.__slots__)} FROM coverage_hourly WHERE {' AND '.join(conditions)}"  # noqa: S608
+            " ORDER BY hour"
+        ),
+        {"camera": camera.id, "since": since, "until": until},
+    )
+    return [CoverageHour(*row) for row in rows]
+
+
+def failed_jobs(session: Session, camera: Camera, hours: list[datetime]) -> list[int]:
+    """Jobs in quarantine whose footage begins in these hours of a camera, by the pipeline that its location shows."""
+    rows = session.execute(
+        text(
+            "SELECT j.id FROM media_objects m JOIN locations l ON l.id = m.location_id"
+            " JOIN jobs j ON j.media_object_id = m.id AND j.pipeline_id = l.promoted_pipeline_id"
+            " WHERE m.camera_id = :camera AND m.superseded_at IS NULL AND j.state = 'quarantined'"
+            " AND date_trunc('hour', coalesce(m.observed_at, m.last_modified)"
+            " + make_interval(secs => j.range_start_ms / 1000.0), l.time_zone) = ANY(:hours) ORDER BY j.id"
+        ),
+        {"camera": camera.id, "hours": hours},
+    )
+    return list(rows.scalars())

@@ -1,0 +1,218 @@
+"""Cameras on a schedule: slots that are due, and who looks for footage in them.
+
+A slot is a row with a unique key, so that two schedulers, or one that was restarted, neither miss nor double it. A look
+lists what can be new, and ends all slots that were due when it began; it holds a lease and a token, as a job does. One
+that was killed is gone on with from its cursor.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from croniter import CroniterError, croniter
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from common.domain import MaskwatchError
+from common.planning import zone
+
+#: Slots noted down per camera and tick at most: after a long outage it takes a few ticks.
+SLOTS_AT_ONCE = 5000
+
+#: Seconds that whoever looks may take for a batch before another takes over.
+LOOK_LEASE = 120.0
+
+#: Seconds until a look that failed is tried again.
+TRY_AGAIN = 60.0
+
+
+class LookLostError(Exception):
+    """Another has taken the look over, or the camera was changed: nothing of ours may be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A look at a camera's source that is ours for now."""
+
+    camera_id: int
+    token: uuid.UUID
+    began: datetime
+    cursor: str | None
+    is_sweep: bool
+
+
+def check_schedule(every_seconds: float | None, cron: str | None) -> None:
+    """Raise `MaskwatchError` for a schedule that can't be, with what can."""
+    if every_seconds is not None and cron is not None:
+        raise MaskwatchError("a camera is looked at every so often, or by a cron expression: not both")
+    if cron is not None:
+        try:
+            croniter(cron).get_next()
+        except (CroniterError, ValueError) as error:
+            raise MaskwatchError(
+                f"{cron!r} is no cron expression that ever comes ({error}); e.g. '*/5 * * * *' for every five minutes, "
+                "'0 6 * * 1-5' for six o'clock on workdays"
+            ) from error
+    if every_seconds is not None and every_seconds < 1:
+        raise MaskwatchError("a camera is looked at once a second at most")
+
+
+def slots(
+    every_seconds: float | None, cron: str | None, *, since: datetime, after: datetime, until: datetime, where: ZoneInfo
+) -> Iterator[datetime]:
+    """The slots in (after, until] of a schedule that began at `since`; a cron expression is on the location's clock."""
+    if cron is not None:
+        times = croniter(cron, max(since, after).astimezone(where), ret_type=datetime)
+        for slot in iter(lambda: times.get_next(datetime), None):
+            if slot > until:
+                return
+            yield slot
+    elif every_seconds is not None:
+        step = timedelta(seconds=every_seconds)
+        number = max(0, (after - since) // step)
+        while (slot := since + number * step) <= until:
+            if slot > after:
+                yield slot
+            number += 1
+
+
+def note_slots(session: Session) -> int:
+    """Note down the slots that have come due; returns how many are new."""
+    cameras = session.execute(
+        text(
+            "SELECT c.id, c.every_seconds, c.cron, c.scheduled_since, l.time_zone, clock_timestamp() AS now,"
+            " (SELECT max(slot) FROM camera_slots s WHERE s.camera_id = c.id AND s.slot >= c.scheduled_since) AS last"
+            " FROM cameras c JOIN locations l ON l.id = c.location_id WHERE c.scheduled_since IS NOT NULL"
+            " AND c.disabled_at IS NULL AND c.removed_at IS NULL ORDER BY c.id"
+        )
+    ).all()
+    noted = 0
+    for row in cameras:
+        after = row.last or row.scheduled_since - timedelta(microseconds=1)
+        due = slots(
+            row.every_seconds,
+            row.cron,
+            since=row.scheduled_since,
+            after=after,
+            until=row.now,
+            where=zone(row.time_zone),
+        )
+        new = list(islice(due, SLOTS_AT_ONCE))
+        if new:
+            noted += len(
+                session.execute(
+                    text(
+                        "INSERT INTO camera_slots (camera_id, slot)"
+                        " SELECT :camera, unnest(CAST(:slots AS timestamptz[])) ON CONFLICT DO NOTHING RETURNING slot"
+                    ),
+                    {"camera": row.id, "slots": new},
+                ).all()
+            )
+    return noted
+
+
+def to_look_at(session: Session) -> list[int]:
+    """Cameras with a slot that is due, which nobody is looking at."""
+    found = session.execute(
+        text(
+            "SELECT id FROM cameras WHERE disabled_at IS NULL AND removed_at IS NULL AND scheduled_since IS NOT NULL"
+            " AND (look_until IS NULL OR look_until < clock_timestamp()) AND EXISTS (SELECT FROM camera_slots s"
+            " WHERE s.camera_id = cameras.id AND finished_at IS NULL) ORDER BY look_until NULLS FIRST, id"
+        )
+    )
+    return list(found.scalars())
+
+
+def begin_look(session: Session, camera_id: int) -> Look | None:
+    """Begin a look, or go on with one whose lease has run out; None if nothing is due, or another looks."""
+    row = session.execute(
+        text(
+            "UPDATE cameras SET look_token = gen_random_uuid(),"
+            " look_until = clock_timestamp() + make_interval(secs => :lease),"
+            " look_began = coalesce(look_began, clock_timestamp()),"
+            " look_is_sweep = coalesce(look_is_sweep, swept_at IS NULL"
+            " OR swept_at < clock_timestamp() - make_interval(secs => sweep_seconds))"
+            " WHERE id = :id AND disabled_at IS NULL AND removed_at IS NULL AND scheduled_since IS NOT NULL"
+            " AND (look_until IS NULL OR look_until < clock_timestamp()) AND EXISTS (SELECT FROM camera_slots s"
+            " WHERE s.camera_id = cameras.id AND finished_at IS NULL)"
+            " RETURNING look_token, look_began, look_cursor, look_is_sweep"
+        ),
+        {"id": camera_id, "lease": LOOK_LEASE},
+    ).first()
+    if row is None:
+        return None
+    return Look(camera_id, row.look_token, row.look_began, row.look_cursor, row.look_is_sweep)
+
+
+def advance_look(session: Session, look: Look, cursor: str) -> None:
+    """Everything up to the cursor is registered. Raises `LookLostError` if the look is no longer ours."""
+    _held(
+        session,
+        look,
+        "look_cursor = :cursor, look_until = clock_timestamp() + make_interval(secs => :lease)",
+        {"cursor": cursor, "lease": LOOK_LEASE},
+    )
+
+
+def end_look(session: Session, look: Look) -> int:
+    """The look is through: end the slots that were due when it began; returns how many. Raises as `advance_look`."""
+    _held(
+        session,
+        look,
+        f"{_NOBODY_LOOKS}, problem = NULL, swept_at = CASE WHEN look_is_sweep THEN look_began ELSE swept_at END",
+        {},
+    )
+    ended = session.execute(
+        text(
+            "UPDATE camera_slots SET looks = looks + 1, finished_at = clock_timestamp()"
+            " WHERE camera_id = :id AND finished_at IS NULL AND slot <= :began RETURNING slot"
+        ),
+        {"id": look.camera_id, "began": look.began},
+    )
+    return len(ended.all())
+
+
+def fail_look(session: Session, look: Look, problem: str) -> None:
+    """The look failed: its slots stay due, and it is gone on with later. Raises as `advance_look`."""
+    _held(
+        session,
+        look,
+        "problem = :problem, look_token = NULL, look_until = clock_timestamp() + make_interval(secs => :wait)",
+        {"problem": problem, "wait": TRY_AGAIN},
+    )
+
+
+#: The next look begins from the start.
+_NOBODY_LOOKS = "look_token = NULL, look_until = NULL, look_began = NULL, look_cursor = NULL, look_is_sweep = NULL"
+
+
+def interrupt_looks(session: Session, camera_id: int) -> None:
+    """Who looks at this camera now is refused at his next batch, because what he was told has changed."""
+    session.execute(text(f"UPDATE cameras SET {_NOBODY_LOOKS} WHERE id = :id"), {"id": camera_id})  # noqa: S608
+
+
+def _held(session: Session, look: Look, assignments: str, parameters: dict[str, Any]) -> None:
+    row = session.execute(
+        text(f"UPDATE cameras SET {assignments} WHERE id = :id AND look_token = :token RETURNING id"),  # noqa: S608
+        {"id": look.camera_id, "token": look.token, **parameters},
+    ).first()
+    if row is None:
+        raise LookLostError(f"the look at camera {look.camera_id} is another's now")
+
+
+def newest_known(session: Session, camera_id: int, bucket: str) -> tuple[str, datetime] | None:
+    """The key and time of a camera's newest footage, by the times in its keys; None before there is any."""
+    row = session.execute(
+        text(
+            "SELECT key, observed_at FROM media_objects WHERE camera_id = :camera AND bucket = :bucket"
+            " AND observed_at_source = 'key_pattern' AND superseded_at IS NULL ORDER BY observed_at DESC LIMIT 1"
+        ),
+        {"camera": camera_id, "bucket": bucket},
+    ).first()
+    return None if row is None else (row.key, row.observed_at)

@@ -1,0 +1,115 @@
+"""What work costs here: measured from the attempts that workers have made, else from the benchmark.
+
+Read side: receives a session, changes nothing. Every figure carries where it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+#: Attempts that are looked at, the newest first: some hours of a worker, read in milliseconds.
+RECENT = 20_000
+
+#: With fewer jobs of a kind, what they took says little: the first ones load the models.
+ENOUGH = 20
+
+
+class Origin(StrEnum):
+    """Where a figure comes from."""
+
+    #: The workers of this deployment, with this pipeline.
+    MEASURED = "measured here"
+    #: docs/performance.md: a worker process on one core of a server, with the default pipeline.
+    BENCHMARK = "the benchmark's"
+    #: Nothing of the kind was analysed yet.
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A figure and where it comes from; `value` is None where it is unknown."""
+
+    value: float | None
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """What a deployment's worker processes take, each by itself."""
+
+    seconds_per_image: Rate
+    seconds_per_probe: Rate
+    #: Of a video, per second of it.
+    seconds_per_footage_second: Rate
+    #: Of pictures and frames.
+    faces_per_frame: Rate
+    #: Of videos as they lie in the source.
+    bytes_per_footage_second: Rate
+
+
+#: 20 Nov. 2026, docs/performance.md: 78 to 106 ms a picture of 960×540 with its share of the road; 17 frames per second
+#: on two cores. Per frame: at one per second, which is the default.
+_BENCHMARK = {"image": 0.12, "probe": 0.1, "chunk": 2 / 17}
+
+#: A message's jobs begin together and end one by one, so what a message takes is from its claim to its last end. What
+#: takes three times as long as others had to load models, or waited for something.
+_SPANS = """
+WITH recent AS (
+    SELECT a.worker, j.kind, a.job_id, a.started_at, a.ended_at
+    FROM job_attempts a JOIN jobs j ON j.id = a.job_id
+    WHERE a.id > (SELECT max(id) FROM job_attempts) - :recent AND a.outcome = 'succeeded' AND j.pipeline_id = :pipeline
+), messages AS (
+    SELECT kind, worker, count(*) AS jobs, extract(epoch FROM max(ended_at) - min(started_at))::float AS seconds,
+           CASE kind WHEN 'chunk' THEN
+               (SELECT sum(c.seconds) FROM frame_counts c WHERE c.job_id = ANY(array_agg(r.job_id)))
+           ELSE count(*) END AS units
+    FROM recent r GROUP BY kind, worker
+), usual AS (
+    SELECT kind, percentile_cont(0.5) WITHIN GROUP (ORDER BY seconds / units) AS middle
+    FROM messages WHERE units > 0 GROUP BY kind
+)
+SELECT kind, sum(jobs)::int AS jobs, sum(seconds) / sum(units) AS per_unit
+FROM messages JOIN usual USING (kind) WHERE units > 0 AND seconds / units <= 3 * middle GROUP BY kind
+"""
+
+_FACES = """
+SELECT sum(s.faces)::float / nullif(sum(s.frames), 0) FROM compliance_hourly s JOIN locations l ON l.id = s.location_id
+WHERE s.pipeline_id = :pipeline AND (CAST(:location AS text) IS NULL OR l.name = :location)
+"""
+
+_BITRATE = """
+SELECT sum(size_bytes)::float / nullif(sum(duration_seconds), 0) FROM media_objects m
+JOIN locations l ON l.id = m.location_id
+WHERE m.id > (SELECT max(id) FROM media_objects) - 200000 AND m.kind = 'video' AND m.duration_seconds > 0
+  AND (CAST(:location AS text) IS NULL OR l.name = :location)
+"""
+
+
+def measured(session: Session, pipeline_id: int | None, location: str) -> Throughput:
+    """What is known of this pipeline's work; of faces and videos rather those of the location than of all."""
+    spans: dict[str, float] = {}
+    if pipeline_id is not None:
+        found = session.execute(text(_SPANS), {"recent": RECENT, "pipeline": pipeline_id})
+        spans = {row.kind: row.per_unit for row in found if row.jobs >= ENOUGH or row.kind != "image"}
+
+    def span(kind: str) -> Rate:
+        return Rate(spans[kind], Origin.MEASURED) if kind in spans else Rate(_BENCHMARK[kind], Origin.BENCHMARK)
+
+    def of_this_or_all(query: str) -> Rate:
+        for name in (location, None):
+            value = session.scalar(text(query), {"pipeline": pipeline_id, "location": name})
+            if value is not None:
+                return Rate(float(value), Origin.MEASURED)
+        return Rate(None, Origin.UNKNOWN)
+
+    return Throughput(
+        span("image"),
+        span("probe"),
+        span("chunk"),
+        of_this_or_all(_FACES),
+        of_this_or_all(_BITRATE),
+    )

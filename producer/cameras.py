@@ -1,0 +1,127 @@
+"""Looking for new footage of cameras, when a slot of theirs is due."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+from common import ledger, schedule
+from common.database import engine, session_scope
+from common.domain import Lane, MaskwatchError, TimeRange
+from common.partitions import ensure_partitions
+from common.planning import TimePattern, zone
+from common.schedule import Look, LookLostError
+from common.settings import Settings
+from common.storage import ObjectInfo, ObjectStore, open_source
+from common.tables import Camera, Location, Pipeline
+from common.telemetry import get_logger
+from producer.discover import Rules, list_range, plan_pages
+
+log = get_logger(__name__)
+
+#: Cameras of one producer that are looked at at once; each may wait for a slow S3 server.
+THREADS = 4
+
+
+def tick(settings: Settings) -> list[int]:
+    """Note down the slots that have come due; returns the cameras that are to be looked at."""
+    with session_scope() as session:
+        noted = schedule.note_slots(session)
+        waiting = schedule.to_look_at(session)
+    if noted:
+        log.info("slots are due", slots=noted)
+    return waiting
+
+
+class Watcher:
+    """Looks at cameras in threads of its own, so that dispatching does not wait for a listing."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="look")
+        self._looking: set[int] = set()
+        self._lock = threading.Lock()
+
+    def look_at(self, camera_ids: list[int], settings: Settings) -> None:
+        """Begin with those that no thread of ours is looking at, as many as there are threads."""
+        for camera_id in camera_ids:
+            with self._lock:
+                if camera_id in self._looking or len(self._looking) >= THREADS:
+                    continue
+                self._looking.add(camera_id)
+            self._threads.submit(self._look, camera_id, settings)
+
+    def _look(self, camera_id: int, settings: Settings) -> None:
+        try:
+            look_at(camera_id, settings)
+        except Exception:
+            # Its slots stay due, and its lease runs out.
+            log.exception("a look at a camera ended", camera=camera_id)
+        finally:
+            with self._lock:
+                self._looking.discard(camera_id)
+
+
+def look_at(camera_id: int, settings: Settings) -> int | None:
+    """Enqueue what is new of a camera, and end its slots; returns how many objects are new, None where there was
+    nothing to do, somebody else does it, or it failed."""
+    with session_scope() as session:
+        look = schedule.begin_look(session, camera_id)
+    if look is None:
+        return None
+    try:
+        return _look(look, settings)
+    except LookLostError as error:
+        log.warning(str(error))
+    except MaskwatchError as error:
+        log.error("a look at a camera failed, and is tried again", camera=camera_id, detail=str(error))
+        try:
+            with session_scope() as session:
+                schedule.fail_look(session, look, str(error))
+        except LookLostError:
+            pass
+    return None
+
+
+def _look(look: Look, settings: Settings) -> int:
+    with session_scope() as session:
+        camera = session.get_one(Camera, look.camera_id)
+        location = session.get_one(Location, camera.location_id)
+        pipeline = session.get_one(Pipeline, camera.pipeline_id)
+    assert camera.source is not None, "a camera on a schedule has a source"
+    store, prefix = open_source(camera.source, settings)
+    pattern = TimePattern(camera.time_pattern) if camera.time_pattern else None
+    new = listed = 0
+    rules = Rules(pattern, zone(location.time_zone), TimeRange())
+    for page in plan_pages(_new_objects(look, camera, location, pattern, store, prefix), rules):
+        ensure_partitions(engine(), (item.best_known_time for item in page.planned))
+        with session_scope() as session:
+            schedule.advance_look(session, look, page.last_key or look.cursor or "")
+            registered = ledger.register(
+                session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE
+            )
+        new += registered.new
+        listed += len(page)
+    with session_scope() as session:
+        ended = schedule.end_look(session, look)
+    log.info("looked at a camera", camera=camera.name, sweep=look.is_sweep, listed=listed, new=new, slots=ended)
+    return new
+
+
+def _new_objects(
+    look: Look, camera: Camera, location: Location, pattern: TimePattern | None, store: ObjectStore, prefix: str
+) -> Iterator[ObjectInfo]:
+    """What can be new: in a sweep everything; else, where keys sort by time, what is not older than the newest that is
+    known by more than footage may come late."""
+    after = look.cursor or ""
+    if not look.is_sweep and pattern is not None:
+        with session_scope() as session:
+            newest = schedule.newest_known(session, camera.id, store.bucket)
+        if newest is not None:
+            key, seen = newest
+            since = min(seen, datetime.now(UTC)) - timedelta(seconds=camera.look_back_seconds)
+            local = since.astimezone(zone(location.time_zone)).replace(tzinfo=None)
+            # Half an hour or an hour of a zone's clock change is not told from lateness: both are looked back over.
+            after = max(after, pattern.key_before(key, local) or "")
+    return list_range(store, prefix, after)

@@ -1,0 +1,321 @@
+"""Cameras on a schedule: every slot is looked at once, whoever ticks and whoever dies; what is late is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from common import schedule
+from common.database import session_scope
+from common.domain import MaskwatchError
+from common.planning import TimePattern
+from common.schedule import LookLostError, slots
+from common.settings import get_settings
+from common.storage import ObjectInfo, S3Store
+from producer import cameras, discover
+from producer.cameras import look_at, tick
+from tests.ledger_rows import rows, scalar, states
+from tests.photos import jpeg, portrait
+from tests.services import QUICK, Bucket, locate, maskwatch, running, wait_until
+
+PATTERN = "cam/%Y/%m/%d/%H-%M-%S.jpg"
+NOW = datetime.now(UTC).replace(microsecond=0)
+
+
+def key(at: datetime) -> str:
+    return f"{at:cam/%Y/%m/%d/%H-%M-%S.jpg}"
+
+
+def add(bucket: Bucket, *options: str, name: str = "cam", source: str = "/cam/") -> str:
+    """Register a camera on a schedule; what the command says."""
+    command = ("cameras", "add", name, "--location", "lobby", "--source", f"{bucket.uri}{source}", *options)
+    done = maskwatch(*command, "--time-pattern", PATTERN)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def due(session: Session, **ago: float) -> None:
+    """As if the schedule had begun that long ago."""
+    session.rollback()
+    session.execute(text("UPDATE cameras SET scheduled_since = :since"), {"since": NOW - timedelta(**ago)})
+    session.commit()
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where listings began."""
+    begun: list[str] = []
+    pages = S3Store.list_pages
+
+    def list_pages(self: S3Store, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        begun.append(start_after)
+        return pages(self, prefix, start_after)
+
+    monkeypatch.setattr(S3Store, "list_pages", list_pages)
+    return begun
+
+
+# --- slots ------------------------------------------------------------------------------------------------
+
+
+def test_slots_of_an_interval_are_counted_from_its_beginning() -> None:
+    begin = datetime(2026, 3, 2, 12, tzinfo=UTC)
+    found = slots(
+        300, None, since=begin, after=begin, until=begin + timedelta(minutes=16), where=ZoneInfo("Europe/Berlin")
+    )
+    assert [slot.minute for slot in found] == [5, 10, 15]
+
+
+def test_cron_is_on_the_locations_clock_over_its_changes() -> None:
+    begin = datetime(2026, 3, 27, 12, tzinfo=UTC)  # clocks are set forward on the 29th
+    found = list(
+        slots(
+            None,
+            "0 6 * * *",
+            since=begin,
+            after=begin,
+            until=begin + timedelta(days=4),
+            where=ZoneInfo("Europe/Berlin"),
+        )
+    )
+    assert [slot.astimezone(UTC).hour for slot in found] == [5, 4, 4, 4]
+
+
+@pytest.mark.parametrize("cron", ["every day", "61 * * * *", "0 0 30 2 *"])
+def test_a_cron_expression_that_never_comes_is_refused(cron: str) -> None:
+    with pytest.raises(MaskwatchError, match=r"no cron expression that ever comes.*\*/5"):
+        schedule.check_schedule(None, cron)
+
+
+def test_slots_are_noted_once_however_many_tick(session: Session, bucket: Bucket) -> None:
+    locate()
+    add(bucket, "--every", "1m")
+    due(session, minutes=30)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: tick(get_settings()), range(8)))
+    assert scalar(session, "SELECT count(*) FROM camera_slots") == 31
+    tick(get_settings())
+    assert scalar(session, "SELECT count(*) FROM camera_slots") in (31, 32)
+
+
+# --- looks ------------------------------------------------------------------------------------------------
+
+
+def test_one_look_ends_all_slots_that_were_due_and_enqueues_live(session: Session, bucket: Bucket) -> None:
+    locate()
+    add(bucket, "--every", "1h")
+    due(session, hours=30)
+    bucket.put(key(NOW), b"x")
+    (camera,) = tick(get_settings())
+    with ThreadPoolExecutor(3) as threads:
+        assert sorted(threads.map(lambda _: look_at(camera, get_settings()) or 0, range(3))) == [0, 0, 1]
+    assert rows(session, "SELECT looks, count(*) FROM camera_slots GROUP BY 1") == [(1, 31)]
+    assert rows(session, "SELECT lane, state FROM jobs") == [(0, "pending")]
+    assert tick(get_settings()) == [] and look_at(camera, get_settings()) is None
+
+
+def test_a_look_lists_what_can_be_new_and_a_sweep_everything(
+    session: Session, bucket: Bucket, listed: list[str]
+) -> None:
+    locate()
+    add(bucket, "--every", "1s", "--look-back", "1h", "--sweep", "1d")
+    old, new = NOW - timedelta(days=9), NOW - timedelta(hours=2)
+    for at in (old, new):
+        bucket.put(key(at), b"x")
+    wait_until(lambda: tick(get_settings()), what="a slot")
+    listed.clear()
+    assert look_at(1, get_settings()) == 2
+    assert listed == [""], "the first is a sweep"
+
+    late, later = new - timedelta(minutes=30), new - timedelta(days=1)
+    for at in (late, later):
+        bucket.put(key(at), b"late")
+    wait_until(lambda: tick(get_settings()), what="the next slot")
+    listed.clear()
+    assert look_at(1, get_settings()) == 1, "what is not too late"
+    assert listed == [key(new - timedelta(hours=1)).removesuffix(".jpg")]
+
+    session.execute(text("UPDATE cameras SET swept_at = swept_at - interval '2 days'"))
+    session.commit()
+    wait_until(lambda: tick(get_settings()), what="another slot")
+    assert look_at(1, get_settings()) == 1, "what came later still"
+    assert states(session) == {"pending": 4}
+    hours = {row[0] for row in rows(session, "SELECT observed_at FROM media_objects")}
+    assert hours == {old, new, late, later}, "each in its own time"
+
+
+def test_a_look_that_was_killed_is_gone_on_with_by_another(
+    session: Session, bucket: Bucket, listed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cameras, "plan_pages", lambda objects, rules: discover.plan_pages(objects, rules, batch=2))
+    locate()
+    add(bucket, "--every", "1h")
+    due(session, hours=1)
+    keys = [key(NOW - timedelta(minutes=n)) for n in range(6)]
+    for name in keys:
+        bucket.put(name, b"x")
+    tick(get_settings())
+    advance = schedule.advance_look
+
+    def killed(session: Session, look: schedule.Look, cursor: str) -> None:
+        if cursor == sorted(keys)[3]:
+            raise SystemExit  # whoever looks ends here
+        advance(session, look, cursor)
+
+    monkeypatch.setattr(schedule, "advance_look", killed)
+    with pytest.raises(SystemExit):
+        look_at(1, get_settings())
+    monkeypatch.setattr(schedule, "advance_look", advance)
+    assert tick(get_settings()) == [], "its lease has not run out"
+    assert scalar(session, "SELECT count(*) FROM camera_slots WHERE finished_at IS NOT NULL") == 0
+    session.execute(text("UPDATE cameras SET look_until = clock_timestamp() - interval '1 second'"))
+    session.commit()
+    listed.clear()
+    assert look_at(1, get_settings()) == 4
+    assert listed == [sorted(keys)[1]]
+    assert rows(session, "SELECT DISTINCT looks FROM camera_slots") == [(1,)]
+
+
+def test_who_was_paused_past_his_lease_writes_nothing(session: Session, bucket: Bucket) -> None:
+    locate()
+    add(bucket, "--every", "1h")
+    due(session, hours=1)
+    tick(get_settings())
+    with session_scope() as mine:
+        slow = schedule.begin_look(mine, 1)
+    assert slow is not None
+    session.execute(text("UPDATE cameras SET look_until = clock_timestamp() - interval '1 second'"))
+    session.commit()
+    assert look_at(1, get_settings()) == 0
+    for write in (lambda s: schedule.advance_look(s, slow, "x"), lambda s: schedule.end_look(s, slow)):
+        with pytest.raises(LookLostError), session_scope() as mine:
+            write(mine)
+    assert rows(session, "SELECT DISTINCT looks FROM camera_slots") == [(1,)], "and ends no slot again"
+
+
+def test_a_bucket_that_denies_costs_no_slot(session: Session, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    locate()
+    add(bucket, "--every", "1h")
+    due(session, hours=1)
+    tick(get_settings())
+    pages = S3Store.list_pages
+
+    def denied(self: S3Store, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        raise MaskwatchError("listing is denied (AccessDenied): grant s3:ListBucket to these keys")
+
+    monkeypatch.setattr(S3Store, "list_pages", denied)
+    assert look_at(1, get_settings()) is None
+    (shown,) = json.loads(maskwatch("cameras", "list", "--json").stdout)
+    assert "grant s3:ListBucket" in shown["problem"] and shown["slots_due"] == 2
+    monkeypatch.setattr(S3Store, "list_pages", pages)
+    assert tick(get_settings()) == [], "not at once again"
+    session.execute(text("UPDATE cameras SET look_until = clock_timestamp() - interval '1 second'"))
+    session.commit()
+    assert look_at(1, get_settings()) == 0
+    (shown,) = json.loads(maskwatch("cameras", "list", "--json").stdout)
+    assert (shown["problem"], shown["slots_due"], shown["state"]) == (None, 0, "scheduled")
+
+
+# --- registering ------------------------------------------------------------------------------------------
+
+
+def test_cameras_whose_sources_overlap_are_refused(session: Session, bucket: Bucket) -> None:
+    locate()
+    add(bucket, "--every", "5m")
+    inside = maskwatch(
+        "cameras", "add", "b", "--location", "lobby", "--source", f"{bucket.uri}/cam/left/", "--every", "5m"
+    )
+    assert inside.returncode == 1 and "overlap, and an object belongs to one camera" in inside.stderr
+    assert scalar(session, "SELECT count(*) FROM cameras") == 1
+    add(bucket, "--cron", "*/5 * * * *", name="b", source="/other/")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--every", "5 minutes"), "is no length of time; valid: 30s, 5m, 2h, 1d"),
+        (("--every", "5m", "--cron", "* * * * *"), "not both"),
+        (("--cron", "0 0 31 2 *"), "no cron expression that ever comes"),
+        (("--expects", "2h", "--every", "5m"), "at most 1h"),
+        ((), "say when the source is to be looked at"),
+        (("--every", "5m", "--time-pattern", "%H.jpg"), "must hold a date"),
+    ],
+)
+def test_what_can_not_be_is_refused_and_leaves_no_camera(
+    session: Session, bucket: Bucket, options: tuple[str, ...], said: str
+) -> None:
+    locate()
+    done = maskwatch("cameras", "add", "cam", "--location", "lobby", "--source", bucket.uri, *options)
+    assert done.returncode == 1 and said in done.stderr, done.stderr
+    assert scalar(session, "SELECT count(*) FROM cameras") == 0
+
+
+def test_a_camera_is_changed_disabled_and_removed_and_keeps_its_history(session: Session, bucket: Bucket) -> None:
+    locate()
+    add(bucket, "--every", "1h")
+    due(session, hours=1)
+    bucket.put(key(NOW), b"x")
+    tick(get_settings())
+    look_at(1, get_settings())
+
+    def do(action: str, *options: str) -> str:
+        done = maskwatch("cameras", action, "cam", "--location", "lobby", *options)
+        return done.stderr if done.returncode == 0 else f"refused: {done.stderr}"
+
+    assert "looked at every 1 s" in do("change", "--every", "1s")
+    assert "is disabled" in do("disable") and "disabled already" in do("disable")
+    assert tick(get_settings()) == []
+    assert "is enabled" in do("enable") and "enabled already" in do("enable")
+    assert tick(get_settings()) == [1], "what came meanwhile is looked for"
+    assert "is removed" in do("remove") and "refused" in do("enable")
+    assert tick(get_settings()) == []
+    assert states(session) == {"pending": 1}
+    assert scalar(session, "SELECT count(*) FROM media_objects WHERE camera_id = 1") == 1
+    assert [row.action for row in rows(session, "SELECT action FROM operator_actions ORDER BY id")] == [
+        "change camera",
+        "disable camera",
+        "enable camera",
+        "remove camera",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "before"),
+    [
+        ("cam/%Y/%m/%d/%H-%M-%S.jpg", "x/cam/2026/03/02/12-00-00.jpg", "x/cam/2026/03/01/06-30-00"),
+        ("%Y%m%d-*.jpg", "cam/20260302-7.jpg", "cam/20260301"),
+        ("%d.%m.%Y/%H%M%S.jpg", "02.03.2026/120000.jpg", None),  # does not sort by time
+        ("*/%Y/%m/%d.jpg", "a/2026/03/02.jpg", None),  # what comes before the date differs
+        ("%Y/%m/%d.jpg", "2026/3/2.jpg", None),  # nor do numbers without zeros
+    ],
+)
+def test_where_a_look_begins(pattern: str, name: str, before: str | None) -> None:
+    assert TimePattern(pattern).key_before(name, datetime(2026, 3, 1, 6, 30)) == before
+
+
+def test_footage_that_arrives_is_analysed_on_schedule(
+    session: Session, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two real producers and a real worker."""
+    for name, value in {**QUICK, "MASKWATCH_DISPATCH__LOOK_SECONDS": "0.3"}.items():
+        monkeypatch.setenv(name, value)
+    locate()
+    add(bucket, "--every", "1s")
+    with (
+        running("producer", log=tmp_path / "producer.log"),
+        running("producer", log=tmp_path / "another.log"),
+        running("worker", log=tmp_path / "worker.log"),
+    ):
+        for number in range(3):
+            bucket.put(key(NOW - timedelta(minutes=number)), jpeg(portrait(128)))
+            wait_until(lambda: states(session).get("succeeded", 0) == number + 1, what="success")  # noqa: B023
+    assert scalar(session, "SELECT max(looks) FROM camera_slots") == 1
+    assert scalar(session, "SELECT count(*) FROM jobs WHERE lane = 0") == 3

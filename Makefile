@@ -34,6 +34,7 @@ bench: $(VENV)/.test  ## Measure the road, video, and every model in every runti
 	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.storage
 
 chaos: $(VENV)/.test  ## Pull every plug and count what is lost: the table of docs/reliability.md (an hour)
 	$(BIN)/python -m pytest -m chaos

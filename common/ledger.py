@@ -124,6 +124,8 @@ class ClaimedJob:
     last: bool = False
     #: Of a chunk's video, by its header.
     duration_seconds: float | None = None
+    #: From its being sent to its being claimed.
+    queued_seconds: float = 0.0
 
     @property
     def uri(self) -> str:
@@ -631,7 +633,7 @@ def claim(
             " FROM wanted WHERE jobs.id = wanted.id RETURNING jobs.*"
             ") SELECT held.id, held.token, held.kind, held.attempt, held.media_object_id, held.source_id,"
             " held.pipeline_id, held.backfill_id, held.lane, held.range_start_ms, held.range_end_ms,"
-            " m.duration_seconds,"
+            " m.duration_seconds, extract(epoch FROM held.started_at - held.queued_at)::float AS queued_seconds,"
             " held.kind = 'chunk' AND NOT EXISTS (SELECT FROM jobs later WHERE later.kind = 'chunk'"
             " AND later.media_object_id = held.media_object_id AND later.pipeline_id = held.pipeline_id"
             f" AND later.range_start_ms >= held.range_end_ms AND {_PLANNED.format(jobs='later')}) AS last,"
@@ -666,6 +668,7 @@ def claim(
             range_end_ms=row.range_end_ms,
             last=row.last,
             duration_seconds=row.duration_seconds,
+            queued_seconds=row.queued_seconds or 0.0,
         )
         for row in rows
     ]
@@ -1252,6 +1255,63 @@ def unsummarized(session: Session, location: str | None = None) -> int:
     if location is not None:
         query = query.join(Location, Location.id == DirtyMark.location_id).where(Location.name == location)
     return session.scalar(query) or 0
+
+
+def summary_lag(session: Session) -> float:
+    """Seconds since the oldest mark that waits for the aggregator was made; 0 where none waits."""
+    return float(
+        session.scalar(
+            text("SELECT extract(epoch FROM clock_timestamp() - created_at) FROM dirty_marks ORDER BY id LIMIT 1")
+        )
+        or 0.0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Jobs of one state, lane, source and backfill that somebody has to do something about."""
+
+    state: JobState
+    lane: Lane
+    #: Pending, and not to be sent: its source or backfill is paused.
+    held: bool
+    #: At most the limit that was asked for.
+    jobs: int
+    #: Of the oldest pending one; else 0.
+    oldest_seconds: float
+
+
+def waiting(session: Session, *, limit: int) -> list[Waiting]:
+    """How much is to be done, for metrics: counted by the partial indexes, `limit` at most of each kind, so that it
+    is quick however large the ledger is."""
+    rows = session.execute(text(_WAITING), {"limit": limit, "lanes": list(Lane)})
+    return [Waiting(JobState(row.state), Lane(row.lane), row.held, row.jobs, float(row.oldest or 0.0)) for row in rows]
+
+
+#: As dispatch takes them: source by source and backfill by backfill, by their index.
+_OF_FEED = (
+    "FROM jobs WHERE source_id = feeds.source_id AND coalesce(backfill_id, 0) = feeds.backfill_id"
+    " AND lane = lanes.lane AND state = 'pending' AND NOT alone"
+)
+
+_WAITING = (
+    "WITH feeds AS ("
+    " SELECT id AS source_id, 0::bigint AS backfill_id, paused_at IS NOT NULL AS held FROM sources UNION ALL"
+    " SELECT source_id, b.id, s.paused_at IS NOT NULL OR b.paused_at IS NOT NULL"
+    " FROM backfills b JOIN sources s ON s.id = source_id"
+    ") SELECT 'pending' AS state, lanes.lane, held, counted.jobs,"
+    " extract(epoch FROM clock_timestamp() - first.created_at) AS oldest"
+    " FROM feeds CROSS JOIN unnest(CAST(:lanes AS smallint[])) AS lanes (lane)"
+    f" CROSS JOIN LATERAL (SELECT created_at {_OF_FEED} ORDER BY id LIMIT 1) AS first"
+    f" CROSS JOIN LATERAL (SELECT count(*) AS jobs FROM (SELECT {_OF_FEED} LIMIT :limit) AS part) AS counted"
+    " UNION ALL SELECT 'pending', lane, false, count(*), extract(epoch FROM clock_timestamp() - min(created_at))"
+    " FROM (SELECT lane, created_at FROM jobs WHERE state = 'pending' AND alone LIMIT :limit) AS part GROUP BY lane"
+) + "".join(
+    f" UNION ALL SELECT '{state}', lane, false, count(*), NULL"
+    # State by state: each has its index.
+    f" FROM (SELECT lane FROM jobs WHERE state = '{state}' LIMIT :limit) AS part GROUP BY lane"
+    for state in (JobState.QUEUED, JobState.RUNNING, JobState.RETRY_WAIT, JobState.QUARANTINED)
+)
 
 
 def get_job(session: Session, job_id: int) -> Job:

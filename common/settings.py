@@ -177,6 +177,16 @@ class DispatchSettings(BaseModel):
     look_seconds: float = Field(5.0, gt=0, description="how often it is looked whether a camera's slot is due")
 
 
+class MetricsSettings(BaseModel):
+    port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="where a producer, worker or aggregator serves its metrics; unset or 0: nowhere",
+    )
+    host: str = Field("127.0.0.1", description="the address it listens at; 0.0.0.0: all of the machine's")
+
+
 class Settings(BaseSettings):
     """All settings. `get_settings()` reads them once per process."""
 
@@ -201,6 +211,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     ledger: LedgerSettings = LedgerSettings()
     dispatch: DispatchSettings = DispatchSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 from typing import Any
 
 import structlog
@@ -54,6 +55,12 @@ structlog.configure(
     ],
     logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
 )
+
+
+def working_on(job_id: int, attempt: int) -> AbstractContextManager[None]:
+    """Put a job and its attempt into every line that is logged meanwhile, by us or by a library, in this thread and
+    in those that are started in a copy of its context."""
+    return structlog.contextvars.bound_contextvars(job=job_id, attempt=attempt)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -15,6 +15,8 @@ from common.console import json_option, note, print_json, print_table, progress
 from common.options import source_options
 
 if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
     from common.settings import Settings
     from producer.estimate import Estimate
     from producer.submit import BackfillReport, Restore
@@ -410,6 +412,13 @@ def describe(report: BackfillReport) -> None:
         )
 
 
+def _gauges() -> Iterable[Collector]:
+    # Imported here: Prometheus's library is needed only where metrics are served.
+    from producer.gauges import LedgerGauges
+
+    return [LedgerGauges()]
+
+
 @click.command()
 def producer() -> None:
     """Run the dispatcher and the reconciler, until SIGTERM: they move jobs from the ledger to Redis and
@@ -420,8 +429,9 @@ def producer() -> None:
       maskwatch producer
     """
     from common.deployment import deployment
+    from common.metrics import Role, serving
 
-    with deployment():
+    with deployment() as settings, serving(Role.PRODUCER, settings.metrics, _gauges):
         from celery.beat import EmbeddedService, Scheduler
 
         from common.celery_app import app, serve

@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from common import ledger
+from common import ledger, metrics
 from common.database import engine, session_scope
 from common.domain import JobKind, Lane
 from common.ledger import DispatchedJob, JobRef
@@ -67,6 +67,9 @@ def dispatch(settings: Settings) -> int:
         if groups:
             send(TaskName.ANALYZE, *([encode_refs(refs)] for refs in groups), priority=PRIORITIES[lane])
     sent = len(suspects) + len(live) + len(backfills)
+    # What travels ahead counts as live: suspects, and what of the backfills overtakes.
+    for lane, groups in ((Lane.LIVE, ahead), (Lane.BACKFILL, behind)):
+        metrics.count(metrics.DISPATCHED, sum(map(len, groups)), lane=metrics.LANES[lane])
     if sent:
         log.info("dispatched", jobs=sent, live=len(live), messages=len(ahead) + len(behind))
     return sent
@@ -113,6 +116,8 @@ def reconcile(settings: Settings) -> dict[str, int]:
             empty_lanes=empty,
             lost_seconds=limits.lost_seconds,
         )
+    metrics.count(metrics.LEASE_LOSSES, found["expired_leases"], cause="expired")
+    metrics.count(metrics.LOST_MESSAGES, found["lost_messages"])
     found["partitions"] = len(split_default(engine()))
     if any(found.values()):
         log.warning("reconciled", **found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common import metrics
 from common.celery_app import app
 from common.queues import ROUTES, TaskName
 from common.settings import get_settings
@@ -12,18 +13,21 @@ from producer import cameras, dispatch
 def dispatch_jobs() -> None:
     """Send pending jobs to the workers."""
     dispatch.dispatch(get_settings())
+    metrics.count(metrics.TICKS, task="dispatch")
 
 
 @app.task(name=TaskName.RECONCILE.value)
 def reconcile_jobs() -> None:
     """Recover what got lost."""
     dispatch.reconcile(get_settings())
+    metrics.count(metrics.TICKS, task="reconcile")
 
 
 @app.task(name=TaskName.REQUEST_SUMMARY.value)
 def request_summary() -> None:
     """Have the aggregator work, if there is something to summarize."""
     dispatch.request_summary()
+    metrics.count(metrics.TICKS, task="request_summary")
 
 
 _watcher = cameras.Watcher()
@@ -34,6 +38,7 @@ def look_at_cameras() -> None:
     """Look for new footage of the cameras whose slot is due."""
     settings = get_settings()
     _watcher.look_at(cameras.tick(settings), settings)
+    metrics.count(metrics.TICKS, task="look_at_cameras")
 
 
 def schedule() -> None:

@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from common import metrics
 from common.database import session_scope
 from common.retention import frozen_before
 
@@ -74,6 +75,7 @@ def summarize() -> int:
             limit = max(1, limit // 4)
             continue
         hours += recomputed
+        metrics.count(metrics.SUMMARIZED, recomputed)
         if taken < limit:
             return hours
 

@@ -16,11 +16,12 @@ from types import TracebackType
 import psycopg
 from sqlalchemy.exc import DBAPIError
 
-from common import ledger
+from common import ledger, metrics
 from common.database import DatabaseDownError, first_line, is_lost, session_scope
 from common.domain import (
     REFUSALS,
     ArchivedError,
+    AttemptOutcome,
     JobKind,
     JobState,
     MaskwatchError,
@@ -37,7 +38,7 @@ from common.planning import PlannedObject
 from common.settings import Settings
 from common.storage import open_bucket
 from common.tables import Camera, Location, Pipeline
-from common.telemetry import get_logger
+from common.telemetry import get_logger, working_on
 from workers.inference import Runtime, runtime_of
 from workers.inference.faults import OutOfModelMemoryError
 from workers.pipeline import PictureAnalyzer, load_analyzer
@@ -64,6 +65,8 @@ def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[Claim
         jobs = ledger.claim(session, refs, worker=worker, lease_seconds=limits.lease_seconds, fence=limits.fence)
     if len(jobs) < len(refs):
         log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))
+    for job in jobs:
+        metrics.observe(metrics.QUEUE_SECONDS, job.queued_seconds, lane=metrics.LANES[job.lane])
     return jobs
 
 
@@ -89,13 +92,26 @@ def release(jobs: Iterable[ClaimedJob]) -> None:
                 ledger.release(session, job)
         except StaleJobError:
             log.info("lost before release", job=job.ref.id)
+            metrics.count(metrics.LEASE_LOSSES, cause="refused")
+        else:
+            _ended(job, AttemptOutcome.RELEASED)
 
 
 def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bool:
     """Do a job's work, which ends the job itself when it succeeds; end it otherwise. Whether it succeeded."""
+    with working_on(job.ref.id, job.attempt), metrics.timed(metrics.ATTEMPT_SECONDS, kind=job.kind.value):
+        return _settle(job, work, settings)
+
+
+def _ended(job: ClaimedJob, outcome: AttemptOutcome) -> None:
+    metrics.count(metrics.ATTEMPTS, kind=job.kind.value, outcome=outcome.value)
+
+
+def _settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bool:
     try:
         try:
             work()
+            _ended(job, AttemptOutcome.SUCCEEDED)
             return True
         except DrainedError:
             release([job])
@@ -123,6 +139,7 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> boo
             _fail(job, TransientJobError(Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}"), settings)
     except StaleJobError as error:
         log.warning("stale commit refused", job=job.ref.id, uri=job.uri, detail=str(error))
+        metrics.count(metrics.LEASE_LOSSES, cause="refused")
     return False
 
 
@@ -174,9 +191,15 @@ def _fail(job: ClaimedJob, error: PermanentJobError | TransientJobError, setting
         else:
             ledger.quarantine(session, job, error.reason, detail)
             state = JobState.QUARANTINED
+    _failed(job, error.reason, state)
     log.warning(
         "failed", job=job.ref.id, uri=job.uri, reason=error.reason.value, detail=error.detail, state=state.value
     )
+
+
+def _failed(job: ClaimedJob, reason: Reason, state: JobState) -> None:
+    metrics.failed(reason, state)
+    _ended(job, AttemptOutcome.QUARANTINED if state is JobState.QUARANTINED else AttemptOutcome.RETRIED)
 
 
 def _await_restore(job: ClaimedJob, detail: str, settings: Settings) -> None:
@@ -189,6 +212,7 @@ def _await_restore(job: ClaimedJob, detail: str, settings: Settings) -> None:
             check_seconds=settings.storage.restore_check_seconds,
             wait_seconds=settings.storage.restore_wait_seconds,
         )
+    _failed(job, Reason.ARCHIVED, state)
     log.info("archived", job=job.ref.id, uri=job.uri, state=state.value)
 
 
@@ -218,6 +242,7 @@ def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
             backfill_id=job.backfill_id,
             newest=True,
         )
+    _ended(job, AttemptOutcome.SOURCE_CHANGED)
     log.info("source changed", job=job.ref.id, uri=job.uri, planned=registered.new)
 
 

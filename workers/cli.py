@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from common.console import json_option, note, print_json
 from common.domain import MaskwatchError
 from common.options import runtime_options
 from workers.annotate import annotate
+
+if TYPE_CHECKING:
+    from common.metrics import Role
 
 __all__ = ["aggregator", "annotate", "erase", "purge", "summarize", "worker"]
 
@@ -37,6 +41,7 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
     if threads:
         os.environ["MASKWATCH_WORKER__THREADS"] = str(threads)
     from common.machine import oversubscribed
+    from common.metrics import Role
     from common.queues import Queue
     from common.settings import get_settings
     from workers.inference import runtime_of
@@ -48,7 +53,7 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
     require_runtime(runtime_of(get_settings()))
     if (warning := oversubscribed(settings.processes, settings.threads)) is not None:
         note(f"warning: {warning}")
-    _serve(Queue.MEDIA, name or f"worker-{os.getpid()}", pool="prefork")
+    _serve(Queue.MEDIA, name or f"worker-{os.getpid()}", pool="prefork", role=Role.WORKER)
 
 
 @click.command()
@@ -60,16 +65,19 @@ def aggregator(name: str | None) -> None:
     Example:
       maskwatch aggregator
     """
+    from common.metrics import Role
     from common.queues import Queue
 
     # solo: one task at a time, in this process; the database bounds its statements' time.
-    _serve(Queue.AGGREGATION, name or f"aggregator-{os.getpid()}", pool="solo")
+    _serve(Queue.AGGREGATION, name or f"aggregator-{os.getpid()}", pool="solo", role=Role.AGGREGATOR)
 
 
-def _serve(queue: str, name: str, pool: str) -> None:
+def _serve(queue: str, name: str, *, pool: str, role: Role) -> None:
     from common.deployment import deployment
+    from common.metrics import serving
 
-    with deployment():
+    # Metrics before anything of Celery: their folder must be known to the children.
+    with deployment() as settings, serving(role, settings.metrics):
         from common.celery_app import serve
         from workers.lifecycle import prepare_drain
 

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from common import metrics
 from common.database import session_scope
 from common.domain import Face, ObservedAt, PermanentJobError, Reason
 from common.ledger import ClaimedJob
+from common.metrics import Stage
 from common.planning import observed_from_file, zone
 from common.settings import Settings
 from common.storage import open_bucket
+from common.telemetry import working_on
 from workers import attempts
 from workers.attempts import Heartbeat
 from workers.decoding import decode_image
@@ -52,15 +55,17 @@ def analyze_images(
 def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> bool:
     def work() -> None:
         faces, seen = analyze_bytes(job, read(), settings)
-        with session_scope() as session:
+        with metrics.stage(Stage.WRITE), session_scope() as session:
             record_image(session, job, faces, seen, fence=settings.ledger.fence)
+        metrics.analysed(job.kind, [faces])
 
     return attempts.settle(job, work, settings)
 
 
 def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[list[Face], ObservedAt]:
     """The faces in these bytes, and when the camera saw them."""
-    image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
+    with metrics.stage(Stage.DECODE):
+        image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
     faces = attempts.analyzer(job.spec, runtime_of(settings)).analyze(image.rgb)
     check_faces(len(faces), Reason.IMAGE_TOO_LARGE, settings)
     return faces, observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
@@ -101,4 +106,6 @@ def _has_room(ahead: Sequence[ClaimedJob], following: ClaimedJob, settings: Sett
 
 
 def _read(job: ClaimedJob, settings: Settings) -> bytes:
-    return open_bucket(job.bucket).read(job.key, job.etag, settings.storage.max_object_bytes)
+    # In a thread of its own, for a job that is worked on later.
+    with working_on(job.ref.id, job.attempt), metrics.stage(Stage.READ):
+        return open_bucket(job.bucket).read(job.key, job.etag, settings.storage.max_object_bytes)

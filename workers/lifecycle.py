@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 
-from common import ledger
+from common import ledger, metrics
 from common.database import session_scope
 from common.domain import MaskwatchError
 from common.queues import TaskName
@@ -151,3 +151,4 @@ def _report_crash(sender: Any = None, task_id: str | None = None, exception: Any
         log.exception("crash not reported; the leases will run out", task=task_id)
     else:
         log.warning("a child process died", jobs=lost, task=task_id)
+        metrics.count(metrics.LEASE_LOSSES, lost, cause="crashed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -51,7 +52,8 @@ def ahead(
                     state.ended = True
                     changed.notify_all()
 
-    thread = threading.Thread(target=fill, name="ahead", daemon=True)
+    # In a copy of our context: what is logged there names the job, too.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(fill,), name="ahead", daemon=True)
     thread.start()
     try:
         while True:

@@ -14,7 +14,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from common import metrics
 from common.domain import Face, FrameFaces, MaskStatus, PipelineSpec
+from common.metrics import Stage
 from workers.classification import MaskClassifier
 from workers.classification._ops import crop_for_classification
 from workers.detection import FaceDetector
@@ -81,14 +83,17 @@ class Analyzer:
             ) from error
 
     def _analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
-        found = self._detector.detect(image_rgb)
+        with metrics.stage(Stage.DETECT):
+            found = self._detector.detect(image_rgb)
         boxes = [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in found.boxes_xyxy]
-        crops = [
-            crop_for_classification(image_rgb, box, self.spec.widen_below_px, self.spec.widen_factor) for box in boxes
-        ]
-        if not crops:
+        if not boxes:
             return []
-        probabilities = self._classifier.classify(crops)
+        with metrics.stage(Stage.CLASSIFY):
+            crops = [
+                crop_for_classification(image_rgb, box, self.spec.widen_below_px, self.spec.widen_factor)
+                for box in boxes
+            ]
+            probabilities = self._classifier.classify(crops)
         return [
             face_of(box, float(score), float(p_with), self.spec.uncertain_below)
             for box, score, (p_with, _) in zip(boxes, found.scores, probabilities, strict=True)

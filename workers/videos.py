@@ -8,10 +8,12 @@ from contextlib import closing, contextmanager
 from datetime import timedelta
 from fractions import Fraction
 
+from common import metrics
 from common.blocks import BlockReader
 from common.database import session_scope
 from common.domain import FrameFaces, JobKind, PermanentJobError, Reason, TransientJobError
 from common.ledger import ClaimedJob, StaleJobError
+from common.metrics import Stage
 from common.planning import chunk_ranges, recording_start
 from common.settings import Settings, StorageSettings
 from common.storage import ObjectInfo, open_bucket
@@ -86,7 +88,7 @@ def probe(job: ClaimedJob, settings: Settings) -> None:
     seen = recording_start(job.key_time, info.created_at, job.last_modified, info.duration_seconds)
     sparse = (info.duration_seconds or 0) * MIN_CHUNK_BYTES / job.size_bytes
     ranges = chunk_ranges(info.duration_seconds, max(limits.chunk_seconds, sparse))
-    with session_scope() as session:
+    with metrics.stage(Stage.WRITE), session_scope() as session:
         record_probe(session, job, info, seen, ranges, fence=settings.ledger.fence)
 
 
@@ -116,8 +118,9 @@ def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None]
                 frames.append(frame)
                 _check_frames(len(frames), settings)
     shortfall = _shortfall(job, sampler, bool(frames))
-    with session_scope() as session:
+    with metrics.stage(Stage.WRITE), session_scope() as session:
         record_chunk(session, job, frames, shortfall, fence=settings.ledger.fence)
+    metrics.analysed(job.kind, [frame.faces for frame in frames])
 
 
 def _check_frames(count: int, settings: Settings) -> None:
@@ -145,12 +148,20 @@ def _seldom(call: Callable[[], None]) -> Callable[[], None]:
 
 def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> Iterator[Picture]:
     """The frames that a sampler takes, as they are analysed."""
-    for sample in sampler:
+    samples = iter(sampler)
+    while True:
+        with metrics.stage(Stage.DECODE):
+            sample = next(samples, None)
+            if sample is None:
+                return
+            rgb = to_picture(sample.frame)
         # The last cell ends with the video; by its header, so that every chunk length comes to the same.
         end = grid.start(sample.cell + 1)
         if duration_seconds is not None and Fraction(duration_seconds) > sample.at:
             end = min(end, Fraction(duration_seconds))
-        yield Picture(to_picture(sample.frame), sample.at, end - grid.start(sample.cell))
+        yield Picture(rgb, sample.at, end - grid.start(sample.cell))
+        # Not kept while the next one is decoded: a frame takes up to 100 MB.
+        del sample, rgb
 
 
 def _shortfall(job: ClaimedJob, sampler: Sampler, something: bool) -> Shortfall | None:
@@ -195,8 +206,13 @@ def opened(info: ObjectInfo, settings: Settings) -> Iterator[VideoFile]:
 def block_reader(info: ObjectInfo, settings: StorageSettings) -> BlockReader:
     """An object as a file that is read in blocks."""
     store = open_bucket(info.bucket)
+
+    def fetch(start: int, stop: int) -> bytes:
+        with metrics.stage(Stage.READ):
+            return store.read_range(info.key, info.etag, start, stop)
+
     return BlockReader(
-        lambda start, stop: store.read_range(info.key, info.etag, start, stop),
+        fetch,
         info.size_bytes,
         block_bytes=settings.block_bytes,
         cached_blocks=settings.cached_blocks,

@@ -33,6 +33,8 @@ def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
     # Processes × threads must not exceed the cores: oversubscribed, a forward pass is many times slower.
     threads = threads_per_process(workers)
     environment = {"MASKWATCH_WORKER__THREADS": str(threads), "MASKWATCH_WORKER__PROCESSES": "1"}
+    # They live for one command, and can't all serve their metrics at one port.
+    environment["MASKWATCH_METRICS__PORT"] = "0"
     pids: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
     stack = LocalStack(state_dir) if state_dir else None

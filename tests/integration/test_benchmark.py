@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,17 @@ def test_a_chunk_costs_its_own_bytes_and_keyframes_alone_are_decoded() -> None:
         assert row["chunk_bytes"] < row["fetched_bytes"] + 256 * 1024 < row["file_bytes"]
         assert row["fetched_bytes"] <= row["allowed_bytes"]
     assert result["decoding"]["frames"] == {"everything": 120, "frames at 1/s": 4, "keyframes at 1/s": 2}
+
+
+@pytest.mark.bench
+def test_the_rows_of_the_ledger_have_a_size() -> None:
+    """Sizes are no matter of speed: those of docs/performance.md hold, within a tenth."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.storage"], cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (\w+) \| (\d+) \|$", done.stdout, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == ["faces", "media_objects", "jobs", "job_attempts", "frame_counts"]
+    told = dict(re.findall(r"^\| (\w+) \| (\d+) \|$", (root / "docs/performance.md").read_text(), flags=re.MULTILINE))
+    assert all(abs(int(size) / int(told[name]) - 1) < 0.1 for name, size in rows)

@@ -4,6 +4,7 @@ numbers: chunk lengths, draining, limits, and what a worker that died in mid-chu
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
-from common import catalog, ledger
+from common import catalog, ledger, metrics
 from common.domain import Face, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
 from common.ledger import JobRef
 from common.planning import PlannedObject
@@ -270,3 +271,54 @@ def test_probes_and_chunks_need_no_message_of_their_own(
     assert states(session) == {"succeeded": 4}
     found = rows(session, "SELECT key, container, observed_at_source FROM media_objects ORDER BY key")
     assert found == [("a.mp4", "mp4", "key_pattern"), ("b.ts", "mpegts", "key_pattern")]
+
+
+class Counted:
+    """What was counted and timed, in place of Prometheus's library."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sums: Counter[tuple[str, str]] = Counter()
+        monkeypatch.setattr(metrics, "_on", True)
+        monkeypatch.setattr(metrics, "count", lambda metric, n=1, **labels: self._add(metric, n, labels))
+        monkeypatch.setattr(metrics, "observe", lambda metric, seconds, **labels: self._add(metric, 1, labels))
+
+    def _add(self, metric: metrics.Metric, amount: float, labels: dict[str, str]) -> None:
+        assert all(value in metric.labels[name] for name, value in labels.items())
+        self.sums[metric.name, "/".join(labels.values())] += int(amount)
+
+
+def test_what_is_counted_of_a_video(
+    session: Session, bucket: Bucket, analyzer: ReadingAnalyzer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    plan(session, bucket, "v.mp4", video("steady.mp4"))
+    assert run_all(session) == 2
+    frames = scalar(session, "SELECT sum(frames) FROM frame_counts")
+    sums = counted.sums
+    assert sums["maskwatch_frames", "chunk"] == frames > 0
+    assert sums["maskwatch_faces", "with_mask"] == scalar(session, "SELECT count(*) FROM faces") > 0
+    assert sums["maskwatch_attempts", "probe/succeeded"] == sums["maskwatch_attempts", "chunk/succeeded"] == 1
+    assert sums["maskwatch_attempt_seconds", "chunk"] == 1 and sums["maskwatch_queue_seconds", "backfill"] == 2
+    # The look that finds no further frame is timed, too: it may read on to the end of the chunk.
+    assert sums["maskwatch_stage_seconds", "decode"] == frames + 1
+    assert sums["maskwatch_stage_seconds", "write"] == 2 and sums["maskwatch_stage_seconds", "read"] >= 2
+
+
+def test_what_is_counted_of_a_chunk_that_is_given_back_or_lost(
+    session: Session, bucket: Bucket, analyzer: ReadingAnalyzer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(session, bucket, "v.mp4", video("steady.mp4"))
+    run(dispatch(session))  # the probe
+    counted = Counted(monkeypatch)
+    run(dispatch(session), draining=lambda: True)
+    assert counted.sums["maskwatch_attempts", "chunk/released"] == 1
+
+    def cancel(number: int) -> None:
+        ledger.cancel(session, [2], by="a test")
+        session.commit()
+        analyzer.before = lambda number: None
+
+    analyzer.before = cancel
+    assert run(dispatch(session)) == 0
+    assert counted.sums["maskwatch_lease_losses", "refused"] == 1
+    assert counted.sums["maskwatch_frames", "chunk"] == 0

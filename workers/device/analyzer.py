@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from common import metrics
 from common.domain import Face, MaskwatchError, PipelineSpec
+from common.metrics import Stage
 from workers.device.detectors import DeviceDetector, load_device_detector, ready
 from workers.device.images import face_crops
 from workers.inference import Runtime
@@ -100,13 +102,16 @@ class DeviceAnalyzer:
     def _run(self, frames: list[NDArray[np.uint8]]) -> Any:
         """One row per face on the CPU: float32 (m, 7), frame, box, score, P(mask); by frame, the best first."""
         with torch.inference_mode():
-            on_device = self._upload(frames)
-            boxes, scores, kept = self.detector.detect(on_device)
-            which, where = kept.nonzero(as_tuple=True)
-            boxes, scores = boxes[which, where], scores[which, where]
-            p_with_mask = self._classify(on_device, which, boxes)
-            rows = torch.cat([which[:, None].float(), boxes, scores[:, None], p_with_mask[:, None]], dim=1)
-            return rows.cpu()
+            with metrics.stage(Stage.DETECT):
+                on_device = self._upload(frames)
+                boxes, scores, kept = self.detector.detect(on_device)
+                # Waits for the device, which has to say how many there are: so this is the detector's own time.
+                which, where = kept.nonzero(as_tuple=True)
+            with metrics.stage(Stage.CLASSIFY):
+                boxes, scores = boxes[which, where], scores[which, where]
+                p_with_mask = self._classify(on_device, which, boxes)
+                rows = torch.cat([which[:, None].float(), boxes, scores[:, None], p_with_mask[:, None]], dim=1)
+                return rows.cpu()
 
     def _upload(self, frames: list[NDArray[np.uint8]]) -> Any:
         """uint8 (n, h, w, 3) on the device."""

@@ -1,0 +1,128 @@
+"""What the ledger and the queues say of themselves, read when Prometheus asks: how much waits, and for how long.
+
+Cheap, however large the ledger is: only what is still to be done is counted, by its indexes and up to a limit, and at
+most every few seconds. What has ended is counted by who ended it (`common/metrics.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from common import ledger, sources
+from common.database import session_scope
+from common.domain import ACTIVE_STATES, JobState, Lane, MaskwatchError
+from common.metrics import LANES
+from common.queues import PRIORITIES, Queue, queue_length, redis_client
+from common.telemetry import get_logger
+
+log = get_logger(__name__)
+
+#: How long an answer holds: two Prometheus servers, or a person who reloads, cost the database nothing.
+CACHE_SECONDS = 10.0
+#: Jobs counted per state, lane, source and backfill; more of them read as this many.
+COUNT_LIMIT = 10_000
+#: Of each of our statements; Prometheus waits for us.
+STATEMENT_SECONDS = 5
+
+#: Every gauge and its help, as they are served.
+GAUGES = {
+    "maskwatch_ledger_up": "Whether the database answered (1) or not (0); the other gauges come from it.",
+    "maskwatch_broker_up": "Whether Redis answered (1) or not (0).",
+    "maskwatch_jobs": f"Jobs by state and lane, of states that somebody has to do something about; counted up to"
+    f" {COUNT_LIMIT:,} for each source and backfill.",
+    "maskwatch_dispatch_backlog_jobs": "Pending jobs that may be sent: of no paused source or backfill; counted as"
+    " maskwatch_jobs.",
+    "maskwatch_oldest_pending_seconds": "Age of the oldest job that may be sent and has not been; 0 if there is none.",
+    "maskwatch_summary_lag_seconds": "Age of the oldest hour that waits to be summarized; 0 if there is none.",
+    "maskwatch_paused_sources": "Sources that refused everything, and paused themselves.",
+    "maskwatch_queue_messages": "Messages that wait in Redis.",
+}
+
+#: States with an index of their own.
+COUNTED = (*ACTIVE_STATES, JobState.QUARANTINED)
+
+
+class LedgerGauges(Collector):
+    """The gauges, for a registry of Prometheus's library. Asked by its server's threads, one at a time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._read_at = float("-inf")
+        self._families: list[GaugeMetricFamily] = []
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        with self._lock:
+            if self._clock() - self._read_at >= CACHE_SECONDS:
+                self._families = [*_from_ledger(), *_from_queues()]
+                self._read_at = self._clock()
+            return self._families
+
+
+def _from_ledger() -> list[GaugeMetricFamily]:
+    try:
+        with session_scope() as session:
+            session.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_SECONDS}s'"))
+            waiting = ledger.waiting(session, limit=COUNT_LIMIT)
+            lag = ledger.summary_lag(session)
+            paused = len(sources.list_paused(session))
+    except (MaskwatchError, SQLAlchemyError) as error:
+        log.warning("the ledger could not be read for metrics", detail=str(error).partition("\n")[0])
+        return [_gauge("maskwatch_ledger_up", 0)]
+    by_state, backlog, oldest = _by_lane(waiting)
+    return [
+        _gauge("maskwatch_ledger_up", 1),
+        _by("maskwatch_jobs", ("state", "lane"), {(state.value, LANES[lane]): n for (state, lane), n in by_state}),
+        _by("maskwatch_dispatch_backlog_jobs", ("lane",), {(LANES[lane],): n for lane, n in backlog.items()}),
+        _by("maskwatch_oldest_pending_seconds", ("lane",), {(LANES[lane],): age for lane, age in oldest.items()}),
+        _gauge("maskwatch_summary_lag_seconds", lag),
+        _gauge("maskwatch_paused_sources", paused),
+    ]
+
+
+def _by_lane(
+    waiting: Iterable[ledger.Waiting],
+) -> tuple[Iterable[tuple[tuple[JobState, Lane], int]], dict[Lane, int], dict[Lane, float]]:
+    """Jobs by state and lane, the dispatcher's backlog by lane, and the age of its oldest job."""
+    by_state = {(state, lane): 0 for state in COUNTED for lane in Lane}
+    backlog: dict[Lane, int] = dict.fromkeys(Lane, 0)
+    oldest: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
+    for row in waiting:
+        by_state[row.state, row.lane] += row.jobs
+        if row.state is JobState.PENDING and not row.held:
+            backlog[row.lane] += row.jobs
+            oldest[row.lane] = max(oldest[row.lane], row.oldest_seconds)
+    return by_state.items(), backlog, oldest
+
+
+def _from_queues() -> list[GaugeMetricFamily]:
+    try:
+        with redis_client() as client:
+            lengths: dict[tuple[str, ...], int] = {
+                (queue.value, LANES[lane]): queue_length(client, queue, lane)
+                for queue in Queue
+                # Only the workers' queue has lanes; what else waits has the first priority.
+                for lane in (PRIORITIES if queue is Queue.MEDIA else (Lane.LIVE,))
+            }
+    except (MaskwatchError, OSError) as error:
+        log.warning("the queues could not be read for metrics", detail=str(error).partition("\n")[0])
+        return [_gauge("maskwatch_broker_up", 0)]
+    return [_gauge("maskwatch_broker_up", 1), _by("maskwatch_queue_messages", ("queue", "lane"), lengths)]
+
+
+def _gauge(name: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, GAUGES[name], value=value)
+
+
+def _by(name: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, GAUGES[name], labels=labels)
+    for of, value in values.items():
+        family.add_metric(of, value)
+    return family

@@ -25,9 +25,6 @@ from common.planning import zone
 #: Slots noted down per camera and tick at most: after a long outage it takes a few ticks.
 SLOTS_AT_ONCE = 5000
 
-#: Seconds that whoever looks may take for a batch before another takes over.
-LOOK_LEASE = 120.0
-
 #: Seconds until a look that failed is tried again.
 TRY_AGAIN = 60.0
 
@@ -45,6 +42,8 @@ class Look:
     began: datetime
     cursor: str | None
     is_sweep: bool
+    #: How long a batch may take before another takes over.
+    lease_seconds: float
 
 
 def check_schedule(every_seconds: float | None, cron: str | None) -> None:
@@ -129,7 +128,7 @@ def to_look_at(session: Session) -> list[int]:
     return list(found.scalars())
 
 
-def begin_look(session: Session, camera_id: int) -> Look | None:
+def begin_look(session: Session, camera_id: int, *, lease_seconds: float) -> Look | None:
     """Begin a look, or go on with one whose lease has run out; None if nothing is due, or another looks."""
     row = session.execute(
         text(
@@ -143,11 +142,11 @@ def begin_look(session: Session, camera_id: int) -> Look | None:
             " WHERE s.camera_id = cameras.id AND finished_at IS NULL)"
             " RETURNING look_token, look_began, look_cursor, look_is_sweep"
         ),
-        {"id": camera_id, "lease": LOOK_LEASE},
+        {"id": camera_id, "lease": lease_seconds},
     ).first()
     if row is None:
         return None
-    return Look(camera_id, row.look_token, row.look_began, row.look_cursor, row.look_is_sweep)
+    return Look(camera_id, row.look_token, row.look_began, row.look_cursor, row.look_is_sweep, lease_seconds)
 
 
 def advance_look(session: Session, look: Look, cursor: str) -> None:
@@ -156,7 +155,7 @@ def advance_look(session: Session, look: Look, cursor: str) -> None:
         session,
         look,
         "look_cursor = :cursor, look_until = clock_timestamp() + make_interval(secs => :lease)",
-        {"cursor": cursor, "lease": LOOK_LEASE},
+        {"cursor": cursor, "lease": look.lease_seconds},
     )
 
 

@@ -174,6 +174,9 @@ class DispatchSettings(BaseModel):
     interval_seconds: float = Field(1.0, gt=0)
     reconcile_seconds: float = Field(5.0, gt=0)
     summarize_seconds: float = Field(5.0, gt=0)
+    look_lease_seconds: float = Field(
+        120.0, gt=0, description="a look at a camera that registers nothing for so long is taken over"
+    )
     look_seconds: float = Field(5.0, gt=0, description="how often it is looked whether a camera's slot is due")
 
 

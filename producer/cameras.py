@@ -67,7 +67,7 @@ def look_at(camera_id: int, settings: Settings) -> int | None:
     """Enqueue what is new of a camera, and end its slots; returns how many objects are new, None where there was
     nothing to do, somebody else does it, or it failed."""
     with session_scope() as session:
-        look = schedule.begin_look(session, camera_id)
+        look = schedule.begin_look(session, camera_id, lease_seconds=settings.dispatch.look_lease_seconds)
     if look is None:
         return None
     try:

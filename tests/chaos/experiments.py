@@ -7,7 +7,7 @@ from importlib import import_module
 from tests.chaos.lab import Experiment
 
 #: Each of these modules has a tuple EXPERIMENTS.
-MODULES = ("workers", "hostile", "outages", "machine")
+MODULES = ("workers", "hostile", "outages", "archives", "machine")
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment

@@ -190,7 +190,7 @@ def test_who_was_paused_past_his_lease_writes_nothing(session: Session, bucket: 
     due(session, hours=1)
     tick(get_settings())
     with session_scope() as mine:
-        slow = schedule.begin_look(mine, 1)
+        slow = schedule.begin_look(mine, 1, lease_seconds=60)
     assert slow is not None
     session.execute(text("UPDATE cameras SET look_until = clock_timestamp() - interval '1 second'"))
     session.commit()

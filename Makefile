@@ -35,6 +35,10 @@ bench: $(VENV)/.test  ## Measure the road, video, and every model in every runti
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.storage
+	$(BIN)/python -m benchmarks.discover
+	$(BIN)/python -m benchmarks.dispatch
+	$(BIN)/python -m benchmarks.lanes
+	$(BIN)/python -m benchmarks.summaries
 
 chaos: $(VENV)/.test  ## Pull every plug and count what is lost: the table of docs/reliability.md (an hour)
 	$(BIN)/python -m pytest -m chaos

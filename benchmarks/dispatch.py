@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import click
-from redis import Redis
 from sqlalchemy import text
 
 #: A quarter each: done; done; pending; pending of a paused backfill.
@@ -59,7 +58,8 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
     from common import catalog, ledger, sources
     from common.database import engine, session_scope
     from common.deployment import deployment
-    from common.queues import Queue, redis_client
+    from common.domain import Lane
+    from common.queues import Queue, list_of, redis_client
     from common.tables import Backfill
     from producer.dispatch import dispatch, reconcile
 
@@ -93,10 +93,10 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
             sent = dispatch(settings)
             took.append(time.perf_counter() - before)
             assert sent, "the archive is used up: give more --jobs"
-            redis_mib = max(redis_mib, memory(settings))
+            redis_mib = max(redis_mib, memory())
             with redis_client() as client:
                 # Somebody who takes it all: Redis has been looked at, and what follows is the ledger's work.
-                client.delete(Queue.MEDIA.value, f"{Queue.MEDIA.value}\x06\x163")
+                client.delete(*(list_of(Queue.MEDIA, lane) for lane in Lane))
             with session_scope() as session:
                 refs = [
                     ledger.JobRef(row.id, row.token)
@@ -124,11 +124,11 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
         }
 
 
-def memory(settings: object) -> float:
+def memory() -> float:
     """What Redis takes, by its own account, in MiB."""
-    from common.broker import transport_url
+    from common.queues import redis_client
 
-    with Redis.from_url(transport_url().replace("redis+socket", "unix").replace("virtual_host", "db")) as client:
+    with redis_client() as client:
         return client.info("memory")["used_memory"] / 2**20  # type: ignore[index]
 
 

@@ -671,14 +671,31 @@ def resume_source(source: str) -> None:
 
 
 @click.command()
+@click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")
 @json_option
-def status(as_json: bool) -> None:
+def status(watch: bool, as_json: bool) -> None:
     """Show jobs by state, messages in the queues, what waits to be summarized, and sources that have paused.
 
     \b
-    Example:
+    Examples:
+      maskwatch status --watch
       maskwatch status --json
     """
+    import time
+
+    if watch and as_json:
+        raise click.UsageError("--watch is for people; a machine asks again")
+    while watch:
+        click.clear()
+        try:
+            _show_status(as_json)
+        except MaskwatchError as error:  # it may come back
+            note(f"error: {error}")
+        time.sleep(2)
+    _show_status(as_json)
+
+
+def _show_status(as_json: bool) -> None:
     from common import ledger
     from common import sources as pauses
     from common.database import session_scope

@@ -16,7 +16,7 @@ from tests.integration.reporting.archive import Archive
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "schema.md").read_text(encoding="utf-8")
 QUERIES = re.findall(r"```sql\n(.*?)```", DOCUMENT, flags=re.DOTALL)
-VIEWS = ("face_results", "visit_results", "compliance_by_hour", "compliance_by_day")
+VIEWS = ("face_results", "visit_results", "compliance_by_hour", "compliance_by_day", "coverage_hourly")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from common import catalog, ledger
 from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, VideoInfo
 from common.ledger import ClaimedJob, StaleJobError
 from common.planning import PlannedObject, chunk_ranges
-from common.queues import Queue, queue_length, redis_client
+from common.queues import Queue, list_of, queue_length, redis_client
 from common.settings import get_settings
 from common.storage import ObjectInfo
 from tests.ledger_rows import NOON, claim, dispatch, face, register_many, rows, scalar, states
@@ -134,7 +134,7 @@ def test_redis_holds_a_bounded_number_of_messages_of_videos_too(
     assert states(session)["queued"] == 5
     # Pictures still share their messages, behind the chunks.
     with redis_client() as client:
-        client.delete(Queue.MEDIA.value)
+        client.delete(*(list_of(Queue.MEDIA, lane) for lane in Lane))
     session.execute(text("UPDATE jobs SET state = 'cancelled' WHERE kind = 'chunk'"))
     session.commit()
     assert producer.dispatch.dispatch(get_settings()) == 40

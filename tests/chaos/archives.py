@@ -177,10 +177,9 @@ def schedule(lab: Lab, scale: Scale) -> Outcome:
         # Leases of looks that were killed run out, and a sweep finds what came late.
         end = lab.scalar("SELECT clock_timestamp()")
         known = "SELECT count(*) FROM media_objects"
-        open_until = "SELECT count(*) FROM camera_slots WHERE finished_at IS NULL AND slot <= :end"
-        wait_until(
-            lambda: lab.scalar(known) == put and not lab.scalar(open_until, end=end), seconds=400, what="every slot"
-        )
+        # Noted down up to then, and ended.
+        ended = "SELECT max(slot) > :end AND NOT bool_or(finished_at IS NULL AND slot <= :end) FROM camera_slots"
+        wait_until(lambda: lab.scalar(known) == put and lab.scalar(ended, end=end), seconds=400, what="every slot")
     figures: dict[str, Any] = {
         "slots": lab.scalar("SELECT count(*) FROM camera_slots WHERE slot <= :end", end=end),
         "kills of a scheduler": kills,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 #: A quarter each: done; done; pending; pending of a paused backfill.
 FILL = """
@@ -110,7 +111,7 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
                         ledger.succeed(session, job, job.observed_at)
                     done += len(claimed)
         wall = time.perf_counter() - began
-        with session_scope() as session:
+        with Session(engine()) as session:
             indexes = used_indexes(session)
         return {
             "jobs": jobs,
@@ -132,14 +133,12 @@ def memory() -> float:
         return client.info("memory")["used_memory"] / 2**20  # type: ignore[index]
 
 
-def used_indexes(session: object) -> list[str]:
+def used_indexes(session: Session) -> list[str]:
     """The indexes that the dispatcher's statement goes by."""
     from sqlalchemy import event
-    from sqlalchemy.orm import Session
 
     from common import ledger
 
-    assert isinstance(session, Session)
     seen: list[tuple[str, object]] = []
 
     def watch(_conn: object, _cursor: object, statement: str, parameters: object, *_rest: object) -> None:

@@ -110,7 +110,7 @@ def test_run_says_why_it_failed(newcomer: Path) -> None:
     assert processes_of(newcomer) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
 def test_a_demo_that_is_asked_to_stop_leaves_no_process(newcomer: Path, number: int) -> None:
     log = newcomer / "demo.log"
     with running("demo", "--out", str(newcomer / "out"), log=log) as demo:

@@ -56,6 +56,7 @@ LEFT = {
 }  # fmt: skip
 
 
+@pytest.mark.bench
 def test_a_killed_training_goes_on_and_its_onnx_file_agrees(data, tmp_path):
     out = tmp_path / "trained"
     first = subprocess.Popen(command(data, out, 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -222,6 +222,7 @@ def test_a_hang_is_killed_at_the_hard_limit_and_its_job_charged_with_a_crash(
     assert {(row.attempt, row.failures, row.crashes, row.lost_leases) for row in found.values()} == {(1, 0, 0, 0)}
 
 
+@pytest.mark.chaos
 def test_without_the_limit_a_hang_keeps_the_worker(
     quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -344,6 +345,7 @@ def test_a_full_disk_of_the_database_is_nobodys_fault(
 
 
 @pytest.mark.usefixtures("full_database")
+@pytest.mark.chaos
 def test_without_giving_back_jobs_are_charged_with_the_full_disk(
     quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:

@@ -80,7 +80,15 @@ def test_a_network_made_by_hand_is_the_same() -> None:
 
 
 @pytest.mark.train
-@pytest.mark.parametrize(("arch", "half"), [("xception", True), ("efficientnet-lite0", False), ("compact", True)])
+@pytest.mark.parametrize(
+    ("arch", "half"),
+    [
+        # Half a minute of both cores.
+        pytest.param("xception", True, marks=pytest.mark.bench),
+        ("efficientnet-lite0", False),
+        ("compact", True),
+    ],
+)
 def test_classifiers_are_the_same_as_training_exports_them(arch: str, half: bool, tmp_path: Path) -> None:
     """Keras through tf2onnx, with the mirror image, some with weights in half precision; seeded random weights."""
     keras = pytest.importorskip("keras", reason="the `train` layer is not installed")

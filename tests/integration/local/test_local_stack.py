@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -475,6 +475,14 @@ class TestErrors:
 class TestAsRoot:
     """Postgres runs as an unprivileged user, from folders that this user may enter, and no other is opened to it."""
 
+    @pytest.fixture
+    def root_folder(self) -> Iterator[Path]:
+        """Takes the place of root's folder; removed with its last stack."""
+        above = Path("/var/tmp") / f"maskwatch-test-{os.getpid()}"
+        above.mkdir(mode=0o755)
+        yield above / "maskwatch"
+        above.rmdir()
+
     def test_no_folder_above_is_opened(self, stack: LocalStack) -> None:
         above = [stack.state_dir.parent, *stack.state_dir.parent.parents]
         modes = [folder.stat().st_mode for folder in above]
@@ -485,17 +493,20 @@ class TestAsRoot:
 
     @pytest.mark.parametrize("writable", [True, False], ids=["var-lib", "read-only"])
     def test_folders_are_entered_whatever_the_umask_and_removed_with_the_last_stack(
-        self, make_stack: Callable[[str], LocalStack], monkeypatch: pytest.MonkeyPatch, query: Query, writable: bool
+        self,
+        root_folder: Path,
+        make_stack: Callable[[str], LocalStack],
+        monkeypatch: pytest.MonkeyPatch,
+        query: Query,
+        writable: bool,
     ) -> None:
-        above = Path("/var/tmp") / f"maskwatch-test-{os.getpid()}"
-        above.mkdir(mode=0o755)
-        monkeypatch.setattr(postgres, "ROOT_FOLDER", above / "maskwatch" if writable else Path("/proc/maskwatch"))
+        monkeypatch.setattr(postgres, "ROOT_FOLDER", root_folder if writable else Path("/proc/maskwatch"))
         before = os.umask(0o077)
         try:
             one, other = make_stack("one"), make_stack("other")
             query(one.up(), "CREATE TABLE kept ()")
             base = Path(recorded(one)["cluster"]).parent.parent
-            assert base == above / "maskwatch" if writable else base.parent == Path("/var/tmp")
+            assert base == root_folder if writable else base.parent == Path("/var/tmp")
             other.up()
             one.down(purge=True)
             assert base.exists() or not writable, "the other stack still runs from there"
@@ -503,11 +514,11 @@ class TestAsRoot:
             assert not base.exists()
         finally:
             os.umask(before)
-            above.rmdir()
 
     def test_data_of_deleted_scratch_folders_are_removed(
-        self, make_stack: Callable[[str], LocalStack], monkeypatch: pytest.MonkeyPatch
+        self, root_folder: Path, make_stack: Callable[[str], LocalStack], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(postgres, "ROOT_FOLDER", root_folder)  # else stacks of other processes remove both
         deleted, moved = make_stack("deleted"), make_stack("moved")
         clusters = []
         for stack in (deleted, moved):

@@ -103,6 +103,69 @@ def add_location(name: str, time_zone: str) -> None:
     note(f"location {name} is registered in the time zone {time_zone}")
 
 
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would move; nothing is changed.")
+
+
+@locations.command("correct")
+@click.argument("name")
+@click.option("--time-zone", required=True, metavar="ZONE", help="The zone that its clocks have shown all along.")
+@DRY_RUN
+@json_option
+def correct_location(name: str, time_zone: str, dry_run: bool, as_json: bool) -> None:
+    """Put a location's time zone right, after the fact: times that were read from keys and pictures move, with faces
+    and summaries, in one recorded step. Chunks of videos whose hours would be torn are analysed again.
+
+    Nothing can be registered meanwhile. On a deployment with roles, the owner of the tables does this.
+
+    \b
+    Example:
+      maskwatch locations correct lobby --time-zone Europe/Berlin --dry-run
+    """
+    _correct(name, None, None, time_zone, None, dry_run=dry_run, as_json=as_json)
+
+
+def _correct(
+    location: str,
+    camera: str | None,
+    to_location: str | None,
+    time_zone: str | None,
+    time_pattern: str | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from common import audit, catalog, corrections
+    from common.database import session_scope
+    from common.deployment import deployment
+
+    with deployment(), session_scope() as session:
+        by = audit.operator()
+        place = catalog.get_location(session, location)
+        hangs_there = catalog.get_camera(session, place, camera) if camera is not None else None
+        if time_zone is not None:
+            done = corrections.correct_zone(session, place, time_zone, by=by)
+        else:
+            assert hangs_there is not None
+            to = catalog.get_location(session, to_location) if to_location is not None else None
+            done = corrections.correct_camera(session, hangs_there, to=to, time_pattern=time_pattern, by=by)
+        if dry_run:
+            session.rollback()
+    if as_json:
+        print_json({**done.as_dict(), "dry_run": dry_run})
+        return
+    note(f"{done.objects} objects: {done.moved} {'would move' if dry_run else 'moved'}")
+    for count, what in (
+        (done.placed, "had no time, and have one now"),
+        (done.unplaced, "have no time by this, and are quarantined"),
+        (done.frozen, "count in purged hours, which stay as they are"),
+    ):
+        if count:
+            note(f"  {count} {what}")
+    if done.jobs_again:
+        note(f"  {done.jobs_again} jobs are to be done again, because their counts can't be moved")
+    note("nothing was changed" if dry_run else "the summaries follow as the aggregator comes to them")
+
+
 @locations.command("list")
 @json_option
 def list_locations(as_json: bool) -> None:
@@ -210,6 +273,42 @@ def change_camera(name: str, location: str, **options: str | None) -> None:
         changed = ", ".join(sorted(name for name, value in options.items() if value is not None))
         audit.record(session, "change camera", audit.operator(), detail=f"{location}/{name}: {changed}")
     note(f"camera {name} of {location} is changed{_looked_at(camera)}")
+
+
+@cameras.command("correct")
+@click.argument("name")
+@click.option("--location", required=True, help="Where the camera was said to hang.")
+@click.option("--to-location", metavar="NAME", help="Where it has hung all along.")
+@click.option("--time-zone", metavar="ZONE", help="The zone of its location, with all that was seen there.")
+@click.option("--time-pattern", metavar="PATTERN", help="How its keys are to be read.")
+@DRY_RUN
+@json_option
+def correct_camera(
+    name: str,
+    location: str,
+    to_location: str | None,
+    time_zone: str | None,
+    time_pattern: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Put right what was said wrongly of a camera, after the fact: what it has seen moves to the other place or times,
+    with faces and summaries, in one recorded step. (For a new place or pattern from now on, add another camera.)
+
+    A time zone is its location's: all of its cameras move. Chunks of videos whose hours would be torn are analysed
+    again. Nothing can be registered meanwhile. On a deployment with roles, the owner of the tables does this.
+
+    \b
+    Examples:
+      maskwatch cameras correct gate --location lobby --to-location yard
+      maskwatch cameras correct gate --location lobby --time-zone Europe/Berlin --dry-run
+      maskwatch cameras correct gate --location lobby --time-pattern 'gate/%Y-%d-%m/%H%M%S.jpg'
+    """
+    if time_zone is not None and (to_location is not None or time_pattern is not None):
+        raise click.UsageError("correct the time zone by itself: it is the location's, and not only this camera's")
+    if to_location is None and time_zone is None and time_pattern is None:
+        raise click.UsageError("say what was wrong: --to-location, --time-zone or --time-pattern")
+    _correct(location, name, to_location, time_zone, time_pattern, dry_run=dry_run, as_json=as_json)
 
 
 def _switch_camera(name: str, location: str, action: str) -> None:

@@ -30,7 +30,7 @@ import json
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import CursorResult, func, select, text, update
@@ -78,8 +78,8 @@ _PLANNED = f"({{jobs}}.state NOT IN ('cancelled', 'source_changed') OR {{jobs}}.
 
 _ACTIVE = ", ".join(f"'{state.value}'" for state in ACTIVE_STATES)
 
-#: Held by transactions that register objects (shared) and that erase some: "maskwatch erase".
-_ERASE_LOCK = 0x6D77_6572
+#: Held by transactions that register objects (shared), and that erase some or correct where and when they are counted.
+_REGISTRATION_LOCK = 0x6D77_6572
 
 
 class StaleJobError(Exception):
@@ -177,11 +177,15 @@ def register(
 
     `newest` says that the objects were just looked at, whatever their times say; without it a version that was
     modified before the current one is taken for a listing that another producer has overtaken.
+
+    Raises `MaskwatchError` if the location's zone, or the camera, is no longer what the objects were planned with.
     """
     result = Registered()
     if not planned:
         return result
     bucket = planned[0].info.bucket
+    _keep_from_erasing(session)
+    _check_places(session, location, camera)
     by_key = {item.info.key: item for item in _not_erased(session, planned)}
     result.erased = len(planned) - len(by_key)
     if not by_key:
@@ -319,7 +323,6 @@ def purged_detail(seen_at: datetime, purged: datetime) -> str:
 
 def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[PlannedObject]:
     """Those that nobody has erased."""
-    _keep_from_erasing(session)
     if not session.scalar(text("SELECT EXISTS (SELECT FROM erased_objects)")):
         return list(planned)
     by_hash = {_uri_hash(item.info.uri): item for item in planned}
@@ -331,9 +334,31 @@ def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[Plan
 
 
 def _keep_from_erasing(session: Session) -> None:
-    """Before media objects are locked by who registers some: an erasure waits for us, or we for it and then see what
-    it erased."""
-    session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": _ERASE_LOCK})
+    """Before media objects are locked by who registers some: an erasure or a correction waits for us, or we for it and
+    then see what it did."""
+    session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": _REGISTRATION_LOCK})
+
+
+def keep_from_registering(session: Session) -> None:
+    """Nobody registers anything until this transaction ends. Before media objects are locked, behind cameras and
+    backfills."""
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _REGISTRATION_LOCK})
+
+
+def _check_places(session: Session, location: Location, camera: Camera | None) -> None:
+    """Raise `MaskwatchError` if what the objects were planned with was corrected meanwhile."""
+    zone = session.scalar(select(Location.time_zone).where(Location.id == location.id))
+    planned_with: tuple[object, ...] = (location.time_zone,)
+    stands: tuple[object, ...] = (zone,)
+    if camera is not None:
+        query = select(Camera.location_id, Camera.time_pattern).where(Camera.id == camera.id)
+        stands += tuple(session.execute(query).one())
+        planned_with += (location.id, camera.time_pattern)
+    if stands != planned_with:
+        raise MaskwatchError(
+            f"{location.name!r} or its camera was corrected while this was listed; what is registered was corrected, "
+            "too: give the command again for the rest"
+        )
 
 
 def _uri_hash(uri: str) -> bytes:
@@ -1137,7 +1162,7 @@ def erase(session: Session, bucket: str, key: str, *, by: str) -> int:
 
     What remains is a hash of its URI, and the sums of purged hours, which can't be made without it any more.
     """
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ERASE_LOCK})
+    keep_from_registering(session)
     media_ids = session.scalars(
         select(MediaObject.id)
         .where(MediaObject.bucket == bucket, MediaObject.key == key)
@@ -1165,6 +1190,130 @@ def erase(session: Session, bucket: str, key: str, *, by: str) -> int:
         {"hash": _uri_hash(f"{bucket}/{key}"), "action": audit.record(session, "erase", by)},
     )
     return len(media_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """When an object is counted from now on, and what became of it if that can't be said."""
+
+    media_object_id: int
+    #: None while it is not known.
+    seen: ObservedAt | None
+    #: By how much its rows move.
+    shift: timedelta
+    #: Why it can't be counted.
+    reason: Reason | None = None
+    detail: str | None = None
+
+
+def correct(session: Session, placements: Sequence[Placement], location: Location, *, detail: str) -> list[int]:
+    """Count these media objects at a location, and at other times; returns the jobs that are to be done again.
+
+    What was written moves with them, and the hours that it leaves and comes to are marked. Chunks that would be torn
+    between hours, or would reach into purged time, start over. Who works on one of the objects is refused. Of the
+    transaction that changes the location or the camera; `keep_from_registering` was called in it.
+    """
+    rows = {
+        "rows": json.dumps([_placement_row(item) for item in placements]),
+        "location": location.id,
+        "zone": location.time_zone,
+        "unplaced": list(UNPLACED),
+    }
+    of_media = f"SELECT jobs.id FROM {_PLACEMENTS} JOIN jobs ON jobs.media_object_id = placed.id"
+    session.execute(text(f"{of_media} ORDER BY jobs.id FOR UPDATE OF jobs"), rows)
+    marks = (
+        "INSERT INTO dirty_marks (location_id, pipeline_id, hour) SELECT DISTINCT location_id, pipeline_id, hour"
+        f" FROM frame_counts WHERE job_id IN ({of_media})"
+    )
+    session.execute(text(marks), rows)
+    session.execute(
+        text(
+            "WITH stopped AS (SELECT jobs.id, state, attempt, worker, started_at FROM jobs"
+            f" WHERE id IN ({of_media}) AND state IN ('queued', 'running')"
+            "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, detail)"
+            " SELECT id, attempt, 'released', worker, started_at, :detail FROM stopped WHERE state = 'running'"
+            ") UPDATE jobs SET state = 'pending', token = gen_random_uuid(), lease_until = NULL, worker = NULL,"
+            " attempt = jobs.attempt - (jobs.state = 'running')::int FROM stopped WHERE jobs.id = stopped.id"
+        ),
+        {**rows, "detail": detail},
+    )
+    lost = [item.media_object_id for item in placements if item.reason is not None]
+    if lost:
+        _withdraw(session, lost, detail, respect_cancelled=True)
+        session.execute(
+            text(
+                "UPDATE jobs SET state = 'quarantined', reason = placed.reason, detail = placed.detail"
+                f" FROM {_PLACEMENTS} WHERE jobs.media_object_id = placed.id AND placed.reason IS NOT NULL"
+                " AND jobs.state = 'cancelled' AND jobs.reason = 'superseded' AND jobs.kind <> 'chunk'"
+            ),
+            rows,
+        )
+    again = _count_again(session, of_media, rows)
+    session.execute(
+        text(
+            "UPDATE frame_counts SET location_id = :location, hour = CASE jobs.kind"
+            " WHEN 'image' THEN date_trunc('hour', placed.at, :zone) ELSE hour + shift * interval '1 microsecond' END"
+            f" FROM {_PLACEMENTS} JOIN jobs ON jobs.media_object_id = placed.id WHERE job_id = jobs.id"
+        ),
+        rows,
+    )
+    session.execute(
+        text(
+            "UPDATE faces SET location_id = :location, observed_at = observed_at + shift * interval '1 microsecond'"
+            f" FROM {_PLACEMENTS} JOIN jobs ON jobs.media_object_id = placed.id WHERE job_id = jobs.id"
+        ),
+        rows,
+    )
+    session.execute(
+        text(
+            "UPDATE media_objects m SET location_id = :location, observed_at = placed.at,"
+            " observed_at_source = placed.source, observed_at_ambiguous = coalesce(placed.ambiguous, false)"
+            f" FROM {_PLACEMENTS} WHERE m.id = placed.id"
+        ),
+        rows,
+    )
+    session.execute(text(marks), rows)
+    return again
+
+
+#: `Placement`s as rows.
+_PLACEMENTS = (
+    "json_to_recordset(CAST(:rows AS json)) AS placed (id bigint, at timestamptz, source text, ambiguous boolean,"
+    " shift bigint, reason text, detail text)"
+)
+
+
+def _placement_row(item: Placement) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": item.media_object_id, "shift": item.shift // timedelta(microseconds=1)}
+    if item.seen is not None:
+        row |= {"at": item.seen.instant.isoformat(), "source": item.seen.source.value, "ambiguous": item.seen.ambiguous}
+    if item.reason is not None:
+        row |= {"reason": item.reason.value, "detail": _storable(item.detail)}
+    return row
+
+
+def _count_again(session: Session, of_media: str, rows: dict[str, Any]) -> list[int]:
+    """→ pending for what could not be placed in time and now can, and for chunks whose counts can't move: an hour of
+    theirs would be torn, or purged time is concerned, in which frames are left out."""
+    torn = (
+        "EXISTS (SELECT FROM frame_counts c WHERE c.job_id = jobs.id AND ("
+        " date_trunc('hour', c.hour + moved, :zone) <> c.hour + moved OR c.hour + moved < "
+        f"{PURGED_BEFORE_SQL}))"
+    )
+    again = session.execute(
+        text(
+            "WITH chosen AS (SELECT jobs.id, state FROM"
+            f" {_PLACEMENTS} CROSS JOIN LATERAL (SELECT shift * interval '1 microsecond' AS moved) AS step"
+            " JOIN jobs ON jobs.media_object_id = placed.id WHERE placed.reason IS NULL AND at IS NOT NULL AND ("
+            " (state = 'quarantined' AND (jobs.reason = ANY(:unplaced) OR (jobs.reason = 'purged' AND shift <> 0)))"
+            f" OR (state = 'succeeded' AND kind = 'chunk' AND ((jobs.reason = 'purged' AND shift <> 0) OR {torn})))"
+            f") UPDATE jobs SET {_ANEW} FROM chosen WHERE jobs.id = chosen.id RETURNING jobs.id"
+        ),
+        rows,
+    ).scalars()
+    moved = sorted(again)
+    _delete_rows(session, "SELECT unnest(CAST(:ids AS bigint[]))", "", {"ids": moved})
+    return moved
 
 
 def counts_by_state(session: Session, backfill_id: int | None = None) -> dict[JobState, int]:

@@ -162,6 +162,14 @@ def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
     return instant, second.utcoffset() != first.utcoffset()
 
 
+def hour_of(instant: datetime, where: ZoneInfo) -> datetime:
+    """The instant that an instant's hour of a place begins."""
+    local = instant.astimezone(where)
+    return (instant - timedelta(minutes=local.minute, seconds=local.second, microseconds=local.microsecond)).astimezone(
+        UTC
+    )
+
+
 def media_kind(key: str) -> MediaKind | None:
     """What an object holds, by its suffix; None for what Maskwatch does not analyse."""
     suffix = key.rpartition(".")[2].lower() if "." in key.rpartition("/")[2] else ""

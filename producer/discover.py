@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from zoneinfo import ZoneInfo
 
 from common.domain import TimeRange
-from common.planning import PlannedObject, TimePattern, plan_object
+from common.planning import PlannedObject, TimePattern, hour_of, plan_object
 from common.storage import ObjectInfo, ObjectStore, is_storable
 
 #: Objects per batch, which is registered in one transaction: with more, nothing gets quicker.
@@ -53,14 +53,6 @@ class Rules:
         if at not in self.within:
             return False
         return self.hours is None or hour_of(at, self.where) in self.hours
-
-
-def hour_of(instant: datetime, where: ZoneInfo) -> datetime:
-    """The instant that an instant's hour of a place begins."""
-    local = instant.astimezone(where)
-    return (instant - timedelta(minutes=local.minute, seconds=local.second, microseconds=local.microsecond)).astimezone(
-        UTC
-    )
 
 
 def list_range(store: ObjectStore, prefix: str, after: str = "", until: str | None = None) -> Iterator[ObjectInfo]:

@@ -38,12 +38,15 @@ COLUMNS = {
 }
 REQUIRED = ("Key", "Size", "LastModifiedDate", "ETag")
 
-#: A data file takes about 150 bytes of its manifest, and there are some hundred for a hundred million objects.
+#: A data file takes about 150 bytes of its manifest: room for some hundred thousand.
 _MAX_MANIFEST_BYTES = 64 * 2**20
 
 #: A data file is fetched in pieces of this size, and Parquet decoded in so many rows: neither is ever whole in memory.
 _PIECE_BYTES = 8 * 2**20
 _ROWS_AT_ONCE = 4000
+
+#: What to do about a data file that can't be read.
+_STAYS = "what was enqueued stays; do it again when it can be read, or use another delivery of the inventory"
 
 
 class _DataFile(BaseModel):
@@ -154,7 +157,13 @@ def open_inventory(uri: str, bucket: str, settings: Settings) -> Inventory:
     store, key = open_source(uri, settings)
     uri = f"{store.bucket}/{key}"
     with _reading("the inventory's manifest", "it is the file manifest.json in the folder of a delivery"):
-        content = store.read(key, store.stat(key).etag, _MAX_MANIFEST_BYTES)
+        info = store.stat(key)
+        if info.size_bytes > _MAX_MANIFEST_BYTES:
+            raise MaskwatchError(
+                f"{uri} has {info.size_bytes:,} bytes, too many for a manifest of an S3 Inventory; name the file "
+                "manifest.json in the folder of a delivery"
+            )
+        content = store.read(key, info.etag, _MAX_MANIFEST_BYTES)
     try:
         manifest = _Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -181,7 +190,7 @@ def open_inventory(uri: str, bucket: str, settings: Settings) -> Inventory:
 
 
 @contextmanager
-def _reading(what: str, hint: str = "what was enqueued until now stays so") -> Iterator[None]:
+def _reading(what: str, hint: str = _STAYS) -> Iterator[None]:
     try:
         yield
     except (PermanentJobError, TransientJobError, SourceChangedError) as error:

@@ -245,6 +245,13 @@ def test_a_manifest_that_is_none(tmp_path: Path, content: str) -> None:
     assert said.startswith(f"file://{path} is no manifest of an S3 Inventory (") and "manifest.json in" in said
 
 
+def test_a_data_file_in_place_of_a_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "_MAX_MANIFEST_BYTES", 9)
+    path = tmp_path / "0.csv.gz"
+    path.write_bytes(b"0123456789")
+    assert f"file://{path} has 10 bytes, too many for a manifest" in refused(str(path))
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -314,7 +321,8 @@ def test_a_data_file_that_is_not_the_one_meant_is_not_read(tmp_path: Path, layou
 def test_a_data_file_that_is_not_there(tmp_path: Path) -> None:
     path = deliver_to(tmp_path, [csv_file([row("a.jpg")])])
     path_of(path).unlink()
-    assert refused(path).startswith(f"can't read the inventory's data file: file://{path_of(path)} is gone; ")
+    said = refused(path)
+    assert said.startswith(f"can't read the inventory's data file: file://{path_of(path)} is gone; what was enqueued")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -48,7 +48,7 @@ def listing_options(command: Callable[..., None]) -> Callable[..., None]:
                 type=click.IntRange(1, 16),
                 default=4,
                 show_default=True,
-                help="Folders of a bucket that are listed at once.",
+                help="Folders of a bucket, or data files of an inventory, that are listed at once.",
             ),
         ]
     ):
@@ -59,6 +59,12 @@ def listing_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @source_options(source_required=False)
 @listing_options
+@click.option(
+    "--inventory",
+    metavar="MANIFEST",
+    help="Read this S3 Inventory instead of listing: the manifest.json of a delivery, in CSV or Parquet, with Size, "
+    "LastModifiedDate and ETag (and StorageClass, where things lie in an archive). For tens of millions of objects.",
+)
 @click.option("--wait", is_flag=True, help="Wait until everything of it is analysed and summarized.")
 @click.option("--gaps", is_flag=True, help="Of a camera's own source: only what its hours lack (maskwatch coverage).")
 @click.option("--dry-run", is_flag=True, help="Only say what it would find, make, take and cost. Nothing is written.")
@@ -79,6 +85,7 @@ def backfill(
     restore_tier: str | None,
     restore_days: int,
     threads: int,
+    inventory: str | None,
     wait: bool,
     gaps: bool,
     dry_run: bool,
@@ -98,6 +105,8 @@ def backfill(
           --time-pattern 'door/%Y/%m/%d/%H-%M-%S.jpg' --since 2026-03-01
       maskwatch backfill s3://footage/gate/ --location gate --sample-fps 2
       maskwatch backfill s3://footage/ --location lobby --dry-run --workers 16 --price-per-hour 0.05
+      maskwatch backfill s3://footage/2026/ --location lobby \\
+          --inventory s3://inventories/footage/daily/2026-11-01T01-00Z/manifest.json
     """
     from common.deployment import deployment
     from common.reporting.cli import parse_bounds
@@ -106,8 +115,10 @@ def backfill(
 
     bounds = parse_bounds(since, until)
     if gaps:
-        if source is not None or camera is None or dry_run:
-            raise click.UsageError("--gaps goes with --location and --camera, and neither with a SOURCE nor --dry-run")
+        if source is not None or camera is None or dry_run or inventory is not None:
+            raise click.UsageError(
+                "--gaps goes with --location and --camera, and with none of a SOURCE, --inventory and --dry-run"
+            )
         _fill_gaps(location, camera, bounds, wait=wait, as_json=as_json)
         return
     if source is None:
@@ -122,6 +133,7 @@ def backfill(
                     location_name=location,
                     time_pattern=time_pattern,
                     bounds=bounds,
+                    inventory_uri=inventory,
                     restore_tier=restore_tier.capitalize() if restore_tier else None,
                     workers=workers,
                     price_per_hour=price_per_hour,
@@ -140,6 +152,7 @@ def backfill(
                 camera_name=camera,
                 time_pattern=time_pattern,
                 bounds=bounds,
+                inventory_uri=inventory,
                 restore=_restore(restore_tier, restore_days),
                 threads=threads,
                 on_page=on_page,
@@ -197,6 +210,8 @@ def _print_estimate(result: Estimate) -> None:
         ]
         rows.append(("restoring these, at list prices", known(result.restore_cost, "{:,.2f} US dollars")))
     print_table(f"Dry run: {result.source} for {result.location}", ["", ""], rows)
+    if result.inventory:
+        note(f"  by the inventory {result.inventory}")
     left = [
         (found.known, "known already"),
         (found.unplaced, "whose key has no time by this pattern, and would be quarantined"),
@@ -380,7 +395,8 @@ def describe(report: BackfillReport) -> None:
     """Say in words what a backfill found."""
     if report.resumed:
         note(f"backfill {report.id} was begun earlier, and gone on with")
-    note(f"{report.listed} objects below {report.source}: {report.new} new, {report.known} known already")
+    read = f" in the inventory {report.inventory}" if report.inventory else ""
+    note(f"{report.listed} objects below {report.source}{read}: {report.new} new, {report.known} known already")
     if report.superseded:
         note(f"  {report.superseded} replaced an older version, whose results were withdrawn")
     if report.quarantined - report.archived > 0:

@@ -27,6 +27,8 @@ class Page:
     others: list[ObjectInfo] = field(default_factory=list)
     outside_range: int = 0
     last_key: str = ""
+    #: What was read for it, rows of an inventory that are no objects of the source included.
+    rows: int = 0
 
     def __len__(self) -> int:
         return len(self.planned) + len(self.others) + self.outside_range
@@ -64,10 +66,13 @@ def list_range(store: ObjectStore, prefix: str, after: str = "", until: str | No
             yield info
 
 
-def plan_pages(objects: Iterable[ObjectInfo], rules: Rules, *, batch: int = BATCH) -> Iterator[Page]:
-    """Objects planned, in batches of that many listed ones."""
+def plan_pages(objects: Iterable[ObjectInfo | None], rules: Rules, *, batch: int = BATCH) -> Iterator[Page]:
+    """Objects planned, in batches of that many listed ones; None is only counted as read."""
     page = Page()
     for info in objects:
+        page.rows += 1
+        if info is None:
+            continue
         if not is_storable(info.key):
             page.others.append(info)
         else:
@@ -82,7 +87,7 @@ def plan_pages(objects: Iterable[ObjectInfo], rules: Rules, *, batch: int = BATC
         if len(page) >= batch:
             yield page
             page = Page()
-    if len(page):
+    if page.rows:
         yield page
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -16,10 +16,11 @@ from common.database import session_scope
 from common.domain import MediaKind, SampleMode
 from common.planning import TimePattern, zone
 from common.settings import Settings
-from common.storage import open_source
+from common.storage import ObjectInfo, open_source
 from common.tables import Pipeline
 from common.throughput import Origin, Rate, Throughput, measured
 from producer.discover import Page, Rules, list_range, plan_pages
+from producer.inventory import open_inventory
 from producer.submit import first_look, range_of
 
 #: What AWS asks for bringing back archived data: US dollars per GB and per 1,000 requests, by class and tier. List
@@ -61,6 +62,8 @@ class Estimate:
     """A dry run's answer. What can't be known yet is None."""
 
     source: str
+    #: The manifest of what was read in place of a listing.
+    inventory: str | None
     location: str
     found: Found
     throughput: Throughput
@@ -79,6 +82,7 @@ class Estimate:
         found, rates = self.found, self.throughput
         return {
             "source": self.source,
+            "inventory": self.inventory,
             "location": self.location,
             "objects": found.images + found.videos,
             "bytes": found.image_bytes + found.video_bytes,
@@ -103,14 +107,16 @@ def estimate(
     location_name: str,
     time_pattern: str | None = None,
     bounds: tuple[datetime | None, datetime | None] = (None, None),
+    inventory_uri: str | None = None,
     restore_tier: str | None = None,
     workers: int = 1,
     price_per_hour: float | None = None,
     on_page: Callable[[int], None] = lambda listed: None,
 ) -> Estimate:
-    """List everything below `source` as `submit` would, and say what it would make. Raises as `submit` does."""
+    """Go through everything below `source` as `submit` would, and say what it would make. Raises as `submit` does."""
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
+    inventory = open_inventory(inventory_uri, store.bucket, settings) if inventory_uri else None
     spec = settings.pipeline.spec()
     with session_scope() as session:
         location = catalog.get_location(session, location_name)
@@ -118,16 +124,19 @@ def estimate(
         rates = measured(session, pipeline_id, location_name)
     where = zone(location.time_zone)
     rules = Rules(pattern, where, range_of(bounds, where))
-    first_look(
-        plan_pages(list_range(store, prefix), rules, batch=settings.storage.list_page_size), time_pattern, source
-    )
+
+    def objects() -> Iterator[ObjectInfo | None]:
+        return inventory.objects(prefix) if inventory else list_range(store, prefix)
+
+    first_look(plan_pages(objects(), rules, batch=settings.storage.list_page_size), time_pattern, source)
     found = Found()
-    for page in plan_pages(list_range(store, prefix), rules):
+    for page in plan_pages(objects(), rules):
         with session_scope() as session:
             known = ledger.known_keys(session, page.planned, pipeline_id)
         _count(found, page, known, restoring=restore_tier is not None)
         on_page(found.listed)
-    return _estimated(settings, source, location_name, found, rates, restore_tier, workers, price_per_hour)
+    named = inventory.uri if inventory else None
+    return _estimated(settings, source, named, location_name, found, rates, restore_tier, workers, price_per_hour)
 
 
 def _count(found: Found, page: Page, known: set[str], *, restoring: bool) -> None:
@@ -161,6 +170,7 @@ def _count(found: Found, page: Page, known: set[str], *, restoring: bool) -> Non
 def _estimated(
     settings: Settings,
     source: str,
+    inventory: str | None,
     location: str,
     found: Found,
     rates: Throughput,
@@ -183,6 +193,7 @@ def _estimated(
         hours = seconds / 3600
     return Estimate(
         source,
+        inventory,
         location,
         found,
         rates,

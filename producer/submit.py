@@ -23,6 +23,7 @@ from common.settings import Settings
 from common.storage import ObjectInfo, ObjectStore, open_source
 from common.tables import Backfill, BackfillPart, Camera, Location, Pipeline
 from producer.discover import Page, Rules, divide, list_range, plan_pages
+from producer.inventory import Inventory, open_inventory
 
 #: How many objects that are not analysed are named in a report.
 NAMED = 5
@@ -36,6 +37,8 @@ class BackfillReport:
     source: str
     location: str
     camera: str | None
+    #: The manifest of what was read in place of a listing.
+    inventory: str | None = None
     listed: int = 0
     new: int = 0
     known: int = 0
@@ -91,18 +94,22 @@ def submit(
     camera_name: str | None = None,
     time_pattern: str | None = None,
     bounds: tuple[datetime | None, datetime | None] = (None, None),
+    inventory_uri: str | None = None,
     restore: Restore | None = None,
     threads: int = 1,
     on_page: Callable[[BackfillReport], None] = lambda report: None,
 ) -> BackfillReport:
     """Register everything below `source` that was taken within `bounds` (half-open; naive: the location's
-    clock). Each batch is one transaction: a crash keeps those before it, and the same call goes on behind them.
+    clock), as a listing shows it, or an inventory. Each batch is one transaction: a crash keeps those before it, and
+    the same call goes on behind them.
 
-    Raises `MaskwatchError` for an unknown location or camera, a source that can't be listed, and a time
-    pattern that fits none of the first pictures and videos (a typo must not quarantine an archive).
+    Raises `MaskwatchError` for an unknown location or camera, a source that can't be listed, an inventory that can't
+    be read or has nothing below it, and a time pattern that fits none of the first pictures and videos (a typo must not
+    quarantine an archive).
     """
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
+    inventory = open_inventory(inventory_uri, store.bucket, settings) if inventory_uri else None
     with session_scope() as session:
         location = catalog.get_location(session, location_name)
         camera = catalog.get_camera(session, location, camera_name) if camera_name else None
@@ -114,11 +121,11 @@ def submit(
     rules = Rules(pattern, where, within)
     # Listed before anything is written, up to the first pictures: a bucket that isn't there leaves no trace, and
     # a pattern that fits nothing is noticed.
-    first_look(
-        plan_pages(list_range(store, prefix), rules, batch=settings.storage.list_page_size), time_pattern, source
-    )
+    objects = inventory.objects(prefix) if inventory else list_range(store, prefix)
+    first_look(plan_pages(objects, rules, batch=settings.storage.list_page_size), time_pattern, source)
     wanted = Backfill(
         source=source,
+        inventory=inventory.uri if inventory else None,
         location_id=location.id,
         camera_id=camera.id if camera else None,
         pipeline_id=pipeline.id,
@@ -126,21 +133,27 @@ def submit(
         until=within.end,
         time_pattern=time_pattern,
     )
-    ranges = divide(store, prefix)
+    parts: list[dict[str, Any]] = (
+        [{"manifest_file": file} for file in inventory.files]
+        if inventory
+        else [{"begins_after": after, "ends_with": end} for after, end in divide(store, prefix)]
+    )
     with session_scope() as session:
         wanted.source_id = sources.ensure(session, store.bucket)
         found = backfills.find_unfinished(session, wanted)
         if found is None:
             session.add(wanted)
             session.flush()
-            backfills.add_parts(session, wanted.id, [{"begins_after": a, "ends_with": e} for a, e in ranges])
+            backfills.add_parts(session, wanted.id, parts)
         backfill = found or wanted
         current = catalog.get_location(session, location_name)
         if current.promoted_pipeline_id is None:
             catalog.promote(session, current, pipeline)
-        report = BackfillReport(backfill.id, source, location_name, camera_name, resumed=found is not None)
+        report = BackfillReport(
+            backfill.id, source, location_name, camera_name, wanted.inventory, resumed=found is not None
+        )
         report.shown = current.promoted_pipeline_id == pipeline.id
-    Lister(settings, backfill, places, store, prefix, rules, restore, report, on_page).run(threads)
+    Lister(settings, backfill, places, store, prefix, inventory, rules, restore, report, on_page).run(threads)
     return report
 
 
@@ -160,13 +173,15 @@ def take_up(
         pipeline = session.get_one(Pipeline, backfill.pipeline_id)
         shown = location.promoted_pipeline_id == pipeline.id
     store, prefix = open_source(backfill.source, settings)
+    inventory = open_inventory(backfill.inventory, store.bucket, settings) if backfill.inventory else None
     pattern = TimePattern(backfill.time_pattern) if backfill.time_pattern else None
     rules = Rules(pattern, zone(location.time_zone), backfills.within(backfill))
+    camera_name = camera.name if camera else None
     report = BackfillReport(
-        backfill.id, backfill.source, location.name, camera.name if camera else None, shown=shown, resumed=True
+        backfill.id, backfill.source, location.name, camera_name, backfill.inventory, shown=shown, resumed=True
     )
     places = Places(location, camera, pipeline)
-    Lister(settings, backfill, places, store, prefix, rules, restore, report, on_page).run(threads)
+    Lister(settings, backfill, places, store, prefix, inventory, rules, restore, report, on_page).run(threads)
     return report
 
 
@@ -235,6 +250,7 @@ class Lister:
     places: Places
     store: ObjectStore
     prefix: str
+    inventory: Inventory | None
     rules: Rules
     restore: Restore | None
     report: BackfillReport
@@ -271,9 +287,8 @@ class Lister:
     def list_part(self, part: BackfillPart) -> None:
         """From the part's cursor to its end."""
         counts = Counter(part.counts)
-        objects = list_range(self.store, self.prefix, part.cursor or part.begins_after, part.ends_with)
-        for page in plan_pages(objects, self.rules):
-            found = self._register(part, page, counts)
+        for page, cursor in self._pages(part):
+            found = self._register(part, page, cursor, counts)
             with self._lock:
                 self._add(found)
                 self._name(page)
@@ -281,7 +296,21 @@ class Lister:
         with session_scope() as session:
             backfills.finish_part(session, part)
 
-    def _register(self, part: BackfillPart, page: Page, counts: Counter[str]) -> Counter[str]:
+    def _pages(self, part: BackfillPart) -> Iterator[tuple[Page, str]]:
+        """The part's batches behind its cursor, each with the cursor behind it: a key, or a number of rows."""
+        if part.manifest_file is None:
+            objects = list_range(self.store, self.prefix, part.cursor or part.begins_after, part.ends_with)
+            for page in plan_pages(objects, self.rules):
+                yield page, page.last_key or part.begins_after
+        else:
+            assert self.inventory is not None, "whoever made this part had one"
+            done = int(part.cursor or 0)
+            rows = self.inventory.objects_of(part.manifest_file, self.prefix, after=done)
+            for page in plan_pages(rows, self.rules):
+                done += page.rows
+                yield page, str(done)
+
+    def _register(self, part: BackfillPart, page: Page, cursor: str, counts: Counter[str]) -> Counter[str]:
         """One batch into the ledger; returns what was found in it, and adds it to the part's counts."""
         ensure_partitions(engine(), (item.best_known_time for item in page.planned))
         found = Counter(
@@ -306,13 +335,13 @@ class Lister:
             )
             if not (archived and self.restore):
                 counts.update(found)
-                backfills.advance(session, part, page.last_key or part.begins_after, counts)
+                backfills.advance(session, part, cursor, counts)
         if archived and self.restore:
             # Registered first, so that what S3 was asked for is known; the cursor moves when it was asked.
             found["restoring"] = self._restore(archived, self.restore)
             counts.update(found)
             with session_scope() as session:
-                backfills.advance(session, part, page.last_key or part.begins_after, counts)
+                backfills.advance(session, part, cursor, counts)
         with self._lock:
             self.report.first_elsewhere = self.report.first_elsewhere or first
         return found

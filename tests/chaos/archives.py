@@ -42,11 +42,11 @@ from common.database import session_scope
 
 registered = submit.Lister._register
 
-def cursor_first(self, part, page, counts):
+def cursor_first(self, part, page, cursor, counts):
     with session_scope() as session:
-        backfills.advance(session, part, page.last_key, counts)
+        backfills.advance(session, part, cursor, counts)
     time.sleep(2)
-    return registered(self, part, page, counts)
+    return registered(self, part, page, cursor, counts)
 
 submit.Lister._register = cursor_first
 """

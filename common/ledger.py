@@ -211,7 +211,9 @@ def register(
             result.superseded += len(older)
             # Only a key that has just lost its current version can get an earlier one back.
             result.new += _revive(session, rows)
-        inserted = set(session.execute(text(_INSERT_MEDIA), rows).scalars())
+        inserted: dict[str, str] = {row.key: row.state for row in session.execute(text(_INSERT), rows)}
+        result.new += len(inserted)
+        result.quarantined += sum(state == JobState.QUARANTINED.value for state in inserted.values())
         # What is there and not by us: another may have registered it meanwhile, and the insert had to wait for him.
         known = {key: item for key, item in known.items() if key not in inserted}
         older = _lock_older(session, bucket, known, newest=newest)
@@ -228,9 +230,9 @@ def register(
         others = elsewhere.all()
         result.elsewhere = len(others)
         result.first_elsewhere = f"{bucket}/{others[0]}" if others else None
-    made = session.execute(text(_INSERT_JOBS), rows).scalars().all()
-    result.new += len(made) + _take_back(session, bucket, known, pipeline, backfill_id)
-    result.quarantined = sum(state == JobState.QUARANTINED.value for state in made)
+        made = session.execute(text(_INSERT_JOBS), rows).scalars().all()
+        result.new += len(made) + _take_back(session, bucket, known, pipeline, backfill_id)
+        result.quarantined += sum(state == JobState.QUARANTINED.value for state in made)
     result.known = len(by_key) - result.new
     placed = [item for item in known.values() if item.reason not in UNPLACED and item.observed_at]
     _replan(session, bucket, placed, location, camera)
@@ -245,21 +247,32 @@ _PLANNED_ROWS = (
     " observed_at_ambiguous boolean, job_kind text, reason text, detail text)"
 )
 
-_INSERT_MEDIA = (
+_JOB_COLUMNS = "(media_object_id, source_id, pipeline_id, backfill_id, lane, kind, state, reason, detail, finished_at)"
+
+_FIRST_JOB_OF_MEDIA = (
+    "m.id, :source, :pipeline, CAST(:backfill AS bigint), :lane, planned.job_kind,"
+    " CASE WHEN planned.reason IS NULL THEN 'pending' ELSE 'quarantined' END, planned.reason, planned.detail,"
+    " CASE WHEN planned.reason IS NOT NULL THEN clock_timestamp() END"
+)
+
+#: What is new, with the first job of each: what it is, and why it can't be done, if so. In one statement, because to
+#: find the rows of the one in the next takes a fifth of the time.
+_INSERT = (
+    f"WITH planned AS MATERIALIZED (SELECT * FROM {_PLANNED_ROWS}), m AS ("
     "INSERT INTO media_objects (bucket, key, revision, etag, size_bytes, last_modified, storage_class, kind,"
     " location_id, camera_id, observed_at, observed_at_source, observed_at_ambiguous)"
     " SELECT :bucket, key, etag, etag, size_bytes, last_modified, storage_class, kind, :location,"
     " CAST(:camera AS integer), observed_at, observed_at_source, coalesce(observed_at_ambiguous, false)"
     # Two who register the same keys wait for each other in one order.
-    f' FROM {_PLANNED_ROWS} ORDER BY key COLLATE "C" ON CONFLICT DO NOTHING RETURNING key'
+    ' FROM planned ORDER BY key COLLATE "C" ON CONFLICT DO NOTHING RETURNING id, key'
+    f"), made AS (INSERT INTO jobs {_JOB_COLUMNS} SELECT {_FIRST_JOB_OF_MEDIA} FROM m JOIN planned USING (key)"
+    ' ORDER BY m.key COLLATE "C" RETURNING media_object_id, state'
+    ") SELECT m.key, made.state FROM m JOIN made ON made.media_object_id = m.id"
 )
 
-#: The first job of each object: what it is, and why it can't be done, if so.
+#: The first job of what is known, for a pipeline that has not been given it.
 _INSERT_JOBS = (
-    "INSERT INTO jobs (media_object_id, source_id, pipeline_id, backfill_id, lane, kind, state, reason, detail,"
-    " finished_at) SELECT m.id, :source, :pipeline, CAST(:backfill AS bigint), :lane, planned.job_kind,"
-    " CASE WHEN planned.reason IS NULL THEN 'pending' ELSE 'quarantined' END, planned.reason, planned.detail,"
-    f" CASE WHEN planned.reason IS NOT NULL THEN clock_timestamp() END FROM {_PLANNED_ROWS} CROSS JOIN LATERAL ("
+    f"INSERT INTO jobs {_JOB_COLUMNS} SELECT {_FIRST_JOB_OF_MEDIA} FROM {_PLANNED_ROWS} CROSS JOIN LATERAL ("
     " SELECT id FROM media_objects WHERE bucket = :bucket AND key = planned.key AND revision = planned.etag"
     " AND superseded_at IS NULL LIMIT 1) AS m"
     ' ORDER BY planned.key COLLATE "C" ON CONFLICT DO NOTHING RETURNING state'

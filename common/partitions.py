@@ -38,7 +38,8 @@ def ensure_partitions(engine: Engine, instants: Iterable[datetime]) -> list[str]
 
     One whose lock can't be had within two seconds is left for the next call.
     """
-    wanted = {month_of(instant) for instant in instants}
+    days = {instant.astimezone(UTC).date() for instant in instants}
+    wanted = {datetime(day.year, day.month, 1, tzinfo=UTC) for day in days}
     made = []
     for month in sorted(wanted):
         if not _exists(engine, month):

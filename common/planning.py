@@ -33,6 +33,10 @@ _DIRECTIVES = {
 }  # fmt: skip
 
 
+#: Directives that are plain numbers, and what of a time they tell.
+_UNITS = {"Y": "year", "m": "month", "d": "day", "H": "hour", "M": "minute", "S": "second"}
+
+
 class LocalTimeError(ValueError):
     """A local time that its zone skips (clocks set forward), or that no calendar reaches."""
 
@@ -64,20 +68,23 @@ class TimePattern:
         self.pattern = pattern
         self._regex = _compile(pattern)
         names = self._regex.groupindex.keys()
-        self._plain = {*"Ymd"} <= names <= {*"YmdHMSf"}
+        #: The pattern's directives, where all are plain numbers. Of nearly all patterns they are, and strptime would
+        #: take longer than all the rest of planning.
+        self._numbers = [name for name in _UNITS if name in names] if {*"Ymd"} <= names <= {*_UNITS, "f"} else []
+        self._units = [_UNITS[name] for name in self._numbers]
 
     def match(self, key: str) -> datetime | None:
         """The time in this key (naive, or aware where the pattern has %z); None if it doesn't match."""
         found = self._regex.search(key)
         if found is None:
             return None
-        values = found.groupdict()
         try:
-            if self._plain:
-                # Nearly all patterns are; strptime would take longer than all the rest of planning.
-                year, month, day, hour, minute, second = (int(values.get(name, 0)) for name in "YmdHMS")
-                fraction = int(values.get("f", "").ljust(6, "0"))
-                return datetime(year, month, day, hour, minute, second, fraction)  # noqa: DTZ001
+            if self._numbers:
+                numbers = dict(zip(self._units, map(int, found.group(*self._numbers)), strict=True))
+                if "f" in self._regex.groupindex:
+                    numbers["microsecond"] = int(found["f"].ljust(6, "0"))
+                return datetime(**numbers)  # type: ignore[arg-type]  # noqa: DTZ001
+            values = found.groupdict()
             return datetime.strptime(  # noqa: DTZ007 - the caller knows the zone
                 " ".join(values.values()), " ".join(f"%{name}" for name in values)
             )
@@ -151,15 +158,17 @@ def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
     try:
         if local.tzinfo is not None:
             return local.astimezone(UTC), False
-        first = local.replace(tzinfo=where, fold=0)
+        first, second = local.replace(tzinfo=where, fold=0), local.replace(tzinfo=where, fold=1)
         instant = first.astimezone(UTC)
+        if first.utcoffset() == second.utcoffset():
+            return instant, False
+        # The clocks change: forward, where the time comes back as another one, or back.
         back = instant.astimezone(where).replace(tzinfo=None)
     except OverflowError as error:
         raise LocalTimeError(f"the time {local.isoformat(sep=' ')} is out of range") from error
     if back != local:
         raise LocalTimeError(f"the local time {local.isoformat(sep=' ')} does not exist in {where.key}")
-    second = local.replace(tzinfo=where, fold=1)
-    return instant, second.utcoffset() != first.utcoffset()
+    return instant, True
 
 
 def hour_of(instant: datetime, where: ZoneInfo) -> datetime:

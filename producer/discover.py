@@ -12,7 +12,7 @@ from common.planning import PlannedObject, TimePattern, hour_of, plan_object
 from common.storage import ObjectInfo, ObjectStore, is_storable
 
 #: Objects per batch, which is registered in one transaction: with more, nothing gets quicker.
-BATCH = 4000
+BATCH = 2000
 
 #: Parts that a listing is divided into at most; more than threads that list, so that none waits for a long one.
 PARTS = 64

@@ -91,9 +91,10 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def progress() -> Progress:
-    """A progress bar on standard error; silent where that is no terminal."""
+def progress(*, detail: bool = False) -> Progress:
+    """A progress bar on standard error; silent where that is no terminal. With a `detail`, tasks have such a field."""
+    more = [TextColumn("{task.fields[detail]}")] if detail else []
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=err, disable=not err.is_terminal,
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *more, TimeElapsedColumn(),
+        TimeRemainingColumn(), console=err, disable=not err.is_terminal,
     )  # fmt: skip

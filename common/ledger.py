@@ -1379,36 +1379,56 @@ def any_active(session: Session, location: str | None = None, *, backfill_id: in
     """Whether a job of a backfill, of a location, or any, has something left to do. Quick, however large the ledger
     is."""
     # State by state, because each has its partial index; in one statement, because a job moves between them.
-    where = ""
-    if backfill_id is not None:
-        where = " AND backfill_id = :backfill"
-    elif location is not None:
-        where = (
-            " AND media_object_id IN (SELECT m.id FROM media_objects m JOIN locations l ON l.id = m.location_id"
-            " WHERE l.name = :location)"
-        )
+    where, parameters = _of(location, backfill_id)
     query = " OR ".join(f"EXISTS (SELECT FROM jobs WHERE state = '{state}'{where})" for state in ACTIVE_STATES)
-    parameters = {name: value for name, value in (("backfill", backfill_id), ("location", location)) if value}
     return bool(session.scalar(text(f"SELECT {query}"), parameters))
 
 
-def progress(session: Session, location: str | None = None, *, backfill_id: int | None = None) -> tuple[int, int]:
-    """(active, ended) jobs of a backfill, of a location, or of all."""
+def _of(location: str | None, backfill_id: int | None) -> tuple[str, dict[str, Any]]:
+    """A condition on the jobs of a backfill, of a location, or on none, and its parameters."""
     if backfill_id is not None:
-        states = counts_by_state(session, backfill_id)
-        active = sum(states[state] for state in ACTIVE_STATES)
-        return active, sum(states.values()) - active
-    query = select(
-        func.count().filter(Job.state.in_(ACTIVE_STATES)), func.count().filter(Job.state.not_in(ACTIVE_STATES))
-    ).select_from(Job)
+        return " AND backfill_id = :backfill", {"backfill": backfill_id}
     if location is not None:
-        query = (
-            query.join(MediaObject, MediaObject.id == Job.media_object_id)
-            .join(Location, Location.id == MediaObject.location_id)
-            .where(Location.name == location)
+        of_location = (
+            " AND media_object_id IN (SELECT m.id FROM media_objects m JOIN locations l ON l.id = m.location_id"
+            " WHERE l.name = :location)"
         )
-    active, ended = session.execute(query).one()
-    return active, ended
+        return of_location, {"location": location}
+    return "", {}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the work on some footage is."""
+
+    objects: int
+    #: Of which every job has ended, well or not.
+    objects_ended: int
+    jobs_active: int
+    jobs_ended: int
+    #: Of videos, as far as they were probed.
+    footage_seconds: float
+    footage_ended_seconds: float
+
+
+def progress(session: Session, location: str | None = None, *, backfill_id: int | None = None) -> Progress:
+    """How far the work on a backfill, on a location, or on all is. Reads all of its jobs."""
+    where, parameters = _of(location, backfill_id)
+    row = session.execute(
+        text(
+            "SELECT count(*), count(*) FILTER (WHERE NOT is_active), coalesce(sum(active), 0), coalesce(sum(ended), 0),"
+            " coalesce(sum(footage), 0) / 1000, coalesce(sum(footage_ended), 0) / 1000 FROM ("
+            " SELECT bool_or(a) AS is_active, count(*) FILTER (WHERE a) AS active, count(*) FILTER (WHERE NOT a)"
+            "  AS ended, sum(ms) AS footage, sum(ms) FILTER (WHERE NOT a) AS footage_ended"
+            f" FROM jobs JOIN media_objects m ON m.id = media_object_id CROSS JOIN LATERAL (SELECT state IN ({_ACTIVE})"
+            # The last chunk is planned as long as the others.
+            f"  AS a, CASE WHEN jobs.kind = 'chunk' AND {_PLANNED.format(jobs='jobs')} THEN greatest(0,"
+            "  least(range_end_ms, 1000 * m.duration_seconds) - range_start_ms) ELSE 0 END AS ms) AS each"
+            f" WHERE true{where} GROUP BY media_object_id) AS objects"
+        ),
+        parameters,
+    ).one()
+    return Progress(*map(int, row[:4]), *map(float, row[4:]))
 
 
 def unsummarized(session: Session, location: str | None = None) -> int:

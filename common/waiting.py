@@ -23,8 +23,9 @@ def wait_for(settings: Settings, location: str | None = None, *, backfill_id: in
     before, changed_at, told = (-1, -1), time.monotonic(), False
     asked_for_summary, count_again_at = False, 0.0
     paused: set[str] = set()
-    with progress() as bar:
-        task = bar.add_task("analysing", total=None)
+    first: tuple[float, ledger.Progress] | None = None
+    with progress(detail=True) as bar:
+        task = bar.add_task("analysing", total=None, detail="objects")
         while True:
             with session_scope() as session:
                 active = ledger.any_active(session, location, backfill_id=backfill_id)
@@ -41,12 +42,19 @@ def wait_for(settings: Settings, location: str | None = None, *, backfill_id: in
             if time.monotonic() >= count_again_at or not active:
                 asked_at = time.monotonic()
                 with session_scope() as session:
-                    left, ended = ledger.progress(session, location, backfill_id=backfill_id)
+                    so_far = ledger.progress(session, location, backfill_id=backfill_id)
                 # Counting a large ledger takes a while: never more than a tenth of the time.
                 count_again_at = time.monotonic() + 9 * (time.monotonic() - asked_at)
-                bar.update(task, total=left + ended, completed=ended)
-                if (left, marks) != before:
-                    before, changed_at, told = (left, marks), time.monotonic(), False
+                first = first or (asked_at, so_far)
+                done = so_far.objects_ended - first[1].objects_ended
+                bar.update(
+                    task,
+                    total=so_far.objects,
+                    completed=so_far.objects_ended,
+                    detail=in_words(so_far, done, asked_at - first[0]),
+                )
+                if (so_far.jobs_active, marks) != before:
+                    before, changed_at, told = (so_far.jobs_active, marks), time.monotonic(), False
             if not active and not marks:
                 return
             if not active and not asked_for_summary:
@@ -59,6 +67,17 @@ def wait_for(settings: Settings, location: str | None = None, *, backfill_id: in
                     "maskwatch status"
                 )
             time.sleep(min(0.5, settings.dispatch.interval_seconds))
+
+
+def in_words(so_far: ledger.Progress, done: int, seconds: float) -> str:
+    """What a bar can't show: how quickly objects were done in the last so many seconds, and how much video is."""
+    words = "objects"
+    if done and seconds:
+        rate = done / seconds
+        words += f", {rate:.1f} per second" if rate >= 1 else f", {60 * rate:.1f} per minute"
+    if so_far.footage_seconds:
+        words += f", {so_far.footage_ended_seconds / 3600:.1f} of {so_far.footage_seconds / 3600:.1f} hours of video"
+    return words
 
 
 def _ask_for_summary() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -10,13 +11,14 @@ from sqlalchemy.orm import Session
 
 import producer.dispatch
 from common import catalog, ledger
-from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, VideoInfo
-from common.ledger import ClaimedJob, StaleJobError
+from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, Reason, VideoInfo
+from common.ledger import ClaimedJob, Progress, StaleJobError
 from common.planning import PlannedObject, chunk_ranges
 from common.queues import Queue, list_of, queue_length, redis_client
 from common.settings import get_settings
 from common.storage import ObjectInfo
-from tests.ledger_rows import NOON, claim, dispatch, face, register_many, rows, scalar, states
+from common.waiting import in_words
+from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.services import forget_settings
 from workers.recording import record_chunk, record_probe
 
@@ -227,3 +229,24 @@ def test_frames_count_in_the_hours_they_were_shown_in(session: Session) -> None:
     assert scalar(session, "SELECT count(*) FROM dirty_marks") == 2
     found = "SELECT observed_at, offset_seconds, track_id FROM face_results"
     assert rows(session, found) == [(NOON - timedelta(seconds=0.5), 89.5, 7)]
+
+
+def test_how_far_the_work_is_in_objects_and_hours_of_video(session: Session) -> None:
+    register(session, planned("a.jpg"), planned("b.jpg"))
+    plan_video(session)
+    assert ledger.progress(session, "lobby") == Progress(3, 0, 3, 0, 0, 0)
+    picture, _, probe = claim(session, dispatch(session))
+    ledger.quarantine(session, picture, Reason.EMPTY_FILE, "planted")
+    end_probe(session, probe)
+    # 150 s, in chunks of a minute; the video is done when its last chunk is.
+    assert ledger.progress(session, "lobby") == Progress(3, 1, 4, 2, 150, 0)
+    last = claim(session, dispatch(session))[-1]
+    end_chunk(session, last)
+    assert ledger.progress(session, "lobby") == Progress(3, 1, 3, 3, 150, 30)
+    assert ledger.progress(session, "elsewhere") == Progress(0, 0, 0, 0, 0, 0)
+    so_far = ledger.progress(session)
+    assert in_words(so_far, 0, 9.0) == "objects, 0.0 of 0.0 hours of video"
+    assert in_words(replace(so_far, footage_seconds=36000, footage_ended_seconds=5400), 30, 12.0) == (
+        "objects, 2.5 per second, 1.5 of 10.0 hours of video"
+    )
+    assert in_words(replace(so_far, footage_seconds=0), 3, 12.0) == "objects, 15.0 per minute"

@@ -13,6 +13,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from common.settings import Settings, get_settings
+from common.storage import ObjectInfo, S3Store
 from tests.services import Bucket, Services, forget_settings, start_services
 
 
@@ -73,6 +74,20 @@ def session(database_url: str) -> Iterator[Session]:
 def bucket(services: Services) -> Bucket:
     """A new bucket on the S3 server."""
     return Bucket.create(f"test-{uuid.uuid4().hex[:12]}", services.environment["MASKWATCH_STORAGE__ENDPOINT_URL"])
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where listings of buckets began, in the order they did."""
+    begun: list[str] = []
+    pages = S3Store.list_pages
+
+    def list_pages(self: S3Store, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        begun.append(start_after)
+        return pages(self, prefix, start_after)
+
+    monkeypatch.setattr(S3Store, "list_pages", list_pages)
+    return begun
 
 
 @pytest.fixture(scope="session")

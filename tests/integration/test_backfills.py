@@ -59,20 +59,6 @@ def stop_after(batches: int) -> Callable[[BackfillReport], None]:
     return on_page
 
 
-@pytest.fixture
-def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Where listings began, in the order they did."""
-    begun: list[str] = []
-    pages = S3Store.list_pages
-
-    def list_pages(self: S3Store, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
-        begun.append(start_after)
-        return pages(self, prefix, start_after)
-
-    monkeypatch.setattr(S3Store, "list_pages", list_pages)
-    return begun
-
-
 # --- stopped and taken up ---------------------------------------------------------------------------------
 
 

@@ -49,20 +49,6 @@ def due(session: Session, **ago: float) -> None:
     session.commit()
 
 
-@pytest.fixture
-def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Where listings began."""
-    begun: list[str] = []
-    pages = S3Store.list_pages
-
-    def list_pages(self: S3Store, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
-        begun.append(start_after)
-        return pages(self, prefix, start_after)
-
-    monkeypatch.setattr(S3Store, "list_pages", list_pages)
-    return begun
-
-
 # --- slots ------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -384,25 +385,57 @@ def test_a_job_that_moves_while_one_looks_is_not_missed(session: Session) -> Non
     assert len(statements) == 1
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_dispatch_reads_only_what_is_pending(session: Session, alone: bool) -> None:
-    """However many jobs are done: the plan uses the partial index of its half."""
-    register_many(session, 3)
-    seen: list[str] = []
+def test_dispatch_and_recovery_read_only_what_they_are_about(session: Session) -> None:
+    """However many jobs are done, each of the statements goes by the partial index of its state."""
+    register_many(session, 60)
+    claim(session, dispatch(session, 20))
+    dispatch(session, 20)
+    # Like chunks of one long video, because only their states matter here.
+    session.execute(
+        ledger.text(
+            "INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane, range_start_ms, range_end_ms,"
+            " state) SELECT 1, 1, 1, 'chunk', 1, n, n + 1, 'succeeded' FROM generate_series(1, 50000) AS n"
+        )
+    )
+    session.execute(ledger.text("UPDATE jobs SET state = 'retry_wait', next_run_at = now() WHERE id % 5000 = 0"))
+    session.commit()
+    session.execute(ledger.text("ANALYZE jobs"))
+    session.commit()
+    used = {
+        "take_pending": plans(session, lambda: ledger.take_pending(session, limit=16, alone=False, epoch="e")),
+        "alone": plans(session, lambda: ledger.take_pending(session, limit=16, alone=True, epoch="e")),
+        "wake_retries": plans(session, lambda: ledger.wake_retries(session)),
+        "recover_expired": plans(session, lambda: ledger.recover_expired(session, max_lost_leases=3)),
+        "recover_queued": plans(
+            session,
+            lambda: ledger.recover_queued(
+                session, epoch="f", overdue_seconds=1, empty_lanes=list(Lane), lost_seconds=1
+            ),
+        ),
+    }
+    for name, plan in used.items():
+        assert "Seq Scan on jobs" not in plan, f"{name}: {plan}"
+    assert "ix_jobs_pending on jobs" in used["take_pending"] and "ix_jobs_pending_alone on jobs" in used["alone"]
+    session.execute(ledger.text("DROP INDEX ix_jobs_pending"))
+    without = plans(session, lambda: ledger.take_pending(session, limit=16, alone=False, epoch="e"))
+    assert "ix_jobs_pending on jobs" not in without, "control"
+    session.rollback()
 
-    def watch(conn: object, cursor: object, statement: str, *rest: object) -> None:
-        seen.append(statement)
+
+def plans(session: Session, act: Callable[[], object]) -> str:
+    """How Postgres would go about the statements of an action on the jobs."""
+    seen: list[tuple[str, Any]] = []
+
+    def watch(conn: object, cursor: object, statement: str, parameters: Any, *rest: object) -> None:
+        seen.append((statement, parameters))
 
     event.listen(session.get_bind(), "before_cursor_execute", watch)
-    ledger.take_pending(session, limit=1, alone=alone, epoch="e")
+    act()
     event.remove(session.get_bind(), "before_cursor_execute", watch)
-    session.rollback()
-    session.execute(ledger.text("SET LOCAL enable_seqscan = off"))
-    (statement,) = (text for text in seen if "picked" in text)
-    plan = (
-        session.connection()
-        .exec_driver_sql(f"EXPLAIN {statement}", {"epoch": "e", "limit": 1, "video": 1, "lanes": [0, 1]})
-        .scalars()
-        .all()
+    connection = session.connection()
+    return "\n".join(
+        line
+        for statement, parameters in seen
+        if "jobs" in statement
+        for line in connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars()
     )
-    assert any(("ix_jobs_pending_alone" if alone else "ix_jobs_pending ") in line for line in plan), plan

@@ -9,16 +9,14 @@ from common.celery_app import app
 from common.database import session_scope
 from common.queues import TaskName, decode_refs
 from common.settings import get_settings
-from workers.recording import record_image
+from workers.recording import Picture, record_images
 
 
 @app.task(name=TaskName.ANALYZE.value)
 def analyze(message: Any) -> None:
-    """Claim, record and finish the jobs that a message names, each in a transaction of its own, as shipped."""
+    """Claim, record and finish the jobs that a message names, together, as shipped."""
     limits = get_settings().ledger
     with session_scope() as session:
         jobs = ledger.claim(session, decode_refs(message), worker="noop/1", lease_seconds=limits.lease_seconds)
-    for job in jobs:
-        assert job.observed_at is not None
-        with session_scope() as session:
-            record_image(session, job, [], job.observed_at, fence=True)
+    with session_scope() as session:
+        record_images(session, [Picture(job, [], job.observed_at) for job in jobs if job.observed_at], fence=True)

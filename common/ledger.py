@@ -757,6 +757,34 @@ def succeed(
     sources.answered(session, job.source_id)
 
 
+def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]], *, fence: bool = True) -> None:
+    """running → succeeded for jobs of as many media objects; all of them, or none: raises `StaleJobError` when one is
+    no longer the caller's. The rest as of `succeed`."""
+    for job, seen in sorted(ended, key=lambda pair: pair[0].media_object_id):
+        if seen != job.observed_at:
+            _set_observed_at(session, job.media_object_id, seen)
+    guard = "AND jobs.token = mine.token AND jobs.state = 'running'" if fence else ""
+    count = _count(
+        session,
+        "WITH held AS (SELECT jobs.id, attempt, worker, started_at FROM jobs"
+        " JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[])) AS mine (id, token)"
+        f" ON jobs.id = mine.id {guard} ORDER BY jobs.id FOR UPDATE OF jobs"
+        "), ended AS (UPDATE jobs SET state = 'succeeded', reason = NULL, detail = NULL,"
+        " finished_at = clock_timestamp(), token = gen_random_uuid(), lease_until = NULL, worker = NULL FROM held"
+        " WHERE jobs.id = held.id RETURNING jobs.id"
+        ") INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at)"
+        " SELECT held.id, held.attempt, 'succeeded', held.worker, held.started_at"
+        " FROM held JOIN ended ON ended.id = held.id",
+        _arrays([job.ref for job, _ in ended]),
+    )
+    if count != len(ended):
+        raise StaleJobError(
+            f"{len(ended) - count} of these jobs are no longer held: {[job.ref.id for job, _ in ended]}"
+        )
+    for source_id in sorted({job.source_id for job, _ in ended}):
+        sources.answered(session, source_id)
+
+
 def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: Sequence[tuple[int, int]]) -> int:
     """Keep what a probe learned and insert the chunk jobs of its video; returns how many are new.
 

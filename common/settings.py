@@ -131,6 +131,7 @@ class WorkerSettings(BaseModel):
     frame_buffer_bytes: int = Field(128 * 2**20, gt=0, description="decoded frames that wait or are being analysed")
     batch_frames: int = Field(16, ge=1, description="video frames of one size that are analysed together at most")
     group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
+    record_seconds: float = Field(1.0, ge=0, description="pictures that are analysed are recorded together, this often")
     read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
     read_ahead_bytes: int = Field(64 * 2**20, ge=0)
     soft_time_limit_seconds: int = Field(

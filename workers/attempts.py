@@ -97,10 +97,27 @@ def release(jobs: Iterable[ClaimedJob]) -> None:
             _ended(job, AttemptOutcome.RELEASED)
 
 
-def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bool:
-    """Do a job's work, which ends the job itself when it succeeds; end it otherwise. Whether it succeeded."""
-    with working_on(job.ref.id, job.attempt), metrics.timed(metrics.ATTEMPT_SECONDS, kind=job.kind.value):
-        return _settle(job, work, settings)
+def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings, *, ends: bool = True) -> bool:
+    """Do a job's work, which ends the job itself when it succeeds; end it otherwise. Whether it succeeded.
+
+    Work that does not end the job when it succeeds is to be followed by `record`.
+    """
+    with metrics.timed(metrics.ATTEMPT_SECONDS, kind=job.kind.value):
+        done = record(job, work, settings)
+    if done and ends:
+        succeeded(job)
+    return done
+
+
+def record(job: ClaimedJob, write: Callable[[], None], settings: Settings) -> bool:
+    """Write down what a job's work has found; end it otherwise if that can't be done. Whether it could."""
+    with working_on(job.ref.id, job.attempt):
+        return _settle(job, write, settings)
+
+
+def succeeded(job: ClaimedJob) -> None:
+    """The job has ended well: count it."""
+    _ended(job, AttemptOutcome.SUCCEEDED)
 
 
 def _ended(job: ClaimedJob, outcome: AttemptOutcome) -> None:
@@ -111,7 +128,6 @@ def _settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bo
     try:
         try:
             work()
-            _ended(job, AttemptOutcome.SUCCEEDED)
             return True
         except DrainedError:
             release([job])

@@ -1,11 +1,13 @@
-"""Image jobs of a group: while one picture is analysed the next ones are read, and each ends by itself."""
+"""Image jobs of a group: while one picture is analysed the next ones are read, and those that are done are recorded
+together."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from common import metrics
 from common.database import session_scope
@@ -15,12 +17,14 @@ from common.metrics import Stage
 from common.planning import observed_from_file, zone
 from common.settings import Settings
 from common.storage import open_bucket
-from common.telemetry import working_on
+from common.telemetry import get_logger, working_on
 from workers import attempts
 from workers.attempts import Heartbeat
 from workers.decoding import decode_image
 from workers.inference import runtime_of
-from workers.recording import record_image
+from workers.recording import Picture, record_images
+
+log = get_logger(__name__)
 
 
 def analyze_images(
@@ -36,30 +40,83 @@ def analyze_images(
     deadline: by `time.monotonic()`. Looked at between pictures: Celery's soft limit would raise in the middle of
     whatever runs just then.
     """
-    analysed = 0
     waiting = deque(jobs)
+    recorder = _Recorder(heartbeat, settings)
     try:
         for job, read in read_ahead(jobs, settings):
             if draining() or time.monotonic() > deadline:
                 break
             waiting.popleft()
-            if job.ref.id not in heartbeat.lost:
-                analysed += _analyze(job, read, settings)
-            heartbeat.done(job)
+            picture = _analyze(job, read, settings) if job.ref.id not in heartbeat.lost else None
+            if picture is None:
+                heartbeat.done(job)
+            else:
+                recorder.add(picture)
+        recorder.record()
     finally:
-        # Not begun, because we were asked to stop or ran out of time: somebody else may have them.
-        attempts.release(job for job in waiting if job.ref.id not in heartbeat.lost)
-    return analysed
+        # Not begun or not recorded, because we were asked to stop, ran out of time, or met what stops us: somebody else
+        # may have them.
+        left = [*(picture.job for picture in recorder.pictures), *waiting]
+        attempts.release(job for job in left if job.ref.id not in heartbeat.lost)
+    return recorder.recorded
 
 
-def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> bool:
+def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> Picture | None:
+    """What is in a picture; None where that can't be said, and the job has ended otherwise."""
+    found: list[Picture] = []
+
     def work() -> None:
-        faces, seen = analyze_bytes(job, read(), settings)
-        with metrics.stage(Stage.WRITE), session_scope() as session:
-            record_image(session, job, faces, seen, fence=settings.ledger.fence)
-        metrics.analysed(job.kind, [faces])
+        found.append(Picture(job, *analyze_bytes(job, read(), settings)))
 
-    return attempts.settle(job, work, settings)
+    return found[0] if attempts.settle(job, work, settings, ends=False) else None
+
+
+class _Recorder:
+    """Records pictures that are analysed, some at a time: one transaction takes longer than its rows."""
+
+    def __init__(self, heartbeat: Heartbeat, settings: Settings) -> None:
+        self.pictures: deque[Picture] = deque()
+        self.recorded = 0
+        self._heartbeat = heartbeat
+        self._settings = settings
+        self._recorded_at = time.monotonic()
+
+    def add(self, picture: Picture) -> None:
+        """Record it, or keep it for the next time."""
+        self.pictures.append(picture)
+        self._heartbeat.progress()
+        if time.monotonic() - self._recorded_at >= self._settings.worker.record_seconds:
+            self.record()
+
+    def record(self) -> None:
+        """Record all that are waiting. One that can't be must not keep the others out: then each goes by itself."""
+        if len(self.pictures) > 1:
+            self._record_together()
+        while self.pictures:
+            picture = self.pictures.popleft()
+            write = partial(self._write, [picture])
+            self._ended(picture, succeeded=attempts.record(picture.job, write, self._settings))
+        self._recorded_at = time.monotonic()
+
+    def _record_together(self) -> None:
+        try:
+            self._write(self.pictures)
+        except Exception:  # a job that was lost, purged time, no database: told by each of them
+            log.info("recorded one by one", pictures=len(self.pictures), exc_info=True)
+        else:
+            while self.pictures:
+                self._ended(self.pictures.popleft(), succeeded=True)
+
+    def _write(self, pictures: Collection[Picture]) -> None:
+        with metrics.stage(Stage.WRITE), session_scope() as session:
+            record_images(session, pictures, fence=self._settings.ledger.fence)
+
+    def _ended(self, picture: Picture, *, succeeded: bool) -> None:
+        if succeeded:
+            self.recorded += 1
+            attempts.succeeded(picture.job)
+            metrics.analysed(picture.job.kind, [picture.faces])
+        self._heartbeat.done(picture.job)
 
 
 def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[list[Face], ObservedAt]:

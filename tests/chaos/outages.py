@@ -156,9 +156,9 @@ SLOW_WRITES = """
 import time
 from workers import recording
 
-def late(session, job, frames, count=recording._count):
+def late(session, frames, count=recording._count):
     time.sleep(0.2)
-    count(session, job, frames)
+    return count(session, frames)
 
 recording._count = late
 """
@@ -170,15 +170,17 @@ NO_TRANSACTION = (
 from common import ledger
 from common.database import session_scope
 
-def record_image(session, job, faces, seen, *, fence):
-    with session_scope() as own:
-        ledger.succeed(own, job, seen, fence=fence)
-    with session_scope() as own:
-        recording._count(own, job, [(seen.instant, 0.0)])
-    with session_scope() as own:
-        recording._copy(own, job, [(seen.instant, 0.0, face, None) for face in faces])
+def record_images(session, pictures, *, fence):
+    for picture in pictures:
+        job, at = picture.job, picture.seen.instant
+        with session_scope() as own:
+            ledger.succeed(own, job, picture.seen, fence=fence)
+        with session_scope() as own:
+            recording._count(own, [(job, at, 0.0)])
+        with session_scope() as own:
+            recording._copy(own, [(job, at, 0.0, face, None) for face in picture.faces])
 
-recording.record_image = record_image
+recording.record_images = record_images
 """
 )
 

@@ -459,3 +459,72 @@ def test_an_error_in_reading_belongs_to_its_own_picture(
         ("4.png", "quarantined", "object_gone"),
         ("5.png", "succeeded", None),
     ]
+
+
+# --- recording together -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "transactions"), [(60, 1), (0, 4)])
+def test_pictures_are_recorded_together(
+    session: Session,
+    bucket: Bucket,
+    analyzer: FakeAnalyzer,
+    configure: Callable[..., Settings],
+    seconds: int,
+    transactions: int,
+) -> None:
+    configure(worker__record_seconds=seconds)
+    assert analyze(plan_group(session, bucket, 4)) == 4
+    assert rows(session, JOBS) == [succeeded(number) for number in range(1, 5)]
+    assert scalar(session, "SELECT count(DISTINCT xmin::text) FROM frame_counts") == transactions
+    assert scalar(session, "SELECT count(*) FROM frame_counts") == scalar(session, "SELECT count(*) FROM faces") == 4
+    assert [row.outcome for row in rows(session, ATTEMPTS)] == ["succeeded"] * 4
+
+
+def test_one_that_was_lost_does_not_keep_the_others_out(
+    session: Session, bucket: Bucket, analyzer: FakeAnalyzer, configure: Callable[..., Settings]
+) -> None:
+    # No heartbeat tells of it in time.
+    configure(worker__record_seconds=60, ledger__heartbeat_seconds=600, ledger__lease_seconds=1800)
+    analyzer.while_analyzing[2] = lambda: plan(session, bucket, 1, revision=1)
+    assert analyze(plan_group(session, bucket, 3)) == 2
+    assert [(row.key, row.state) for row in rows(session, JOBS)] == [
+        ("1.png", "cancelled"),
+        ("2.png", "succeeded"),
+        ("3.png", "succeeded"),
+        ("1.png", "pending"),
+    ]
+    assert [row.key for row in rows(session, FACES)] == ["2.png", "3.png"]
+    assert scalar(session, "SELECT count(*) FROM frame_counts") == 2
+
+
+def test_what_can_not_be_recorded_is_told_of_each(
+    session: Session, bucket: Bucket, analyzer: FakeAnalyzer, configure: Callable[..., Settings]
+) -> None:
+    configure(worker__record_seconds=60)
+
+    def purge() -> None:
+        session.execute(
+            ledger.text(
+                "WITH done AS (INSERT INTO operator_actions (action, \"by\") VALUES ('purge', 'test') RETURNING id)"
+                " INSERT INTO purges (before, action_id) SELECT now(), id FROM done"
+            )
+        )
+        session.commit()
+
+    analyzer.while_analyzing[2] = purge
+    assert analyze(plan_group(session, bucket, 2)) == 0
+    found = rows(session, JOBS)
+    assert [(row.key, row.state, row.reason) for row in found] == [
+        ("1.png", "quarantined", "purged"),
+        ("2.png", "quarantined", "purged"),
+    ]
+    assert scalar(session, "SELECT count(*) FROM faces") == scalar(session, "SELECT count(*) FROM frame_counts") == 0
+
+
+def test_what_is_analysed_is_recorded_before_the_rest_is_given_back(
+    session: Session, bucket: Bucket, analyzer: FakeAnalyzer, configure: Callable[..., Settings]
+) -> None:
+    configure(worker__record_seconds=60)
+    assert analyze(plan_group(session, bucket, 3), draining=lambda: len(analyzer.seen) == 2) == 2
+    assert rows(session, JOBS) == [succeeded(1), succeeded(2), pending(3)]

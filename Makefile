@@ -38,7 +38,9 @@ bench: $(VENV)/.test  ## Measure the road, video, and every model in every runti
 	$(BIN)/python -m benchmarks.discover
 	$(BIN)/python -m benchmarks.dispatch
 	$(BIN)/python -m benchmarks.lanes
+	$(BIN)/python -m benchmarks.ledger
 	$(BIN)/python -m benchmarks.summaries
+	$(BIN)/python -m benchmarks.estimate
 
 chaos: $(VENV)/.test  ## Pull every plug and count what is lost: the table of docs/reliability.md (an hour)
 	$(BIN)/python -m pytest -m chaos

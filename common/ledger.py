@@ -771,7 +771,9 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
         f" ON jobs.id = mine.id {guard} ORDER BY jobs.id FOR UPDATE OF jobs"
         "), ended AS (UPDATE jobs SET state = 'succeeded', reason = NULL, detail = NULL,"
         " finished_at = clock_timestamp(), token = gen_random_uuid(), lease_until = NULL, worker = NULL FROM held"
-        " WHERE jobs.id = held.id RETURNING jobs.id"
+        " WHERE jobs.id = held.id RETURNING jobs.id, jobs.source_id"
+        f"), answered AS (UPDATE sources SET {sources.ANSWERED} FROM (SELECT DISTINCT source_id FROM ended) AS source"
+        " WHERE sources.id = source_id AND refusals > 0"
         ") INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at)"
         " SELECT held.id, held.attempt, 'succeeded', held.worker, held.started_at"
         " FROM held JOIN ended ON ended.id = held.id",
@@ -781,8 +783,6 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
         raise StaleJobError(
             f"{len(ended) - count} of these jobs are no longer held: {[job.ref.id for job, _ in ended]}"
         )
-    for source_id in sorted({job.source_id for job, _ in ended}):
-        sources.answered(session, source_id)
 
 
 def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: Sequence[tuple[int, int]]) -> int:

@@ -66,7 +66,7 @@ def refused(session: Session, source_id: int, reason: Reason, detail: str, polic
 
 
 #: What makes a source as good as new.
-_ANSWERED = (
+ANSWERED = (
     "refusals = 0, refusing_since = NULL, paused_at = NULL, next_trial_at = NULL, trials = 0, reason = NULL,"
     " detail = NULL"
 )
@@ -75,7 +75,7 @@ _ANSWERED = (
 def answered(session: Session, source_id: int) -> None:
     """The source gave an object: it refuses no longer."""
     session.execute(
-        text(f"UPDATE sources SET {_ANSWERED} WHERE id = :id AND refusals > 0"),  # noqa: S608 - a constant
+        text(f"UPDATE sources SET {ANSWERED} WHERE id = :id AND refusals > 0"),  # noqa: S608 - a constant
         {"id": source_id},
     )
 
@@ -96,7 +96,7 @@ def take_due_trials(session: Session, policy: PausePolicy) -> list[int]:
 def resume(session: Session, bucket: str) -> None:
     """End a pause, as an operator who has put things right. Raises `MaskwatchError` if there is none."""
     row = session.execute(
-        text(f"UPDATE sources SET {_ANSWERED} WHERE bucket = :bucket AND paused_at IS NOT NULL RETURNING id"),  # noqa: S608
+        text(f"UPDATE sources SET {ANSWERED} WHERE bucket = :bucket AND paused_at IS NOT NULL RETURNING id"),  # noqa: S608
         {"bucket": bucket},
     ).first()
     if row is None:

@@ -35,7 +35,8 @@ def main(jobs: int, rounds: int, as_json: bool) -> None:
     """Compare the ledger with plain Celery in the same Redis."""
     folder = Path(tempfile.mkdtemp(prefix="maskwatch-bench-"))
     os.environ["MASKWATCH_STATE_DIR"] = str(folder / "state")
-    os.environ["MASKWATCH_DISPATCH__QUEUE_CAP"] = "1000"
+    # All is sent before the worker starts, as on the other side: what takes part is the worker's half of the ledger.
+    os.environ["MASKWATCH_DISPATCH__QUEUE_CAP"] = str(2 * jobs)
     try:
         result = measure(jobs, rounds)
     finally:
@@ -116,13 +117,12 @@ def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
         "from common.celery_app import serve; from common.queues import Queue;"
         " serve(Queue.MEDIA, 'noop', pool='prefork', tasks='benchmarks.noop_tasks')"
     )
+    while dispatch(settings):
+        pass
     with started([sys.executable, "-c", serve]):
-        dispatch(settings)
         wait(lambda: done() > before)
         begun, began = done(), time.perf_counter()
-        while done() < before + jobs:
-            dispatch(settings)
-            time.sleep(0.05)
+        wait(lambda: done() >= before + jobs)
         return (before + jobs - begun) / (time.perf_counter() - began)
 
 
@@ -142,7 +142,7 @@ def wait(condition: object) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError("nothing moves")
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

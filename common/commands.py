@@ -163,6 +163,11 @@ def _correct(
             note(f"  {count} {what}")
     if done.jobs_again:
         note(f"  {done.jobs_again} jobs are to be done again, because their counts can't be moved")
+    if not done.shown:
+        note(
+            f"  {to_location} shows the figures of another pipeline; to show this one's: "
+            f"maskwatch pipelines promote --location {to_location}"
+        )
     note("nothing was changed" if dry_run else "the summaries follow as the aggregator comes to them")
 
 

@@ -32,7 +32,7 @@ BATCH = 2000
 class Correction:
     """What a correction did, in objects."""
 
-    #: Of the camera, or of the location.
+    #: Of the camera, or of the location, as they are now.
     objects: int = 0
     #: Those that are counted at another place or time than before.
     moved: int = 0
@@ -44,6 +44,8 @@ class Correction:
     frozen: int = 0
     #: Jobs that have to be done again.
     jobs_again: int = 0
+    #: False when the place that they move to shows the figures of another pipeline.
+    shown: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,6 +68,11 @@ def correct_camera(
     """
     (camera,) = _lock_cameras(session, Camera.id == camera.id)
     location = session.get_one(Location, camera.location_id)
+    place = to or location
+    backfills = _lock(session, Backfill.camera_id == camera.id)
+    # What is said here of the places stands until the end.
+    session.refresh(location)
+    session.refresh(place)
     said = []
     if to is not None:
         if to.id == location.id:
@@ -76,14 +83,14 @@ def correct_camera(
     if time_pattern is not None:
         TimePattern(time_pattern)
         said.append(f"time pattern {camera.time_pattern or 'none'} → {time_pattern}")
-    place = to or location
-    backfills = _lock_backfills(session, Backfill.camera_id == camera.id)
-    ledger.keep_from_registering(session)
-    before = Reading(zone(location.time_zone), _patterns(session, Camera.id == camera.id))
+    if location.time_zone != place.time_zone:
+        _check_bounds(backfills)
+    before = Reading(zone(location.time_zone), _patterns(session, location))
     after = Reading(zone(place.time_zone), [TimePattern(time_pattern)] if time_pattern else [])
     detail = f"camera {camera.name} of {location.name}: {', '.join(said)}"
+    ledger.lock_footage(session, camera_id=camera.id)
     done, again = _move(session, "camera_id = :id", camera.id, place, before, after, detail)
-    if time_pattern is not None and done.objects > done.frozen and done.unplaced == done.objects - done.frozen:
+    if time_pattern is not None and done.objects and done.unplaced == done.objects:
         raise MaskwatchError(
             f"the time pattern {time_pattern!r} gives none of the {done.unplaced} pictures and videos of camera "
             f"{camera.name!r} a time; nothing was changed"
@@ -97,6 +104,7 @@ def correct_camera(
             backfill.time_pattern = time_pattern
     if place.promoted_pipeline_id is None:
         place.promoted_pipeline_id = location.promoted_pipeline_id
+    done.shown = place.promoted_pipeline_id == location.promoted_pipeline_id
     audit.record(session, "correct", by, detail=detail, job_ids=again)
     return done
 
@@ -107,13 +115,15 @@ def correct_zone(session: Session, location: Location, time_zone: str, *, by: st
     Raises `MaskwatchError` for an unknown zone, and for the one it has.
     """
     after = Reading(zone(time_zone), [])
+    _lock_cameras(session, Camera.location_id == location.id)
+    backfills = _lock(session, Backfill.location_id == location.id)
+    session.refresh(location)
     if location.time_zone == time_zone:
         raise MaskwatchError(f"location {location.name!r} is in the time zone {time_zone} already")
-    _lock_cameras(session, Camera.location_id == location.id)
-    _lock_backfills(session, Backfill.location_id == location.id)
-    ledger.keep_from_registering(session)
-    before = Reading(zone(location.time_zone), _patterns(session, Camera.location_id == location.id))
+    _check_bounds(backfills)
+    before = Reading(zone(location.time_zone), _patterns(session, location))
     detail = f"location {location.name}: time zone {location.time_zone} → {time_zone}"
+    ledger.lock_footage(session, location_id=location.id)
     location.time_zone = time_zone
     session.flush()
     done, again = _move(session, "location_id = :id", location.id, location, before, after, detail)
@@ -123,25 +133,54 @@ def correct_zone(session: Session, location: Location, time_zone: str, *, by: st
 
 def _lock_cameras(session: Session, which: Any) -> list[Camera]:
     """Looks at them wait, and then find that they are no longer theirs."""
-    query = select(Camera).where(which).order_by(Camera.id).with_for_update()
+    # However long it takes: a part of it would be no use.
+    session.execute(text("SET LOCAL statement_timeout = 0"))
+    # As an update of them would: who writes a row that names one need not wait.
+    query = select(Camera).where(which).order_by(Camera.id).with_for_update(key_share=True)
     cameras = list(session.scalars(query.execution_options(populate_existing=True)))
     for camera in cameras:
         interrupt_looks(session, camera.id)
     return cameras
 
 
-def _lock_backfills(session: Session, which: Any) -> list[Backfill]:
-    """Those that may still be listed."""
-    unfinished = (which, Backfill.finished_at.is_(None), Backfill.cancelled_at.is_(None))
-    query = select(Backfill).where(*unfinished).order_by(Backfill.id).with_for_update()
-    return list(session.scalars(query.execution_options(populate_existing=True)))
+def _lock(session: Session, which: Any) -> list[Backfill]:
+    """Keep everybody from registering; returns the backfills that may still be listed, locked.
+
+    Raises `MaskwatchError` for one that has begun just now: its lister would wait for us, and we for him.
+    """
+    query = (
+        select(Backfill)
+        .where(which, Backfill.finished_at.is_(None), Backfill.cancelled_at.is_(None))
+        .order_by(Backfill.id)
+        .execution_options(populate_existing=True)
+    )
+    backfills = list(session.scalars(query.with_for_update(key_share=True)))
+    ledger.keep_from_registering(session)
+    if {row.id for row in session.scalars(query)} != {row.id for row in backfills}:
+        raise MaskwatchError("a backfill of it has begun or ended just now; give the command again")
+    return backfills
 
 
-def _patterns(session: Session, which: Any) -> list[TimePattern]:
-    """All that the footage of these cameras may have been read by."""
-    cameras = session.scalars(select(Camera.time_pattern).where(which, Camera.time_pattern.is_not(None)).distinct())
-    backfills = session.scalars(select(Backfill.time_pattern).where(Backfill.time_pattern.is_not(None)).distinct())
-    return [TimePattern(pattern) for pattern in dict.fromkeys([*cameras, *backfills]) if pattern]
+def _check_bounds(backfills: Sequence[Backfill]) -> None:
+    """Raise `MaskwatchError` for a backfill whose range of time was told by the clocks that are to be corrected."""
+    for backfill in backfills:
+        if backfill.since is not None or backfill.until is not None:
+            raise MaskwatchError(
+                f"backfill {backfill.id} is limited in time by the clocks that are to be corrected; let it be listed "
+                f"to its end (maskwatch backfills list), or cancel it: maskwatch backfills cancel {backfill.id}"
+            )
+
+
+def _patterns(session: Session, location: Location) -> list[TimePattern]:
+    """All that footage of a location may have been read by."""
+    found = [
+        pattern
+        for table in (Camera, Backfill)
+        for pattern in session.scalars(
+            select(table.time_pattern).where(table.location_id == location.id, table.time_pattern.is_not(None))
+        )
+    ]
+    return [TimePattern(pattern) for pattern in dict.fromkeys(found) if pattern]
 
 
 def _move(
@@ -154,15 +193,15 @@ def _move(
     for rows in _batches(session, which, of):
         placements = []
         for row in rows:
-            done.objects += 1
-            if row.frozen:
-                done.frozen += 1
-                continue
             placement = _place(row, before, after, purged)
             placements.append(placement)
+            if row.superseded_at is not None:
+                continue
+            done.objects += 1
+            done.frozen += row.frozen
             if placement.reason is not None or (placement.seen is None and row.reason is not None):
                 done.unplaced += 1
-            elif row.reason in ledger.UNPLACED:
+            elif row.observed_at is None and placement.seen is not None:
                 done.placed += 1
             elif placement.shift or row.location_id != place.id:
                 done.moved += 1
@@ -172,27 +211,25 @@ def _move(
 
 
 def _batches(session: Session, which: str, of: int) -> Iterator[Sequence[Row[Any]]]:
-    """The footage, locked, with why it could not be placed in time, if so."""
-    last = 0
+    """The footage, with why it could not be placed in time, if so, and whether it counts in purged hours."""
     query = (
         "SELECT m.*, (SELECT reason FROM jobs WHERE media_object_id = m.id AND state = 'quarantined'"  # noqa: S608
         " AND reason = ANY(:reasons) LIMIT 1) AS reason,"
         " EXISTS (SELECT FROM jobs JOIN frame_counts c ON c.job_id = jobs.id WHERE media_object_id = m.id"
         f" AND c.hour < {PURGED_BEFORE_SQL}) AS frozen"
-        f" FROM media_objects m WHERE {which} AND id > :last ORDER BY id LIMIT :batch FOR UPDATE"
+        f" FROM media_objects m WHERE {which}"
     )
-    while rows := session.execute(
-        text(query),
-        {"id": of, "last": last, "batch": BATCH, "reasons": [*ledger.UNPLACED, Reason.PURGED]},
-    ).all():
-        yield rows
-        last = rows[-1].id
+    parameters = {"id": of, "reasons": [*ledger.UNPLACED, Reason.PURGED]}
+    # As of now, whatever is written while it is read.
+    yield from session.execute(text(query), parameters, execution_options={"yield_per": BATCH}).partitions()
 
 
 def _place(row: Row[Any], before: Reading, after: Reading, purged: datetime | None) -> ledger.Placement:
     stored = None
     if row.observed_at is not None:
         stored = ObservedAt(row.observed_at, ObservedAtSource(row.observed_at_source), row.observed_at_ambiguous)
+    if row.frozen and row.kind == MediaKind.IMAGE:
+        return ledger.Placement(row.id, stored, timedelta())
     info = ObjectInfo(row.bucket, row.key, row.etag, row.size_bytes, row.last_modified)
     planned = _read_again(info, MediaKind(row.kind), stored, row.reason, before, after)
     seen, reason, detail = planned.observed_at, planned.reason, planned.detail
@@ -222,7 +259,7 @@ def _read_again(
     """When an object was taken, by the new reading of what its time was read from."""
     for pattern in after.patterns:
         return plan_object(info, pattern, after.zone) or PlannedObject(info, kind, stored)
-    unplaced = reason in ledger.UNPLACED
+    unplaced = stored is None and reason in ledger.UNPLACED
     if unplaced or (stored is not None and stored.source is ObservedAtSource.KEY_PATTERN):
         # By the pattern that tells what is stored; another would tell something else.
         for pattern in before.patterns:

@@ -178,14 +178,13 @@ def register(
     `newest` says that the objects were just looked at, whatever their times say; without it a version that was
     modified before the current one is taken for a listing that another producer has overtaken.
 
-    Raises `MaskwatchError` if the location's zone, or the camera, is no longer what the objects were planned with.
+    Raises `MaskwatchError` if the location's zone, or the camera's place, is no longer what they were planned with.
     """
     result = Registered()
     if not planned:
         return result
     bucket = planned[0].info.bucket
-    _keep_from_erasing(session)
-    _check_places(session, location, camera)
+    check_places(session, location, camera)
     by_key = {item.info.key: item for item in _not_erased(session, planned)}
     result.erased = len(planned) - len(by_key)
     if not by_key:
@@ -358,19 +357,18 @@ def keep_from_registering(session: Session) -> None:
     session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _REGISTRATION_LOCK})
 
 
-def _check_places(session: Session, location: Location, camera: Camera | None) -> None:
-    """Raise `MaskwatchError` if what the objects were planned with was corrected meanwhile."""
+def check_places(session: Session, location: Location, camera: Camera | None) -> None:
+    """Raise `MaskwatchError` if the location's zone or the camera's place was corrected since these were read; nobody
+    corrects them until this transaction ends."""
+    _keep_from_erasing(session)
     zone = session.scalar(select(Location.time_zone).where(Location.id == location.id))
-    planned_with: tuple[object, ...] = (location.time_zone,)
-    stands: tuple[object, ...] = (zone,)
+    place = location.id
     if camera is not None:
-        query = select(Camera.location_id, Camera.time_pattern).where(Camera.id == camera.id)
-        stands += tuple(session.execute(query).one())
-        planned_with += (location.id, camera.time_pattern)
-    if stands != planned_with:
+        place = session.scalar(select(Camera.location_id).where(Camera.id == camera.id)) or 0
+    if (zone, place) != (location.time_zone, location.id):
         raise MaskwatchError(
-            f"{location.name!r} or its camera was corrected while this was listed; what is registered was corrected, "
-            "too: give the command again for the rest"
+            f"{location.name!r} or its camera was corrected while this was listed, and what is registered with it: see "
+            "maskwatch locations list and maskwatch cameras list, and give the command again with what is right"
         )
 
 
@@ -437,11 +435,11 @@ def _revive(session: Session, rows: dict[str, Any]) -> int:
             "), again AS (SELECT j.id FROM jobs j JOIN back ON back.id = j.media_object_id"
             # Chunks are planned anew by the probe, perhaps with another length or start of the recording.
             " WHERE j.state IN ('cancelled', 'source_changed') AND j.kind <> 'chunk' ORDER BY j.id FOR UPDATE OF j"
-            f") UPDATE jobs SET {_ANEW} FROM again WHERE jobs.id = again.id RETURNING jobs.id"
+            f") UPDATE jobs SET {_ANEW} FROM again WHERE jobs.id = again.id RETURNING jobs.media_object_id"
         ),
         rows,
     )
-    return len(found.all())
+    return len(set(found.scalars()))
 
 
 def _withdraw(session: Session, media_ids: Sequence[int], detail: str, *, respect_cancelled: bool = False) -> None:
@@ -772,8 +770,8 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
         "), ended AS (UPDATE jobs SET state = 'succeeded', reason = NULL, detail = NULL,"
         " finished_at = clock_timestamp(), token = gen_random_uuid(), lease_until = NULL, worker = NULL FROM held"
         " WHERE jobs.id = held.id RETURNING jobs.id, jobs.source_id"
-        f"), answered AS (UPDATE sources SET {sources.ANSWERED} FROM (SELECT DISTINCT source_id FROM ended) AS source"
-        " WHERE sources.id = source_id AND refusals > 0"
+        f"), answered AS (UPDATE sources SET {sources.ANSWERED} FROM (SELECT id FROM sources WHERE refusals > 0"
+        " AND id IN (SELECT source_id FROM ended) ORDER BY id FOR UPDATE) AS refusing WHERE sources.id = refusing.id"
         ") INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at)"
         " SELECT held.id, held.attempt, 'succeeded', held.worker, held.started_at"
         " FROM held JOIN ended ON ended.id = held.id",
@@ -1251,8 +1249,9 @@ def correct(session: Session, placements: Sequence[Placement], location: Locatio
     """Count these media objects at a location, and at other times; returns the jobs that are to be done again.
 
     What was written moves with them, and the hours that it leaves and comes to are marked. Chunks that would be torn
-    between hours, or would reach into purged time, start over. Who works on one of the objects is refused. Of the
-    transaction that changes the location or the camera; `keep_from_registering` was called in it.
+    between hours, or would reach into purged time, start over. What counts in purged hours stays. Who works on one of
+    the objects is refused. Of the transaction that changes the location or the camera, and has locked the footage
+    (`lock_footage`).
     """
     rows = {
         "rows": json.dumps([_placement_row(item) for item in placements]),
@@ -1261,10 +1260,9 @@ def correct(session: Session, placements: Sequence[Placement], location: Locatio
         "unplaced": list(UNPLACED),
     }
     of_media = f"SELECT jobs.id FROM {_PLACEMENTS} JOIN jobs ON jobs.media_object_id = placed.id"
-    session.execute(text(f"{of_media} ORDER BY jobs.id FOR UPDATE OF jobs"), rows)
     marks = (
         "INSERT INTO dirty_marks (location_id, pipeline_id, hour) SELECT DISTINCT location_id, pipeline_id, hour"
-        f" FROM frame_counts WHERE job_id IN ({of_media})"
+        f" FROM frame_counts WHERE job_id IN ({of_media}) AND hour >= {PURGED_BEFORE_SQL}"
     )
     session.execute(text(marks), rows)
     session.execute(
@@ -1295,6 +1293,7 @@ def correct(session: Session, placements: Sequence[Placement], location: Locatio
             "UPDATE frame_counts SET location_id = :location, hour = CASE jobs.kind"
             " WHEN 'image' THEN date_trunc('hour', placed.at, :zone) ELSE hour + shift * interval '1 microsecond' END"
             f" FROM {_PLACEMENTS} JOIN jobs ON jobs.media_object_id = placed.id WHERE job_id = jobs.id"
+            f" AND hour >= {PURGED_BEFORE_SQL}"
         ),
         rows,
     )
@@ -1302,6 +1301,7 @@ def correct(session: Session, placements: Sequence[Placement], location: Locatio
         text(
             "UPDATE faces SET location_id = :location, observed_at = observed_at + shift * interval '1 microsecond'"
             f" FROM {_PLACEMENTS} JOIN jobs ON jobs.media_object_id = placed.id WHERE job_id = jobs.id"
+            f" AND (shift <> 0 OR location_id <> :location) AND observed_at >= {PURGED_BEFORE_SQL}"
         ),
         rows,
     )
@@ -1315,6 +1315,20 @@ def correct(session: Session, placements: Sequence[Placement], location: Locatio
     )
     session.execute(text(marks), rows)
     return again
+
+
+def lock_footage(session: Session, *, location_id: int | None = None, camera_id: int | None = None) -> None:
+    """Lock everything of a location or a camera, in the order that all lock in: nobody ends, plans or replaces any of
+    it until this transaction ends. After `keep_from_registering`."""
+    chosen, parameters = (
+        ("location_id = :id", {"id": location_id}) if camera_id is None else ("camera_id = :id", {"id": camera_id})
+    )
+    for query in (
+        f"SELECT id FROM media_objects WHERE {chosen} ORDER BY id FOR UPDATE",
+        f"SELECT id FROM jobs WHERE media_object_id IN (SELECT id FROM media_objects WHERE {chosen})"
+        " ORDER BY id FOR UPDATE",
+    ):
+        session.execute(text(f"SELECT count(*) FROM ({query}) AS locked"), parameters)
 
 
 #: `Placement`s as rows.
@@ -1337,7 +1351,7 @@ def _count_again(session: Session, of_media: str, rows: dict[str, Any]) -> list[
     """→ pending for what could not be placed in time and now can, and for chunks whose counts can't move: an hour of
     theirs would be torn, or purged time is concerned, in which frames are left out."""
     torn = (
-        "EXISTS (SELECT FROM frame_counts c WHERE c.job_id = jobs.id AND ("
+        f"EXISTS (SELECT FROM frame_counts c WHERE c.job_id = jobs.id AND c.hour >= {PURGED_BEFORE_SQL} AND ("
         " date_trunc('hour', c.hour + moved, :zone) <> c.hour + moved OR c.hour + moved < "
         f"{PURGED_BEFORE_SQL}))"
     )
@@ -1346,14 +1360,17 @@ def _count_again(session: Session, of_media: str, rows: dict[str, Any]) -> list[
             "WITH chosen AS (SELECT jobs.id, state FROM"
             f" {_PLACEMENTS} CROSS JOIN LATERAL (SELECT shift * interval '1 microsecond' AS moved) AS step"
             " JOIN jobs ON jobs.media_object_id = placed.id WHERE placed.reason IS NULL AND at IS NOT NULL AND ("
-            " (state = 'quarantined' AND (jobs.reason = ANY(:unplaced) OR (jobs.reason = 'purged' AND shift <> 0)))"
+            # A pipeline that wants the key's time gets its turn when that is what is known now.
+            " (state = 'quarantined' AND ((jobs.reason = ANY(:unplaced) AND placed.source = 'key_pattern')"
+            " OR (jobs.reason = 'purged' AND shift <> 0)))"
             f" OR (state = 'succeeded' AND kind = 'chunk' AND ((jobs.reason = 'purged' AND shift <> 0) OR {torn})))"
             f") UPDATE jobs SET {_ANEW} FROM chosen WHERE jobs.id = chosen.id RETURNING jobs.id"
         ),
         rows,
     ).scalars()
     moved = sorted(again)
-    _delete_rows(session, "SELECT unnest(CAST(:ids AS bigint[]))", "", {"ids": moved})
+    kept = f"AND hour >= {PURGED_BEFORE_SQL}"
+    _delete_rows(session, "SELECT unnest(CAST(:ids AS bigint[]))", kept, {"ids": moved})
     return moved
 
 

@@ -14,6 +14,9 @@ from common.storage import ObjectInfo, ObjectStore, is_storable
 #: Objects per batch, which is registered in one transaction: with more, nothing gets quicker.
 BATCH = 2000
 
+#: Rows of an inventory that are read for a batch at most, however few are wanted: a pause is noticed between two.
+ROWS = 200_000
+
 #: Parts that a listing is divided into at most; more than threads that list, so that none waits for a long one.
 PARTS = 64
 
@@ -72,6 +75,9 @@ def plan_pages(objects: Iterable[ObjectInfo | None], rules: Rules, *, batch: int
     for info in objects:
         page.rows += 1
         if info is None:
+            if page.rows >= ROWS:
+                yield page
+                page = Page()
             continue
         if not is_storable(info.key):
             page.others.append(info)

@@ -12,6 +12,8 @@ from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from sqlalchemy import select
+
 from common import backfills, catalog, ledger, sources
 from common.audit import operator
 from common.database import engine, session_scope
@@ -139,6 +141,7 @@ def submit(
         else [{"begins_after": after, "ends_with": end} for after, end in divide(store, prefix)]
     )
     with session_scope() as session:
+        ledger.check_places(session, location, camera)
         wanted.source_id = sources.ensure(session, store.bucket)
         found = backfills.find_unfinished(session, wanted)
         if found is None:
@@ -236,6 +239,10 @@ def fill_gaps(
             new += ledger.register(
                 session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.BACKFILL
             ).new
+            if session.scalar(select(Camera.time_pattern).where(Camera.id == camera.id)) != camera.time_pattern:
+                raise MaskwatchError(
+                    f"the time pattern of {camera_name!r} was changed meanwhile: give the command again"
+                )
         listed += len(page)
         on_page(listed)
     return len(holes), new, len(again)

@@ -51,7 +51,9 @@ def analyze_images(
             if picture is None:
                 heartbeat.done(job)
             else:
-                recorder.add(picture)
+                recorder.pictures.append(picture)
+                heartbeat.progress()
+            recorder.record_if_due()
         recorder.record()
     finally:
         # Not begun or not recorded, because we were asked to stop, ran out of time, or met what stops us: somebody else
@@ -81,10 +83,8 @@ class _Recorder:
         self._settings = settings
         self._recorded_at = time.monotonic()
 
-    def add(self, picture: Picture) -> None:
-        """Record it, or keep it for the next time."""
-        self.pictures.append(picture)
-        self._heartbeat.progress()
+    def record_if_due(self) -> None:
+        """Record what is waiting, if the last time was long enough ago."""
         if time.monotonic() - self._recorded_at >= self._settings.worker.record_seconds:
             self.record()
 
@@ -93,9 +93,10 @@ class _Recorder:
         if len(self.pictures) > 1:
             self._record_together()
         while self.pictures:
-            picture = self.pictures.popleft()
-            write = partial(self._write, [picture])
-            self._ended(picture, succeeded=attempts.record(picture.job, write, self._settings))
+            picture = self.pictures[0]
+            succeeded = attempts.record(picture.job, partial(self._write, [picture]), self._settings)
+            self.pictures.popleft()
+            self._ended(picture, succeeded=succeeded)
         self._recorded_at = time.monotonic()
 
     def _record_together(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,15 +12,16 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import catalog, corrections, ledger
+from common import catalog, corrections, ledger, sources
 from common.domain import FrameFaces, Lane, MaskStatus, MaskwatchError, VideoInfo
 from common.ledger import ClaimedJob, StaleJobError
 from common.planning import TimePattern, observed_from_file, plan_object, recording_start, zone
 from common.settings import get_settings
 from common.storage import ObjectInfo
-from common.tables import Camera, Location
+from common.tables import Backfill, Camera, Location, Pipeline
 from tests.ledger_rows import face, rows, scalar, states
-from tests.services import maskwatch
+from tests.services import maskwatch, wait_until
+from workers import recording
 from workers.aggregation import summarize
 from workers.recording import record_chunk, record_image, record_probe
 
@@ -62,7 +65,13 @@ def add(session: Session, name: str, time_zone: str, pattern: str | None = PATTE
 
 
 def enqueue(
-    session: Session, folder: str, keys: list[str], location: Location, camera: Camera, pattern: str | None = PATTERN
+    session: Session,
+    folder: str,
+    keys: list[str],
+    location: Location,
+    camera: Camera,
+    pattern: str | None = PATTERN,
+    pipeline: Pipeline | None = None,
 ) -> None:
     reading = TimePattern(pattern) if pattern else None
     infos = [ObjectInfo("s3://footage", f"{folder}/{key}", "e1", 1000, UPLOADED) for key in keys]
@@ -72,7 +81,7 @@ def enqueue(
         [item for item in planned if item],
         location=location,
         camera=camera,
-        pipeline=catalog.ensure_pipeline(session, get_settings().pipeline.spec()),
+        pipeline=pipeline or catalog.ensure_pipeline(session, get_settings().pipeline.spec()),
         lane=Lane.LIVE,
     )
     session.commit()
@@ -143,6 +152,12 @@ def told(session: Session, location: str) -> dict[str, list[Any]]:
         " AND NOT (jobs.kind = 'chunk' AND state = 'cancelled')",
     }
     return {name: sorted(rows(session, query, location=location), key=repr) for name, query in tables.items()}
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there are some."""
+    monkeypatch.setattr(corrections, "BATCH", 5)
 
 
 #: What was said, what is right, by zones; pictures half an hour apart fall into other hours, whatever the offset.
@@ -253,7 +268,7 @@ def test_what_was_planned_before_is_not_registered_after(
         lister.expunge_all()
         lister.rollback()
         if not checked:
-            monkeypatch.setattr(ledger, "_check_places", lambda *_: None)
+            monkeypatch.setattr(ledger, "check_places", lambda *_: None)
         corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
         session.commit()
         if checked:
@@ -273,12 +288,7 @@ def test_purged_time_stays_as_it_is(session: Session) -> None:
     enqueue(session, "a", keys, wrong, camera)
     work(session)
     before = datetime(2026, 6, 5, tzinfo=UTC)
-    session.execute(text("INSERT INTO operator_actions (action, \"by\") VALUES ('purge', 'test')"))
-    session.execute(
-        text("INSERT INTO purges (before, action_id, frozen_at) SELECT :before, max(id), now() FROM operator_actions"),
-        {"before": before},
-    )
-    session.commit()
+    purge(session, before)
     frozen = rows(session, "SELECT * FROM compliance_hourly WHERE hour < :before", before=before)
     done = corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
     session.commit()
@@ -291,21 +301,202 @@ def test_purged_time_stays_as_it_is(session: Session) -> None:
     assert {row.key for row in rows(session, counted)} == {f"a/{key}" for key in (keys[0], *keys[2:])}
 
 
-def test_an_older_version_of_a_key_stays_superseded(session: Session) -> None:
+def test_what_lies_across_the_border_of_purged_time_moves_as_far_as_it_is_kept(session: Session) -> None:
+    wrong, camera = add(session, "lobby", "UTC")
+    yard, other = add(session, "yard", "UTC")
+    other.name = "other"
+    # From half an hour before the border to an hour after it, in two chunks; the second one is kept.
+    enqueue(session, "a", ["2026-06-04/233000.mp4"], wrong, camera)
+    work(session)
+    border = datetime(2026, 6, 5, tzinfo=UTC)
+    purge(session, border)
+    session.execute(text("DELETE FROM faces WHERE observed_at < :border"), {"border": border})
+    session.commit()
+    frozen = rows(session, "SELECT * FROM compliance_hourly WHERE hour < :border", border=border)
+    kept = scalar(session, "SELECT count(*) FROM faces")
+    done = corrections.correct_camera(session, camera, to=yard, by="test")
+    session.commit()
+    assert done.frozen == 1
+    assert work(session) == []
+    assert rows(session, "SELECT * FROM compliance_hourly WHERE hour < :border", border=border) == frozen != []
+    where = "SELECT location_id, hour < :border AS purged, sum(frames) FROM frame_counts GROUP BY 1, 2 ORDER BY 1"
+    assert rows(session, where, border=border) == [(wrong.id, True, 6), (yard.id, False, 12)]
+    assert scalar(session, "SELECT count(*) FROM faces WHERE location_id = :id", id=yard.id) == kept > 0
+    # Its half of the hour after midnight moves on, too, and what was purged stays once more.
+    corrections.correct_zone(session, yard, "America/St_Johns", by="test")
+    session.commit()
+    assert work(session) == []
+    assert rows(session, where, border=border) == [(wrong.id, True, 6), (yard.id, False, 12)]
+    assert scalar(session, "SELECT min(hour) FROM frame_counts WHERE hour >= :border", border=border) == (
+        border + timedelta(hours=2, minutes=30)
+    )
+    assert scalar(session, "SELECT count(*) FROM faces") == kept
+
+
+def test_a_pattern_that_fits_nothing_is_refused_beside_older_versions(session: Session) -> None:
     wrong, camera = add(session, "lobby", "UTC")
     enqueue(session, "a", KEYED[:3], wrong, camera)
+    replace_first(session, wrong, camera)
+    work(session)
+    before = told(session, "lobby")
+    with pytest.raises(MaskwatchError, match=r"gives none of the 3 pictures and videos"):
+        corrections.correct_camera(session, camera, time_pattern="x/%Y%m%d.jpg", by="test")
+    session.rollback()
+    assert told(session, "lobby") == before
+
+
+def test_what_another_pipeline_has_made_without_a_time_in_the_key_stays(session: Session) -> None:
+    wrong, camera = add(session, "lobby", "UTC")
+    enqueue(session, "a", ["exif/2026-06-05T120000.jpg"], wrong, camera)
+    spec = get_settings().pipeline.model_copy(update={"sample_fps": 2.0}).spec()
+    enqueue(
+        session,
+        "a",
+        ["exif/2026-06-05T120000.jpg"],
+        wrong,
+        camera,
+        None,
+        pipeline=catalog.ensure_pipeline(session, spec),
+    )
+    work(session)
+    assert states(session) == {"quarantined": 1, "succeeded": 1}
+    faces = scalar(session, "SELECT count(*) FROM faces")
+    done = corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
+    session.commit()
+    assert work(session) == [] and (done.moved, done.unplaced) == (1, 0)
+    assert states(session) == {"quarantined": 1, "succeeded": 1}
+    assert scalar(session, "SELECT count(*) FROM faces") == faces
+    at = scalar(session, "SELECT observed_at FROM media_objects")
+    assert at == datetime(2026, 6, 5, 6, 30, tzinfo=UTC)
+
+
+def replace_first(session: Session, location: Location, camera: Camera) -> None:
+    """A newer version of the first key."""
     info = ObjectInfo("s3://footage", f"a/{KEYED[0]}", "e2", 1000, UPLOADED + timedelta(hours=1))
     newer = plan_object(info, TimePattern(PATTERN), zone("UTC"))
     assert newer is not None
     pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
-    ledger.register(session, [newer], location=wrong, camera=camera, pipeline=pipeline, lane=Lane.LIVE)
+    ledger.register(session, [newer], location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE)
     session.commit()
+
+
+def purge(session: Session, before: datetime) -> None:
+    """Time before that is purged, and its summaries are final."""
+    session.execute(text("INSERT INTO operator_actions (action, \"by\") VALUES ('purge', 'test')"))
+    session.execute(
+        text("INSERT INTO purges (before, action_id, frozen_at) SELECT :before, max(id), now() FROM operator_actions"),
+        {"before": before},
+    )
+    session.commit()
+
+
+# --- beside others ---
+
+
+def waits(session: Session) -> bool:
+    """Whether somebody waits for a lock."""
+    return bool(scalar(session, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock')"))
+
+
+def correct_beside(session: Session, location: Location, into: list[str]) -> threading.Thread:
+    """Correct the zone in a transaction of another connection."""
+
+    def act() -> None:
+        with Session(session.bind, expire_on_commit=False) as other:
+            place = other.get_one(Location, location.id)
+            try:
+                corrections.correct_zone(other, place, "Asia/Kolkata", by="other")
+                other.commit()
+                into.append("corrected")
+            except MaskwatchError as error:
+                into.append(str(error))
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
+
+
+def test_given_twice_it_is_done_once(session: Session) -> None:
+    wrong, camera = add(session, "lobby", "UTC")
+    enqueue(session, "a", KEYED[-6:], wrong, camera)
+    work(session)
+    said: list[str] = []
+    corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
+    with Session(session.bind) as look:
+        thread = correct_beside(session, wrong, said)
+        wait_until(lambda: waits(look), what="its wait")
+        session.commit()
+        thread.join(30)
+    assert said == ["location 'lobby' is in the time zone Asia/Kolkata already"]
+    assert scalar(session, "SELECT max(observed_at) FROM media_objects") == datetime(2026, 6, 5, 18, 29, 59, tzinfo=UTC)
+
+
+def test_a_worker_that_is_just_recording_is_waited_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """His rows name the camera, whose row is held by then: that must not be a circle."""
+    wrong, camera = add(session, "lobby", "UTC")
+    enqueue(session, "a", KEYED[-6:], wrong, camera)
+    first, *others = (job for job in claim(session) if job.kind.value == "image")
+    said: list[str] = []
+    threads: list[threading.Thread] = []
+    count = recording._count
+
+    def slowly(worker: Session, frames: Sequence[tuple[ClaimedJob, datetime, float]]) -> int:
+        # The job is locked, and nothing is written yet that names the camera.
+        threads.append(correct_beside(session, wrong, said))
+        with Session(session.bind) as look:
+            wait_until(lambda: waits(look), what="the correction's wait")
+        return count(worker, frames)
+
+    with Session(session.bind) as worker:
+        monkeypatch.setattr(recording, "_count", slowly)
+        finish(worker, first)
+        worker.commit()
+        monkeypatch.undo()
+        threads[0].join(30)
+        for job in others:
+            with pytest.raises(StaleJobError):
+                finish(worker, job)
+            worker.rollback()
+    assert said == ["corrected"]
+    assert scalar(session, "SELECT count(*) FROM frame_counts WHERE extract(minute FROM hour) = 30") == 1
+
+
+def test_a_backfill_that_is_limited_in_time_comes_first(session: Session) -> None:
+    wrong, camera = add(session, "lobby", "UTC")
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    backfill = Backfill(
+        source="s3://footage/",
+        source_id=sources.ensure(session, "s3://footage"),
+        location_id=wrong.id,
+        camera_id=camera.id,
+        pipeline_id=pipeline.id,
+        since=UPLOADED,
+    )
+    session.add(backfill)
+    session.commit()
+    with pytest.raises(MaskwatchError, match=r"backfill 1 is limited in time by the clocks .* backfills cancel 1"):
+        corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
+    session.rollback()
+    backfill.since = None
+    session.commit()
+    yard, other = add(session, "yard", "UTC")
+    other.name = "other"
+    corrections.correct_camera(session, camera, to=yard, time_pattern="%Y%m%d.jpg", by="test")
+    session.commit()
+    assert rows(session, "SELECT location_id, time_pattern FROM backfills") == [(yard.id, "%Y%m%d.jpg")]
+
+
+def test_an_older_version_of_a_key_stays_superseded(session: Session) -> None:
+    wrong, camera = add(session, "lobby", "UTC")
+    enqueue(session, "a", KEYED[:3], wrong, camera)
+    replace_first(session, wrong, camera)
     work(session)
     before = states(session)
     corrections.correct_zone(session, wrong, "America/New_York", by="test")
     session.commit()
     assert states(session) == before
-    assert scalar(session, "SELECT count(DISTINCT observed_at) FROM media_objects") == 1
+    moved = "SELECT DISTINCT observed_at, superseded_at IS NULL FROM media_objects WHERE key LIKE '%.jpg' ORDER BY 1"
+    assert {row[0] for row in rows(session, moved)} == {datetime(2026, 3, 29, 5, 50, tzinfo=UTC)}
 
 
 def test_the_commands(session: Session) -> None:
@@ -320,7 +511,8 @@ def test_the_commands(session: Session) -> None:
     dry = maskwatch(*correct, "--time-zone", "Europe/Berlin", "--dry-run", "--json")
     assert dry.returncode == 0, dry.stderr
     assert json.loads(dry.stdout) == {
-        "objects": 7, "moved": 6, "placed": 0, "unplaced": 0, "frozen": 0, "jobs_again": 0, "dry_run": True,
+        "objects": 7, "moved": 6, "placed": 0, "unplaced": 0, "frozen": 0, "jobs_again": 0, "shown": True,
+        "dry_run": True,
     }  # fmt: skip
     assert told(session, "lobby") == before
     assert scalar(session, "SELECT count(*) FROM operator_actions") == 0

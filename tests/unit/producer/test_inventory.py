@@ -335,7 +335,7 @@ def test_a_data_file_that_is_broken_and_was_delivered_so(tmp_path: Path, layout:
 
 
 def lines(*lines: str) -> bytes:
-    return gzip.compress("".join(f"{line}\n" for line in lines).encode())
+    return gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
 
 
 GOOD = '"footage","a.jpg","7","2026-03-02T12:00:00.000Z","e1","STANDARD"'

@@ -9,16 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 
 from common import manifest
 from common.domain import ModelRef
 from common.manifest import Model, ModelFile, ModelKind
-
-# How long an example takes says something about the machine, not about the code.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 
 def brightness_network(side: int = 64) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from common import backfills, ledger
@@ -461,3 +462,17 @@ def test_a_pattern_that_puts_footage_into_the_future_is_refused(session: Session
     report = backfill(bucket, time_pattern="%Y-%m-%d.jpg")
     assert (report.new, report.quarantined) == (2, 1)
     assert scalar(session, "SELECT reason FROM jobs WHERE state = 'quarantined'") == "future_time"
+
+
+def test_a_location_can_not_be_taken_away_under_a_backfill(session: Session, bucket: Bucket) -> None:
+    """No command does it, and whoever tries it in SQL is refused, by name."""
+    locate()
+    fill(bucket, 30, folders=3)
+    with pytest.raises(StoppedError):
+        backfill(bucket, on_page=stop_after(1))
+    with pytest.raises(IntegrityError, match=r"backfills.*location"):
+        session.execute(text("DELETE FROM locations"))
+    session.rollback()
+    backfill(bucket)
+    assert scalar(session, "SELECT count(*) FROM jobs") == 30
+    assert "remove" not in maskwatch("locations", "--help").stdout

@@ -181,8 +181,11 @@ def _estimated(
     footage = _divided(found.video_bytes, rates.bytes_per_footage_second) if found.videos else 0.0
     # A video's last chunk is a part of one: half of one on average.
     chunks = None if footage is None else math.ceil(footage / settings.worker.chunk_seconds + found.videos / 2)
-    frames = None if footage is None else found.images + footage * settings.pipeline.sample_fps
-    rate = rates.faces_per_frame.value
+    faces = None
+    if footage is not None:
+        in_images = _times(found.images, rates.faces_per_image)
+        in_videos = _times(footage * settings.pipeline.sample_fps, rates.faces_per_frame)
+        faces = None if in_images is None or in_videos is None else round(in_images + in_videos)
     hours = None
     if footage is not None:
         seconds = (
@@ -199,7 +202,7 @@ def _estimated(
         rates,
         footage_hours=None if footage is None else footage / 3600,
         jobs=None if chunks is None else found.images + found.videos + chunks,
-        face_rows=None if frames is None or rate is None else round(frames * rate),
+        face_rows=faces,
         worker_hours=hours,
         workers=workers,
         hours=None if hours is None else hours / workers,
@@ -220,6 +223,13 @@ def _footage_cost(settings: Settings, rates: Throughput) -> float:
     if settings.pipeline.sample is SampleMode.KEYFRAMES:
         per_second = min(per_second, 1)
     return _known(rate) * per_second
+
+
+def _times(amount: float, rate: Rate) -> float | None:
+    """Of nothing there is nothing, whatever the rate."""
+    if not amount:
+        return 0.0
+    return None if rate.value is None else amount * rate.value
 
 
 def _divided(amount: float, rate: Rate) -> float | None:

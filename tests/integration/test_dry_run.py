@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.domain import ObservedAt, ObservedAtSource
+from common.domain import FrameFaces, JobKind, ObservedAt, ObservedAtSource, VideoInfo
 from common.settings import get_settings
 from common.tables import Base
 from common.throughput import ENOUGH, Origin
@@ -20,7 +20,7 @@ from producer.submit import submit
 from tests.ledger_rows import claim, face, rows, scalar
 from tests.services import Bucket, locate, maskwatch
 from workers.aggregation import summarize
-from workers.recording import record_image
+from workers.recording import Picture, record_chunk, record_image, record_images, record_probe
 
 
 def dry_run(bucket: Bucket, **options: Any) -> Estimate:
@@ -90,6 +90,28 @@ def test_what_it_says_is_what_then_happens(session: Session, bucket: Bucket) -> 
     assert report.new == told.jobs
     assert scalar(session, "SELECT count(*) FROM faces") == told.face_rows + 3 * ENOUGH
     assert dry_run(bucket).jobs == 0
+
+
+def test_pictures_and_videos_are_told_apart(session: Session, bucket: Bucket) -> None:
+    """However many of each were seen before."""
+    locate()
+    fill(bucket, 30)
+    bucket.put("a.mp4", b"x" * 1000)
+    submit(get_settings(), bucket.uri, location_name="lobby")
+    refs = [job.ref for job in ledger.take_pending(session, limit=100, alone=False, epoch="e")]
+    *pictures, probe = sorted(claim(session, refs), key=lambda job: job.kind is JobKind.PROBE)
+    seen = ObservedAt(datetime(2026, 3, 2, 12, tzinfo=UTC), ObservedAtSource.LAST_MODIFIED)
+    record_images(session, [Picture(job, [face()] * 3, seen) for job in pictures], fence=True)
+    record_probe(session, probe, VideoInfo("mp4", "h264", 64, 48, 1.0, 0, 50.0, None), seen, [(0, 60_000)], fence=True)
+    session.commit()
+    (chunk,) = claim(session, [job.ref for job in ledger.take_pending(session, limit=9, alone=False, epoch="e")])
+    frames = [FrameFaces(float(n), 1.0, (face(),) * (n < 25), (1,) * (n < 25)) for n in range(50)]
+    record_chunk(session, chunk, frames, None, fence=True)
+    session.commit()
+    fill(bucket, 10, first=30)
+    assert dry_run(bucket).face_rows == 30
+    bucket.put("b.mp4", b"x" * 7200)  # six minutes, in every other second a face
+    assert dry_run(bucket).face_rows == 30 + 180
 
 
 def test_one_picture_that_had_to_wait_for_its_models_does_not_count(session: Session, bucket: Bucket) -> None:

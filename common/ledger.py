@@ -771,7 +771,8 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
         " finished_at = clock_timestamp(), token = gen_random_uuid(), lease_until = NULL, worker = NULL FROM held"
         " WHERE jobs.id = held.id RETURNING jobs.id, jobs.source_id"
         f"), answered AS (UPDATE sources SET {sources.ANSWERED} FROM (SELECT id FROM sources WHERE refusals > 0"
-        " AND id IN (SELECT source_id FROM ended) ORDER BY id FOR NO KEY UPDATE) AS refusing WHERE sources.id = refusing.id"
+        "  AND id IN (SELECT source_id FROM ended) ORDER BY id FOR NO KEY UPDATE) AS refusing"
+        " WHERE sources.id = refusing.id"
         ") INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at)"
         " SELECT held.id, held.attempt, 'succeeded', held.worker, held.started_at"
         " FROM held JOIN ended ON ended.id = held.id",

@@ -784,6 +784,20 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
         )
 
 
+def settled_start(session: Session, job: ClaimedJob) -> ObservedAt | None:
+    """When a video's recording began, if chunks that another pipeline has planned go by that: LastModified may have
+    changed since, and a recording begins once. Of the transaction that ends the probe, behind `plan_chunks`."""
+    row = session.execute(
+        text(
+            "SELECT observed_at, observed_at_source, observed_at_ambiguous FROM media_objects m WHERE id = :media"
+            " AND observed_at IS NOT NULL AND EXISTS (SELECT FROM jobs WHERE media_object_id = m.id AND kind = 'chunk'"
+            f" AND pipeline_id <> :pipeline AND {_PLANNED.format(jobs='jobs')})"
+        ),
+        {"media": job.media_object_id, "pipeline": job.pipeline_id},
+    ).first()
+    return None if row is None else ObservedAt(row[0], ObservedAtSource(row[1]), row[2])
+
+
 def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: Sequence[tuple[int, int]]) -> int:
     """Keep what a probe learned and insert the chunk jobs of its video; returns how many are new.
 

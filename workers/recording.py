@@ -87,7 +87,7 @@ def record_probe(
 ) -> None:
     """End a probe with the plan of its video. Raises `StaleJobError`, and writes nothing, if the job was lost."""
     ledger.plan_chunks(session, job, info, ranges_ms)
-    ledger.succeed(session, job, seen, fence=fence)
+    ledger.succeed(session, job, ledger.settled_start(session, job) or seen, fence=fence)
 
 
 def record_chunk(

@@ -231,6 +231,24 @@ def test_frames_count_in_the_hours_they_were_shown_in(session: Session) -> None:
     assert rows(session, found) == [(NOON - timedelta(seconds=0.5), 89.5, 7)]
 
 
+def test_a_recording_begins_once_whatever_another_pipeline_reads_later(session: Session) -> None:
+    """The same bytes are put again between the probes of two pipelines, and nothing but LastModified tells the time."""
+    plan_video(session)
+    end_probe(session, next_job(session))
+    end_chunk(session, next_job(session))
+    session.execute(text("UPDATE media_objects SET last_modified = last_modified + interval '2 hours'"))
+    plan_video(session, sample_fps=2.0)
+    later = next(job for job in claim(session, dispatch(session)) if job.kind is JobKind.PROBE)
+    seen = ObservedAt(NOON + timedelta(hours=2), ObservedAtSource.LAST_MODIFIED)
+    record_probe(session, later, INFO, seen, chunk_ranges(150, 60), fence=True)
+    session.commit()
+    for job in claim(session, dispatch(session)):
+        assert job.observed_at == BEGAN
+        end_chunk(session, job)
+    begun = "SELECT DISTINCT observed_at - offset_seconds * interval '1 second' FROM faces"
+    assert rows(session, begun) == [(NOON,)]
+
+
 def test_how_far_the_work_is_in_objects_and_hours_of_video(session: Session) -> None:
     register(session, planned("a.jpg"), planned("b.jpg"))
     plan_video(session)

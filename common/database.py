@@ -3,9 +3,10 @@ receives a `session`; only those open one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import psycopg
 from sqlalchemy import URL, Engine, create_engine, make_url, text
@@ -14,6 +15,8 @@ from sqlalchemy.orm import Session
 
 from common.domain import MaskwatchError
 from common.settings import DatabaseSettings, get_settings
+
+T = TypeVar("T")
 
 #: The newest migration. A test compares it with migrations/versions.
 SCHEMA_REVISION = "0005"
@@ -89,6 +92,19 @@ def session_scope() -> Iterator[Session]:
     """One transaction: commits at the end, rolls back on any error. READ COMMITTED."""
     with explained(), Session(engine(), expire_on_commit=False) as session, session.begin():
         yield session
+
+
+def transact(work: Callable[[Session], T], *, tries: int = 3) -> T:
+    """Do work in a transaction, and again in another one if it waited for others who waited for it: Postgres ends such
+    a circle by stopping one of them."""
+    for left in reversed(range(tries)):
+        try:
+            with session_scope() as session:
+                return work(session)
+        except DBAPIError as error:
+            if not left or not isinstance(error.orig, psycopg.errors.DeadlockDetected):
+                raise
+    raise AssertionError("tries is at least one")
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from common import backfills, catalog, ledger, sources
 from common.audit import operator
-from common.database import engine, session_scope
+from common.database import engine, session_scope, transact
 from common.domain import Lane, MaskwatchError, PermanentJobError, Reason, TimeRange, TransientJobError
 from common.partitions import ensure_partitions
 from common.planning import TimePattern, resolve_local, zone
@@ -325,7 +326,9 @@ class Lister:
         )
         archived = [item.info for item in page.planned if item.info.archived]
         found["archived"] = len(archived)
-        with session_scope() as session:
+        moves = not (archived and self.restore)
+
+        def register(session: Session) -> ledger.Registered:
             backfills.check_wanted(session, self.backfill.id)
             registered = ledger.register(
                 session,
@@ -336,13 +339,15 @@ class Lister:
                 lane=Lane.BACKFILL,
                 backfill_id=self.backfill.id,
             )
-            first = registered.first_elsewhere
-            found.update(
-                {name: value for name, value in asdict(registered).items() if isinstance(value, int) and value}
-            )
-            if not (archived and self.restore):
-                counts.update(found)
-                backfills.advance(session, part, cursor, counts)
+            if moves:
+                backfills.advance(session, part, cursor, counts + found + _counted(registered))
+            return registered
+
+        registered = transact(register)
+        first = registered.first_elsewhere
+        found += _counted(registered)
+        if moves:
+            counts += found
         if archived and self.restore:
             # Registered first, so that what S3 was asked for is known; the cursor moves when it was asked.
             found["restoring"] = self._restore(archived, self.restore)
@@ -381,6 +386,10 @@ class Lister:
     def _name(self, page: Page) -> None:
         room = NAMED - len(self.report.others_named)
         self.report.others_named += [info.uri.encode("utf-8", "replace").decode() for info in page.others[:room]]
+
+
+def _counted(registered: ledger.Registered) -> Counter[str]:
+    return Counter({name: value for name, value in asdict(registered).items() if isinstance(value, int) and value})
 
 
 def range_of(bounds: tuple[datetime | None, datetime | None], where: ZoneInfo) -> TimeRange:

@@ -15,9 +15,10 @@ from types import TracebackType
 
 import psycopg
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from common import ledger, metrics
-from common.database import DatabaseDownError, first_line, is_lost, session_scope
+from common.database import DatabaseDownError, first_line, is_lost, session_scope, transact
 from common.domain import (
     REFUSALS,
     ArchivedError,
@@ -33,7 +34,7 @@ from common.domain import (
     SourceChangedError,
     TransientJobError,
 )
-from common.ledger import ClaimedJob, JobRef, StaleJobError
+from common.ledger import ClaimedJob, JobRef, Registered, StaleJobError
 from common.planning import PlannedObject
 from common.settings import Settings
 from common.storage import open_bucket
@@ -243,12 +244,13 @@ def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
         _fail(job, TransientJobError(Reason.STORAGE_UNAVAILABLE, f"{detail}, and then had it again"), settings)
         return
     kind = MediaKind.IMAGE if job.kind is JobKind.IMAGE else MediaKind.VIDEO
-    with session_scope() as session:
+
+    def plan(session: Session) -> Registered:
         location = session.get_one(Location, job.location_id)
         camera = session.get_one(Camera, job.camera_id) if job.camera_id is not None else None
         pipeline = session.get_one(Pipeline, job.pipeline_id)
         ledger.source_changed(session, job, f"{job.uri}: {detail}")
-        registered = ledger.register(
+        return ledger.register(
             session,
             [PlannedObject(found, kind, job.key_time)],
             location=location,
@@ -258,6 +260,8 @@ def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
             backfill_id=job.backfill_id,
             newest=True,
         )
+
+    registered = transact(plan)
     _ended(job, AttemptOutcome.SOURCE_CHANGED)
     log.info("source changed", job=job.ref.id, uri=job.uri, planned=registered.new)
 

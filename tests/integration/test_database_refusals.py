@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
-from common.database import DatabaseDownError, MissingRightError, address, engine, make_engine, session_scope
+from common.database import (
+    DatabaseDownError,
+    MissingRightError,
+    address,
+    engine,
+    make_engine,
+    session_scope,
+    transact,
+)
 from common.domain import MaskwatchError
 from common.settings import DatabaseSettings, Settings
 from tests.services import Services, maskwatch
@@ -111,3 +123,30 @@ def test_tls_is_a_matter_of_the_url() -> None:
     assert arguments["password"] == "another-s3cret"
     assert address(settings) == "postgresql+psycopg://u:***@h:5/d?sslmode=verify-full&sslrootcert=%2Fca.pem"
     made.dispose()
+
+
+@pytest.mark.parametrize("tries", [3, 1])
+def test_who_waited_in_a_circle_does_it_again(session: Session, tries: int) -> None:
+    """Two take two locks, each in another order. With one try, which is the control, one of them is turned away."""
+    both = threading.Barrier(2)
+    tried: list[int] = []
+
+    def take(first: int, second: int) -> bool:
+        def work(own: Session) -> None:
+            own.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": first})
+            tried.append(first)
+            if tried.count(first) == 1:
+                both.wait(30)
+            own.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": second})
+
+        try:
+            transact(work, tries=tries)
+        except OperationalError as error:
+            assert isinstance(error.orig, psycopg.errors.DeadlockDetected)
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as threads:
+        done = list(threads.map(take, (1, 2), (2, 1)))
+    assert sorted(done) == ([True, True] if tries > 1 else [False, True])
+    assert len(tried) == (3 if tries > 1 else 2)

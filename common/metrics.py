@@ -51,6 +51,7 @@ class Stage(StrEnum):
     DECODE = "decode"
     DETECT = "detect"
     CLASSIFY = "classify"
+    #: Of pictures, some at a time.
     WRITE = "write"
 
 

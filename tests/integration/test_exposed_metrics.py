@@ -234,7 +234,8 @@ def test_what_panels_and_alerts_ask_for_is_what_running_processes_expose(
         for (name, labels), value in worker.items()
         if name == "maskwatch_stage_seconds_count"
     }
-    assert stages == {"read": 5, "decode": 5, "detect": 4, "classify": 4, "write": 4}
+    assert 1 <= stages.pop("write") <= 4, "pictures are recorded together"
+    assert stages == {"read": 5, "decode": 5, "detect": 4, "classify": 4}
     waited = {
         dict(labels)["lane"]: v for (name, labels), v in worker.items() if name == "maskwatch_queue_seconds_count"
     }

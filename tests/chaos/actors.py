@@ -483,7 +483,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
         def work(session: Session) -> int:
             return ledger.recover_queued(
-                session, epoch=epoch, overdue_seconds=3600, empty_lanes=empty, lost_seconds=7200
+                session,
+                epoch=epoch,
+                overdue_seconds=3600,
+                empty_lanes=empty,
+                # The same rule for a queue that is not empty: taken away with the other.
+                lost_seconds=7200 if self.plant.overdue else 1e9,
             )
 
         self._act(Task("lost messages", work), stop)

@@ -250,11 +250,14 @@ def _library_metric(metric: Metric) -> Any:
 def _reserve() -> None:
     """Take this process's room in the folder. Raises `OSError` where there is none."""
     for kind in ("counter", "histogram"):
-        handle = os.open(_file(kind, os.getpid()), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.posix_fallocate(handle, 0, _FILE_BYTES)
-        finally:
-            os.close(handle)
+        path = _file(kind, os.getpid())
+        if path.exists():
+            continue
+        # Under its name only when it is whole: a scrape can't read an empty file, and would fail for all processes.
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+        part.rename(path)
 
 
 def _file(kind: str, process: int) -> Path:

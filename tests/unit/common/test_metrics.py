@@ -174,6 +174,30 @@ def test_a_metric_that_can_t_be_counted_fails_no_job_and_is_told_once(tmp_path: 
     assert done.stderr.count("metrics are off in this process") == 1
 
 
+def test_a_scrape_never_meets_a_file_that_is_being_made(tmp_path: Path) -> None:
+    """With its control: one empty file under a child's name fails the scrape of all processes."""
+    said = output(
+        """
+        from urllib.error import HTTPError
+        with serving(Role.WORKER, ON):
+            slow = "import os, time\\nreal = os.posix_fallocate\\n"
+            slow += "def late(*args): print('making', flush=True); time.sleep(2); real(*args)\\n"
+            slow += "os.posix_fallocate = late\\nmetrics.count(metrics.FACES, status='with_mask')"
+            making = subprocess.Popen(
+                [sys.executable, "-c", "from common import metrics\\n" + slow], stdout=subprocess.PIPE, text=True)
+            print(making.stdout.readline().strip(), len(scrape()) > 10, making.poll())
+            making.communicate()
+            Path(os.environ["MASKWATCH_METRICS_FOLDER"], f"counter_{os.getppid()}.db").touch()
+            try:
+                scrape()
+            except HTTPError as error:
+                print(error.code)
+        """,
+        tmp_path,
+    )
+    assert said.splitlines() == ["making True None", "500"]
+
+
 def test_a_full_disk_turns_metrics_off_in_a_child_instead_of_killing_it(tmp_path: Path) -> None:
     """Without the room being taken beforehand, the first count would end the process by SIGBUS."""
     done = run(

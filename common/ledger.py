@@ -37,6 +37,7 @@ from sqlalchemy import CursorResult, func, select, text, update
 from sqlalchemy.orm import Session
 
 from common import audit, sources
+from common.database import sql
 from common.domain import (
     ACTIVE_STATES,
     REFUSALS,
@@ -655,10 +656,14 @@ def claim(
     """queued → running for those of `refs` that still stand as they were sent; the others are dropped.
 
     `fence=False` exists for the tests that show what the fence is for: any message then runs its job.
+
+    The commit does not wait for the disk. Should Postgres crash within the moment that its log takes to get there, and
+    nobody else's commit has brought it there, the job stands as it was sent, and this claim is one whose work is
+    refused: the message is then lost like any other, and found.
     """
     condition = "AND jobs.token = sent.token AND jobs.state = 'queued'" if fence else ""
     rows = session.execute(
-        text(
+        sql(
             "WITH wanted AS ("
             " SELECT jobs.id FROM jobs JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[]))"
             f" AS sent (id, token) ON jobs.id = sent.id {condition}"
@@ -676,7 +681,8 @@ def claim(
             " m.bucket, m.key, m.etag, m.size_bytes, m.last_modified, m.observed_at, m.observed_at_source,"
             " m.observed_at_ambiguous, m.location_id, m.camera_id, l.time_zone, p.spec"
             " FROM held JOIN media_objects m ON m.id = held.media_object_id"
-            " JOIN locations l ON l.id = m.location_id JOIN pipelines p ON p.id = held.pipeline_id ORDER BY held.id"
+            " JOIN locations l ON l.id = m.location_id JOIN pipelines p ON p.id = held.pipeline_id"
+            " CROSS JOIN set_config('synchronous_commit', 'off', true) ORDER BY held.id"
         ),
         {**_arrays(refs), "worker": worker, "lease": lease_seconds},
     ).all()
@@ -1571,7 +1577,7 @@ def _arrays(refs: Sequence[JobRef]) -> dict[str, Any]:
 
 
 def _count(session: Session, statement: str, parameters: dict[str, Any]) -> int:
-    result = session.execute(text(statement), parameters)
+    result = session.execute(sql(statement), parameters)
     assert isinstance(result, CursorResult)
     return result.rowcount
 

@@ -6,9 +6,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
+
+from sqlalchemy.orm import Session
 
 from common import ledger, schedule
-from common.database import engine, session_scope
+from common.database import engine, session_scope, transact
 from common.domain import Lane, MaskwatchError, TimeRange
 from common.partitions import ensure_partitions
 from common.planning import TimePattern, zone
@@ -17,7 +20,7 @@ from common.settings import Settings
 from common.storage import ObjectInfo, ObjectStore, open_source
 from common.tables import Camera, Location, Pipeline
 from common.telemetry import get_logger
-from producer.discover import Rules, list_range, plan_pages
+from producer.discover import Page, Rules, list_range, plan_pages
 
 log = get_logger(__name__)
 
@@ -94,14 +97,16 @@ def _look(look: Look, settings: Settings) -> int:
     pattern = TimePattern(camera.time_pattern) if camera.time_pattern else None
     new = listed = 0
     rules = Rules(pattern, zone(location.time_zone), TimeRange())
+
+    def register(page: Page, session: Session) -> ledger.Registered:
+        schedule.advance_look(session, look, page.last_key or look.cursor or "")
+        return ledger.register(
+            session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE
+        )
+
     for page in plan_pages(_new_objects(look, camera, location, pattern, store, prefix), rules):
         ensure_partitions(engine(), (item.best_known_time for item in page.planned))
-        with session_scope() as session:
-            schedule.advance_look(session, look, page.last_key or look.cursor or "")
-            registered = ledger.register(
-                session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE
-            )
-        new += registered.new
+        new += transact(partial(register, page)).new
         listed += len(page)
     with session_scope() as session:
         ended = schedule.end_look(session, look)

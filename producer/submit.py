@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -234,16 +235,18 @@ def fill_gaps(
     rules = Rules(pattern, zone(location.time_zone), TimeRange(), frozenset(holes))
     store, prefix = open_source(camera.source, settings)
     new = listed = 0
+
+    def register(page: Page, session: Session) -> ledger.Registered:
+        registered = ledger.register(
+            session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.BACKFILL
+        )
+        if session.scalar(select(Camera.time_pattern).where(Camera.id == camera.id)) != camera.time_pattern:
+            raise MaskwatchError(f"the time pattern of {camera_name!r} was changed meanwhile: give the command again")
+        return registered
+
     for page in plan_pages(list_range(store, prefix), rules):
         ensure_partitions(engine(), (item.best_known_time for item in page.planned))
-        with session_scope() as session:
-            new += ledger.register(
-                session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.BACKFILL
-            ).new
-            if session.scalar(select(Camera.time_pattern).where(Camera.id == camera.id)) != camera.time_pattern:
-                raise MaskwatchError(
-                    f"the time pattern of {camera_name!r} was changed meanwhile: give the command again"
-                )
+        new += transact(partial(register, page)).new
         listed += len(page)
         on_page(listed)
     return len(holes), new, len(again)

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
+from common.database import sql
 from common.domain import Face, FrameFaces, ObservedAt, PermanentJobError, Reason, VideoInfo
 from common.ledger import ClaimedJob, purged_detail
 from common.retention import PURGED_BEFORE_SQL, purged_before
@@ -147,7 +148,7 @@ def _count(session: Session, frames: Sequence[tuple[ClaimedJob, datetime, float]
     Those of purged hours are left out; returns how many were not. After this transaction's first write."""
     jobs = {job.ref.id: job for job, _, _ in frames}
     counted = session.scalar(
-        text(_COUNT_FRAMES),
+        sql(_COUNT_FRAMES),
         {
             "frames": json.dumps(
                 [{"job": job.ref.id, "at": at.isoformat(), "seconds": seconds} for job, at, seconds in frames]

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,25 @@ def without_a_free_connection(services: Services) -> Iterator[Callable[[], None]
 
         hold()
         yield push_out
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_connection_that_was_dropped_is_noticed_before_it_is_used(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """The control: one that was used a moment ago is not asked, and breaks; those after it are new."""
+    monkeypatch.setattr("common.database.ALIVE_SECONDS", 0.0 if asked else 60.0)
+    with session_scope() as session:
+        ours = session.scalar(text("SELECT pg_backend_pid()"))
+    with lab.engine.begin() as others:
+        others.execute(text("SELECT pg_terminate_backend(:ours, 5000)"), {"ours": ours})
+    with (
+        nullcontext() if asked else pytest.raises(DatabaseDownError, match="does not answer"),
+        session_scope() as session,
+    ):
+        assert session.scalar(text("SELECT pg_backend_pid()")) != ours
+    with session_scope() as session:
+        assert session.scalar(text("SELECT pg_backend_pid()")) != ours
 
 
 def test_without_a_free_connection_a_command_says_so_in_a_line(lab: Lab) -> None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from common import catalog, ledger
@@ -107,6 +107,48 @@ def test_a_worker_paused_past_its_lease_cannot_commit(session: Session) -> None:
 
 def test_without_the_fence_its_rows_double(session: Session) -> None:
     assert _commit_twice(session, fence=False) == 2
+
+
+def _forgotten_claim(session: Session, *, fence: bool) -> int:
+    """How often a picture is counted whose worker was told that it is his, before Postgres forgot the claim in a crash
+    (the rollback stands for that)."""
+    register(session, planned("a.jpg"))
+    refs = dispatch(session)
+    (forgotten,) = ledger.claim(session, refs, worker="w/1", lease_seconds=60)
+    session.rollback()
+    assert lost_messages(session, overdue_seconds=0) == 1
+    session.commit()
+    (job,) = claim(session, dispatch(session))
+    for held in (job, forgotten):
+        try:
+            record_image(session, held, [face()], SEEN, fence=fence)
+            session.commit()
+        except StaleJobError:
+            session.rollback()
+    count = scalar(session, "SELECT count(*) FROM faces")
+    assert isinstance(count, int)
+    return count
+
+
+def test_a_claim_that_postgres_forgot_is_found_and_counted_once(session: Session) -> None:
+    assert _forgotten_claim(session, fence=True) == 1
+
+
+def test_without_the_fence_a_forgotten_claim_is_counted_twice(session: Session) -> None:
+    assert _forgotten_claim(session, fence=False) == 2
+
+
+def test_only_claims_do_not_wait_for_the_disk(session: Session) -> None:
+    def waits() -> bool:
+        return bool(session.scalar(text("SELECT current_setting('synchronous_commit') = 'on'")))
+
+    register(session, planned("a.jpg"))
+    refs = dispatch(session)
+    (job,) = ledger.claim(session, refs, worker="w/1", lease_seconds=60)
+    assert not waits()
+    session.commit()
+    record_image(session, job, [], SEEN, fence=True)
+    assert waits()
 
 
 @pytest.mark.parametrize("end", ["quarantine", "release", "retry", "renew", "changed"])

@@ -402,6 +402,8 @@ def _listing_errors(uri: str) -> Iterator[None]:
         code = _error_code(error)
         if code == "NoSuchBucket":
             raise MaskwatchError(f"the bucket of {uri} does not exist; check the name and the endpoint") from error
+        if code == _SKEWED:
+            raise MaskwatchError(f"listing {uri} failed: {_CLOCK}") from error
         if code in _DENIED:
             raise MaskwatchError(
                 f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys; of a bucket whose "
@@ -419,6 +421,10 @@ def _listing_errors(uri: str) -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
+
+#: Comes with status 403, and no grant helps against it.
+_SKEWED = "RequestTimeTooSkewed"
+_CLOCK = f"this machine's clock and the server's are many minutes apart ({_SKEWED}): set it, best by NTP"
 
 _DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled"}
 
@@ -442,6 +448,8 @@ def _reading_errors(bucket: str, key: str) -> Iterator[None]:
             raise ArchivedError(f"{uri} lies in an archive and is not restored") from error
         if status == 404 or code in {"NoSuchKey", "404"}:
             raise PermanentJobError(Reason.OBJECT_GONE, f"{uri} is gone") from error
+        if code == _SKEWED:
+            raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {_CLOCK}") from error
         if status == 403 or code in _DENIED:
             raise PermanentJobError(
                 Reason.ACCESS_DENIED, f"reading {uri} is denied ({code}): grant s3:GetObject to these keys"

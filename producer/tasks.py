@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from common import metrics
 from common.celery_app import app
+from common.domain import MaskwatchError
 from common.queues import ROUTES, TaskName
 from common.settings import get_settings
+from common.telemetry import get_logger
 from producer import cameras, dispatch
+
+log = get_logger(__name__)
+
+
+@contextmanager
+def _ticking(task: str) -> Iterator[None]:
+    """Count a tick. What a person can put right, as a service that is down, is a line in the log: the next tick tries
+    again."""
+    try:
+        yield
+    except MaskwatchError as error:
+        log.error("tick failed", task=task, detail=str(error))
+    else:
+        metrics.count(metrics.TICKS, task=task)
 
 
 @app.task(name=TaskName.DISPATCH.value)
 def dispatch_jobs() -> None:
     """Send pending jobs to the workers."""
-    dispatch.dispatch(get_settings())
-    metrics.count(metrics.TICKS, task="dispatch")
+    with _ticking("dispatch"):
+        dispatch.dispatch(get_settings())
 
 
 @app.task(name=TaskName.RECONCILE.value)
 def reconcile_jobs() -> None:
     """Recover what got lost."""
-    dispatch.reconcile(get_settings())
-    metrics.count(metrics.TICKS, task="reconcile")
+    with _ticking("reconcile"):
+        dispatch.reconcile(get_settings())
 
 
 @app.task(name=TaskName.REQUEST_SUMMARY.value)
 def request_summary() -> None:
     """Have the aggregator work, if there is something to summarize."""
-    dispatch.request_summary()
-    metrics.count(metrics.TICKS, task="request_summary")
+    with _ticking("request_summary"):
+        dispatch.request_summary()
 
 
 _watcher = cameras.Watcher()
@@ -37,8 +56,8 @@ _watcher = cameras.Watcher()
 def look_at_cameras() -> None:
     """Look for new footage of the cameras whose slot is due."""
     settings = get_settings()
-    _watcher.look_at(cameras.tick(settings), settings)
-    metrics.count(metrics.TICKS, task="look_at_cameras")
+    with _ticking("look_at_cameras"):
+        _watcher.look_at(cameras.tick(settings), settings)
 
 
 def schedule() -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from common import metrics
-from common.database import session_scope
+from common.database import DatabaseDownError, session_scope
 from common.domain import Face, ObservedAt, PermanentJobError, Reason
 from common.ledger import ClaimedJob
 from common.metrics import Stage
@@ -94,7 +94,11 @@ class _Recorder:
             self._record_together()
         while self.pictures:
             picture = self.pictures[0]
-            succeeded = attempts.record(picture.job, partial(self._write, [picture]), self._settings)
+            try:
+                succeeded = attempts.record(picture.job, partial(self._write, [picture]), self._settings)
+            except DatabaseDownError:
+                self.pictures.popleft()  # given back already, if that could be done
+                raise
             self.pictures.popleft()
             self._ended(picture, succeeded=succeeded)
         self._recorded_at = time.monotonic()

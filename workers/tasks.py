@@ -60,4 +60,8 @@ def _pause(must_stop: Callable[[], bool]) -> None:
 @app.task(name=TaskName.SUMMARIZE.value)
 def summarize() -> None:
     """Bring the hourly summaries up to date."""
-    aggregation.summarize()
+    try:
+        aggregation.summarize()
+    except DatabaseDownError as error:
+        # The marks are still there, and the producer asks again.
+        log.error("not summarized", detail=str(error))

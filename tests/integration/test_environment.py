@@ -61,6 +61,18 @@ def full(services: Services) -> Iterator[None]:
             client.config_set("maxmemory", 0)
 
 
+def logs(lab: Lab, command: str) -> str:
+    """What the processes of a command have said."""
+    return "".join(log.read_text() for log in lab.folder.glob(f"logs/*-{command}.log"))
+
+
+def traced_ticks(lab: Lab) -> list[str]:
+    """What failed in a tick, or in sending one, and was told with a stack instead of in a sentence."""
+    lines = (logs(lab, "producer") + logs(lab, "aggregator")).splitlines()
+    beat = ('"logger": "celery.beat"', '"logger": "celery.app.trace"')
+    return [line for line in lines if '"exception"' in line and any(name in line for name in beat)]
+
+
 def test_a_full_redis_is_named_and_what_it_refused_is_sent_later(lab: Lab, session: Session) -> None:
     settings = get_settings()
     register_many(session, 20)
@@ -92,6 +104,7 @@ def test_workers_live_through_a_full_redis(lab: Lab) -> None:
             assert lab.states().get("succeeded", 0) < 32, f"not full: {before} before"
         lab.wait_until_done(32, seconds=120)
         assert all(process.poll() is None for process in crew)
+    assert "used memory > 'maxmemory'" in logs(lab, "producer") and traced_ticks(lab) == []
     assert (lab.lost(32), lab.doubled(), lab.summary_difference()) == (0, 0, 0)
 
 
@@ -198,16 +211,17 @@ def test_workers_live_through_a_postgres_without_a_free_connection(lab: Lab) -> 
         wait_until(lambda: lab.states().get("succeeded", 0) >= 4, what="the first pictures")
         lab.engine.dispose()
 
-        def somebody_found_none() -> bool:
+        def the_producer_found_none() -> bool:
             # Again and again: who is quick gets the connection that was just taken from another.
             push_out()
-            return any("too many clients" in log.read_text() for log in (lab.folder / "logs").iterdir())
+            return "tick failed" in logs(lab, "producer")
 
         with without_a_free_connection(lab.services) as push_out:
-            wait_until(somebody_found_none, what="somebody who found no connection")
+            wait_until(the_producer_found_none, what="a producer that found no connection")
         lab.wait_until_done(24, seconds=120)
         assert all(process.poll() is None for process in crew)
     assert (lab.lost(24), lab.doubled(), lab.summary_difference()) == (0, 0, 0)
+    assert "too many clients" in logs(lab, "producer") and traced_ticks(lab) == []
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------

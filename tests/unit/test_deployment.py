@@ -410,7 +410,7 @@ def test_every_tick_of_the_producer_is_counted() -> None:
     ticked = {task.value.removeprefix("producer.") for task, queue in ROUTES.items() if queue is Queue.PRODUCER}
     assert set(TICKS.labels["task"]) == ticked
     source = (ROOT / "producer/tasks.py").read_text()
-    assert all(f'metrics.count(metrics.TICKS, task="{name}")' in source for name in ticked)
+    assert all(f'_ticking("{name}")' in source for name in ticked)
 
 
 def test_figures_of_the_scaling_page_were_measured() -> None:

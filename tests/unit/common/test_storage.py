@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -66,32 +68,63 @@ def test_a_range_is_pinned_and_whole_or_an_error(tmp_path: Path) -> None:
     assert gone.value.reason is Reason.OBJECT_GONE
 
 
-def test_a_server_that_ignores_ranges_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer begins with the first byte of the object, and has as many as were asked for, or more."""
+@contextmanager
+def answering(
+    monkeypatch: pytest.MonkeyPatch, status: int, headers: Mapping[str, str], body: bytes
+) -> Iterator[S3Store]:
+    """A bucket of a server that says this to everything."""
 
-    class Whole(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("ETag", '"e"')
-            self.send_header("Content-Length", "100")
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(bytes(range(100)))
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
         monkeypatch.setenv(name, "test")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Whole) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            store = S3Store("s3://b", StorageSettings(endpoint_url=f"http://127.0.0.1:{server.server_address[1]}"))
-            with pytest.raises(TransientJobError, match="doesn't answer the range"):
-                store.read_range("k", "e", 50, 53)
+            yield S3Store("s3://b", StorageSettings(endpoint_url=f"http://127.0.0.1:{server.server_address[1]}"))
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_a_server_that_ignores_ranges_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer begins with the first byte of the object, and has as many as were asked for, or more."""
+    with (
+        answering(monkeypatch, 200, {"ETag": '"e"'}, bytes(range(100))) as store,
+        pytest.raises(TransientJobError, match="doesn't answer the range"),
+    ):
+        store.read_range("k", "e", 50, 53)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "told"),
+    [
+        ("RequestTimeTooSkewed", Reason.STORAGE_UNAVAILABLE, "clock and the server's are many minutes apart"),
+        ("AccessDenied", Reason.ACCESS_DENIED, "denied .*: grant s3:"),
+    ],
+)
+def test_a_clock_that_is_off_is_not_taken_for_a_missing_right(
+    monkeypatch: pytest.MonkeyPatch, code: str, reason: Reason, told: str
+) -> None:
+    """S3 answers both with 403."""
+    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+    with answering(monkeypatch, 403, {"Content-Type": "application/xml"}, body) as store:
+        with pytest.raises((PermanentJobError, TransientJobError), match=told) as refused:
+            store.read("k", "e", 100)
+        assert refused.value.reason is reason
+        with pytest.raises(MaskwatchError, match=told):
+            list(store.list_pages(""))
 
 
 def test_reading_errors_have_reasons(tmp_path: Path) -> None:

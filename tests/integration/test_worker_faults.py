@@ -342,6 +342,7 @@ def test_a_full_disk_of_the_database_is_nobodys_fault(
     found = charged(session)
     assert {(row.attempt, row.failures, row.crashes, row.lost_leases) for row in found.values()} == {(1, 0, 0, 0)}
     assert scalar(session, "SELECT count(*) FROM faces") == 3
+    assert "lost before release" not in (tmp_path / "worker.log").read_text(), "given back once, not twice"
 
 
 @pytest.mark.usefixtures("full_database")

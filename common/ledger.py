@@ -19,8 +19,8 @@ A source that refuses everything pauses itself (`common/sources.py`): its pendin
 refused wait for their turn instead of filling the quarantine.
 
 Every function receives a session and leaves the commit to its caller. Media objects are locked before their jobs,
-jobs before their sources, and rows of one table in the order of their ids, so that no two of these transactions
-deadlock.
+jobs before their sources, and rows of one table in the order of their ids; what is registered goes in, in the order
+of its keys, behind all of these. So no two of these transactions deadlock.
 """
 
 from __future__ import annotations
@@ -203,22 +203,16 @@ def register(
         "backfill": backfill_id,
         "lane": lane.value,
     }
-    known = by_key
-    older = _lock_older(session, bucket, known, newest=newest)
     while True:
-        if older:
-            _supersede(session, older)
-            result.superseded += len(older)
-            # Only a key that has just lost its current version can get an earlier one back.
-            result.new += _revive(session, rows)
-        inserted: dict[str, str] = {row.key: row.state for row in session.execute(text(_INSERT), rows)}
-        result.new += len(inserted)
-        result.quarantined += sum(state == JobState.QUARANTINED.value for state in inserted.values())
-        # What is there and not by us: another may have registered it meanwhile, and the insert had to wait for him.
-        known = {key: item for key, item in known.items() if key not in inserted}
-        older = _lock_older(session, bucket, known, newest=newest)
-        if not older:
-            break
+        try:
+            with session.begin_nested():
+                inserted = _put(session, bucket, by_key, rows, result, newest=newest)
+        except _OvertakenError:
+            continue
+        break
+    known = {key: item for key, item in by_key.items() if key not in inserted}
+    result.new += len(inserted)
+    result.quarantined = sum(state == JobState.QUARANTINED.value for state in inserted.values())
     if known:
         elsewhere = session.execute(
             text(
@@ -237,6 +231,41 @@ def register(
     placed = [item for item in known.values() if item.reason not in UNPLACED and item.observed_at]
     _replan(session, bucket, placed, location, camera)
     return result
+
+
+class _OvertakenError(Exception):
+    """Another has registered a key since we locked the versions that were there."""
+
+
+def _put(
+    session: Session,
+    bucket: str,
+    by_key: dict[str, PlannedObject],
+    rows: dict[str, Any],
+    result: Registered,
+    *,
+    newest: bool,
+) -> dict[str, str]:
+    """Put in what is new, in place of what it replaces; returns the state of the first job of each key that is new.
+
+    Raises `_OvertakenError`, to be begun anew from a savepoint: to lock another's rows now, behind our own inserts that
+    he may wait for, would close a circle.
+    """
+    locked, older = _lock_older(session, bucket, by_key, newest=newest)
+    revived = 0
+    if older:
+        _supersede(session, older)
+        # Only a key that has just lost its current version can get an earlier one back.
+        revived = _revive(session, rows)
+    inserted: dict[str, str] = {row.key: row.state for row in session.execute(text(_INSERT), rows)}
+    # There, not by us, and not there before: the insert may have had to wait for him.
+    others = {key: item for key, item in by_key.items() if key not in inserted and key not in locked}
+    if others and session.scalar(
+        text(f"SELECT EXISTS (SELECT FROM {_KNOWN})"), {"bucket": bucket, "known": _known(others)}
+    ):
+        raise _OvertakenError
+    result.superseded, result.new = len(older), revived
+    return inserted
 
 
 #: What is planned, as rows; `_planned_rows` fills it. In one document, because an array per column takes psycopg longer
@@ -377,13 +406,14 @@ def _uri_hash(uri: str) -> bytes:
     return hashlib.sha256(uri.encode()).digest()
 
 
-def _lock_older(session: Session, bucket: str, by_key: dict[str, PlannedObject], *, newest: bool) -> list[int]:
-    """Lock the current versions of these keys; returns those that the planned ones are to replace.
+def _lock_older(
+    session: Session, bucket: str, by_key: dict[str, PlannedObject], *, newest: bool
+) -> tuple[set[str], list[int]]:
+    """Lock the current versions of these keys; returns which keys have one, and those that the planned ones are to
+    replace.
 
     A version that is seen again with a later time was put again: what is older than that must not replace it.
     """
-    if not by_key:
-        return []
     current = session.execute(
         text(
             f"WITH found AS MATERIALIZED (SELECT m.id FROM {_KNOWN})"
@@ -406,11 +436,12 @@ def _lock_older(session: Session, bucket: str, by_key: dict[str, PlannedObject],
             ),
             {"ids": list(again), "times": list(again.values())},
         )
-    return [
+    older = [
         media_id
         for media_id, key, revision, modified in current
         if revision != by_key[key].info.etag and (newest or modified <= by_key[key].info.last_modified)
     ]
+    return {key for _, key, _, _ in current}, older
 
 
 def _supersede(session: Session, media_ids: Sequence[int]) -> None:

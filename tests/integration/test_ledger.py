@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from common import catalog, ledger
@@ -377,6 +379,58 @@ def test_a_commit_and_a_newer_version_do_not_deadlock(session: Session, monkeypa
     thread.join(30)
     assert len(writes) == 2 and failed == []
     assert states(session) == {"cancelled": 1, "pending": 1}
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_registrations_that_overtake_each_other_do_not_wait_in_a_circle(
+    session: Session, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """Somebody registers `a` after we have locked the versions that were there, and we insert `b`. A third replaces
+    `a`, and waits for our `b`. The control: we lock `a` behind our insert, and Postgres has to stop one of us."""
+    register(session, planned("z.jpg"))  # the location is there: nobody waits for that
+    if not anew:
+        monkeypatch.setattr(session, "begin_nested", nullcontext)
+    failed: list[BaseException] = []
+
+    def beside(*objects: PlannedObject) -> None:
+        try:
+            with Session(session.bind) as other:
+                register(other, *objects)
+        except BaseException as error:
+            failed.append(error)
+
+    replaced = planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1))
+    third = threading.Thread(target=beside, args=(replaced, planned("b.jpg")))
+    steps = iter(("FOR UPDATE", "INSERT INTO media_objects", ""))
+    awaited = next(steps)
+
+    def between(conn: object, cursor: object, statement: str, *rest: object) -> None:
+        nonlocal awaited
+        if not awaited or awaited not in statement or threading.current_thread() is not threading.main_thread():
+            return
+        step, awaited = awaited, ""
+        if step == "FOR UPDATE":
+            beside(planned("a.jpg"))
+        else:
+            third.start()
+            with Session(session.bind) as watcher:
+                wait_until(lambda: scalar(watcher, "SELECT count(*) FROM pg_locks WHERE NOT granted"), what="the third")
+        awaited = next(steps)
+
+    event.listen(session.get_bind(), "after_cursor_execute", between)
+    try:
+        register(session, planned("a.jpg"), planned("b.jpg"))
+    except DBAPIError as error:
+        failed.append(error)
+        session.rollback()
+    finally:
+        event.remove(session.get_bind(), "after_cursor_execute", between)
+    third.join(30)
+    assert not awaited, "all of it happened"
+    assert ["deadlock detected" in str(error) for error in failed] == ([] if anew else [True])
+    if anew:
+        current = "SELECT key, revision FROM media_objects WHERE superseded_at IS NULL ORDER BY key"
+        assert rows(session, current) == [("a.jpg", "e2"), ("b.jpg", "e1"), ("z.jpg", "e1")]
 
 
 def test_what_no_pattern_could_place_waits_for_one_that_can(session: Session) -> None:

@@ -33,8 +33,9 @@ WITH hours AS (
     JOIN frame_counts c USING (location_id, pipeline_id, hour)
     GROUP BY h.location_id, h.pipeline_id, h.hour
 ), found AS (
-    -- The range lets the index and the partitions be used; an hour is longer than 60 minutes where a zone
-    -- turns its clocks by half an hour.
+    -- The ranges let the index and the partitions be used: that of each hour, and that of all of them, without which
+    -- Postgres plans for every partition there is. An hour is longer than 60 minutes where a zone turns its clocks by
+    -- half an hour.
     SELECT h.location_id, h.pipeline_id, h.hour, count(*) AS faces,
            count(*) FILTER (WHERE f.status = 'with_mask') AS with_mask,
            count(*) FILTER (WHERE f.status = 'without_mask') AS without_mask,
@@ -42,6 +43,7 @@ WITH hours AS (
     FROM hours h
     JOIN faces f ON f.location_id = h.location_id AND f.pipeline_id = h.pipeline_id
         AND f.observed_at >= h.hour AND f.observed_at < h.hour + interval '2 hours'
+        AND f.observed_at >= :first AND f.observed_at < CAST(:last AS timestamptz) + interval '2 hours'
         AND date_trunc('hour', f.observed_at, h.time_zone) = h.hour
     GROUP BY h.location_id, h.pipeline_id, h.hour
 ), emptied AS (
@@ -99,6 +101,13 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
     if hours:
         locations, pipelines, starts = zip(*hours, strict=True)
         session.execute(
-            text(_RECOMPUTE), {"locations": list(locations), "pipelines": list(pipelines), "hours": list(starts)}
+            text(_RECOMPUTE),
+            {
+                "locations": list(locations),
+                "pipelines": list(pipelines),
+                "hours": list(starts),
+                "first": min(starts),
+                "last": max(starts),
+            },
         )
     return len(marks), len(hours)

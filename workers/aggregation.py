@@ -6,6 +6,9 @@ changed. One aggregator at a time holds the lock: two that deleted marks side by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
+
 import psycopg
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
@@ -99,15 +102,20 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
         {(mark.location_id, mark.pipeline_id, mark.hour) for mark in marks if frozen is None or mark.hour >= frozen}
     )
     if hours:
-        locations, pipelines, starts = zip(*hours, strict=True)
-        session.execute(
-            text(_RECOMPUTE),
-            {
-                "locations": list(locations),
-                "pipelines": list(pipelines),
-                "hours": list(starts),
-                "first": min(starts),
-                "last": max(starts),
-            },
-        )
+        recompute(session, hours)
     return len(marks), len(hours)
+
+
+def recompute(session: Session, hours: Sequence[tuple[int, int, datetime]]) -> None:
+    """Summarize these hours, of a location and a pipeline each, as they are now. Behind the lock."""
+    locations, pipelines, starts = ([hour[column] for hour in hours] for column in range(3))
+    session.execute(
+        text(_RECOMPUTE),
+        {
+            "locations": locations,
+            "pipelines": pipelines,
+            "hours": starts,
+            "first": min(starts),
+            "last": max(starts),
+        },
+    )

@@ -23,9 +23,8 @@ def _summarize_flags(session: Session, limit: int) -> tuple[int, int]:
         text("SELECT id, location_id, pipeline_id, hour FROM dirty_marks ORDER BY id LIMIT :limit"), {"limit": limit}
     ).all()
     if marks:
-        ids, locations, pipelines, hours = (list(column) for column in zip(*marks, strict=True))
-        session.execute(text(aggregation._RECOMPUTE), {"locations": locations, "pipelines": pipelines, "hours": hours})
-        session.execute(text("DELETE FROM dirty_marks WHERE id = ANY(:ids)"), {"ids": ids})
+        aggregation.recompute(session, [(mark.location_id, mark.pipeline_id, mark.hour) for mark in marks])
+        session.execute(text("DELETE FROM dirty_marks WHERE id = ANY(:ids)"), {"ids": [mark.id for mark in marks]})
     return len(marks), len(marks)
 
 

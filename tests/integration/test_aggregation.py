@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from common.domain import MaskStatus, ObservedAt, ObservedAtSource
 from tests.ledger_rows import claim, dispatch, face, planned, register, rows, scalar
 from tests.services import wait_until
-from workers.aggregation import _RECOMPUTE, AGGREGATION_LOCK, summarize, summarize_batch
+from workers.aggregation import AGGREGATION_LOCK, recompute, summarize, summarize_batch
 from workers.recording import record_image
 
 #: Summed by an analyst's GROUP BY over the faces, and by the aggregator.
@@ -115,7 +115,7 @@ def test_what_is_committed_while_an_aggregator_works_keeps_its_mark(session: Ses
 def test_marks_taken_after_counting_would_lose_it(session: Session) -> None:
     commit_picture(session, "first.jpg", faces=1)
     with Session(session.bind) as aggregator, aggregator.begin():
-        recompute(aggregator, aggregator.execute(text("SELECT location_id, pipeline_id, hour FROM dirty_marks")).all())
+        recomputed(aggregator, aggregator.execute(text("SELECT location_id, pipeline_id, hour FROM dirty_marks")).all())
         commit_picture(session, "late.jpg", faces=2)
         aggregator.execute(text("DELETE FROM dirty_marks"))
     assert summarize() == 0
@@ -188,13 +188,12 @@ def batch_without_the_lock(session: Session, limit: int) -> tuple[int, int]:
         ),
         {"limit": limit},
     ).all()
-    return len(taken), recompute(session, taken)
+    return len(taken), recomputed(session, taken)
 
 
-def recompute(session: Session, marks: Sequence[Any]) -> int:
+def recomputed(session: Session, marks: Sequence[Any]) -> int:
     hours = sorted({tuple(mark) for mark in marks})
-    locations, pipelines, starts = ([hour[n] for hour in hours] for n in range(3))
-    session.execute(text(_RECOMPUTE), {"locations": locations, "pipelines": pipelines, "hours": starts})
+    recompute(session, hours)
     return len(hours)
 
 

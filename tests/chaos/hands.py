@@ -138,6 +138,8 @@ class Hand:
         self.resting.set()
 
     def _before_statement(self, *_: object) -> None:
+        if self._killed:  # a rollback to a savepoint: the dead don't do that
+            raise KilledError
         if self._left is None:
             return
         if self._left > 0:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import ledger
 from common.celery_app import app
 from common.database import session_scope
 from common.queues import TaskName, decode_refs
 from common.settings import get_settings
+from workers import attempts
 from workers.recording import Picture, record_images
 
 
 @app.task(name=TaskName.ANALYZE.value)
 def analyze(message: Any) -> None:
     """Claim, record and finish the jobs that a message names, together, as shipped."""
-    limits = get_settings().ledger
-    with session_scope() as session:
-        jobs = ledger.claim(session, decode_refs(message), worker="noop/1", lease_seconds=limits.lease_seconds)
+    jobs = attempts.claim(decode_refs(message), "noop/1", get_settings())
     with session_scope() as session:
         record_images(session, [Picture(job, [], job.observed_at) for job in jobs if job.observed_at], fence=True)

@@ -116,9 +116,14 @@ def engine() -> Engine:
 
 
 @contextmanager
-def session_scope() -> Iterator[Session]:
-    """One transaction: commits at the end, rolls back on any error. READ COMMITTED."""
+def session_scope(*, one_statement: bool = False) -> Iterator[Session]:
+    """One transaction: commits at the end, rolls back on any error. READ COMMITTED.
+
+    `one_statement`: of a single statement, which is a transaction by itself; that saves two messages to the server.
+    """
     with explained(), Session(engine(), expire_on_commit=False) as session, session.begin():
+        if one_statement:
+            session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         yield session
 
 

@@ -62,7 +62,7 @@ def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[Claim
     """The jobs of a message, held by this process. Jobs whose token has changed since they were sent are not ours to
     do, and are dropped."""
     limits = settings.ledger
-    with session_scope() as session:
+    with session_scope(one_statement=True) as session:
         jobs = ledger.claim(session, refs, worker=worker, lease_seconds=limits.lease_seconds, fence=limits.fence)
     if len(jobs) < len(refs):
         log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from common import catalog, ledger
+from common.database import engine, session_scope
 from common.domain import JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
 from common.ledger import JobRef, StaleJobError
 from common.planning import PlannedObject
@@ -23,6 +24,7 @@ from common.settings import get_settings
 from common.storage import FILE_BUCKET
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.services import wait_until
+from workers import attempts
 from workers.recording import record_image
 
 SEEN = ObservedAt(NOON, ObservedAtSource.KEY_PATTERN)
@@ -138,6 +140,29 @@ def test_a_claim_that_postgres_forgot_is_found_and_counted_once(session: Session
 
 def test_without_the_fence_a_forgotten_claim_is_counted_twice(session: Session) -> None:
     assert _forgotten_claim(session, fence=False) == 2
+
+
+def test_a_worker_s_claim_is_one_statement_without_a_transaction_around_it(session: Session) -> None:
+    register(session, planned("a.jpg"))
+    refs = dispatch(session)
+    sent: list[tuple[str, bool]] = []
+
+    def watch(connection: Any, cursor: Any, statement: str, *rest: object) -> None:
+        sent.append((statement, connection.connection.driver_connection.autocommit))
+
+    event.listen(engine(), "before_cursor_execute", watch)
+    try:
+        attempts.claim(refs, "w/1", get_settings())
+        assert len(sent) == 1 and sent[0][1]
+        assert states(session) == {"running": 1}
+        # The connection goes back to the pool as it was.
+        with suppress(RuntimeError), session_scope() as own:
+            own.execute(text("UPDATE jobs SET state = 'pending'"))
+            raise RuntimeError
+    finally:
+        event.remove(engine(), "before_cursor_execute", watch)
+    assert len(sent) == 2 and not sent[1][1]
+    assert states(session) == {"running": 1}
 
 
 def test_only_claims_do_not_wait_for_the_disk(session: Session) -> None:

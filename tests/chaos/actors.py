@@ -587,16 +587,15 @@ class LedgerMachine(RuleBasedStateMachine):
         except BrokenPromiseError:
             self.over = True
             raise
-        except DeadlockError as error:
-            self.over = True
-            if self.plant != Plant():
-                # Rare, and not what was planted: a fault must be found by what it does.
-                self.stage.counts["examples that ended in a circle"] += 1
-                return
-            self.promises.breaks("nobody waits in a circle", str(error))
         except Exception as error:
             self.over = True
-            self.promises.breaks("no error but a refusal", f"{type(error).__name__}: {error}")
+            if self.plant != Plant():
+                # Not what was planted, or planted in a way that does not run: a fault must be found by what it does.
+                self.stage.counts["examples that ended in an error"] += 1
+            elif isinstance(error, DeadlockError):
+                self.promises.breaks("nobody waits in a circle", str(error))
+            else:
+                self.promises.breaks("no error but a refusal", f"{type(error).__name__}: {error}")
 
     # --- the end of an example ---
 

@@ -43,9 +43,7 @@ STALE_TOKEN = Plant(
 #: A flag per hour that is there or not, which writers set if it isn't.
 UPSERTED_MARKS = Plant(
     "upserted marks",
-    rewrites=(
-        Rewrite(_MARKED, r"(INSERT INTO dirty_marks.* FROM (?:counted|gone))\s*$", r"\1 ON CONFLICT DO NOTHING"),
-    ),
+    rewrites=(Rewrite(_MARKED, r"(INSERT INTO dirty_marks.*? FROM (?:counted|gone))\b", r"\1 ON CONFLICT DO NOTHING"),),
     before=("CREATE UNIQUE INDEX planted ON dirty_marks (location_id, pipeline_id, hour)",),
     after=("DROP INDEX planted",),
     summarize=_summarize_flags,
@@ -73,4 +71,4 @@ PUBLISHED_LATE = Plant("publish after commit", overdue=False)
 PLANTS = (NO_FENCE, STALE_TOKEN, UPSERTED_MARKS, NO_LOCK, PUBLISHED_EARLY)
 
 #: Those for which `make test` has time.
-QUICKLY_FOUND = (NO_FENCE, UPSERTED_MARKS)
+QUICKLY_FOUND = (NO_FENCE, PUBLISHED_EARLY)

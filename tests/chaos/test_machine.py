@@ -38,5 +38,5 @@ def test_a_planted_fault_is_found(url: str, plant: Plant) -> None:
 def test_a_fault_is_found_by_what_it_does(url: str) -> None:
     """Without the rule for overdue messages, but published after the commit, nothing is stuck: that rule is not what
     `publish before commit` is found by."""
-    run = explore(url, PUBLISHED_LATE, examples=10, seed=SEEDS[PUBLISHED_EARLY])
+    run = explore(url, PUBLISHED_LATE, examples=10, seed=1)
     assert run.found is None, run.found

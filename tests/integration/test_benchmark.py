@@ -35,6 +35,7 @@ def test_the_benchmark_of_the_road(services: Services, monkeypatch: pytest.Monke
     assert 200 < result["worker_rss_mb"] < 900
 
 
+@pytest.mark.bench
 def test_a_chunk_costs_its_own_bytes_and_keyframes_alone_are_decoded() -> None:
     """Of the benchmark of videos what is no matter of time; the rest of it is run by hand."""
     command = [sys.executable, "-m", "benchmarks.video", "--quick", "--only", "bytes", "--only", "decoding", "--json"]

@@ -110,6 +110,7 @@ def test_the_notebooks_recipe_trains_xception_and_says_what_it_lacks(data, tmp_p
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the `native` layer is not installed")
+@pytest.mark.bench
 def test_a_training_in_torch_ends_with_the_same_files(data, tmp_path):
     out = tmp_path / "trained"
     environment = {**os.environ, "KERAS_BACKEND": "torch"}

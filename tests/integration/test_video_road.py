@@ -121,6 +121,7 @@ def test_after_kill_9_and_a_second_delivery_the_rows_are_those_of_an_undisturbed
     assert scalar(session, "SELECT count(*) FROM job_attempts WHERE outcome IN ('lease_expired', 'crashed')") == 1
 
 
+@pytest.mark.chaos
 def test_without_the_fence_frames_are_counted_twice(
     quick: None, session: Session, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

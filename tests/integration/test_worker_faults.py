@@ -175,6 +175,7 @@ def test_a_broken_device_ends_its_process_and_the_jobs_run_elsewhere(
         assert [number for each, number in seen if each == pid][-1] == 5
 
 
+@pytest.mark.chaos
 def test_without_the_mechanism_the_broken_process_fails_one_job_after_the_other(
     quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from common import catalog, ledger
 from common.database import engine, session_scope
 from common.domain import JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
-from common.ledger import JobRef, StaleJobError
+from common.ledger import ClaimedJob, JobRef, StaleJobError
 from common.planning import PlannedObject
 from common.settings import get_settings
 from common.storage import FILE_BUCKET
@@ -86,46 +86,11 @@ def test_success_writes_everything_in_one_transaction(session: Session) -> None:
     assert rows(session, "SELECT attempt, outcome, worker FROM job_attempts") == [(1, "succeeded", "w/1")]
 
 
-def _commit_twice(session: Session, *, fence: bool) -> int:
-    """A worker is paused past its lease, another one does the job, then the first wakes up. Faces stored."""
-    register(session, planned("a.jpg"))
-    (paused,) = claim(session, dispatch(session), worker="paused/1", lease=-1)
-    assert ledger.recover_expired(session, max_lost_leases=10) == 1
-    session.commit()
-    (second,) = claim(session, dispatch(session, alone=True), worker="second/2")
-    record_image(session, second, [face()], SEEN, fence=fence)
-    session.commit()
-    try:
-        record_image(session, paused, [face()], SEEN, fence=fence)
-        session.commit()
-    except StaleJobError:
-        session.rollback()
-    count = scalar(session, "SELECT count(*) FROM faces")
-    assert isinstance(count, int)
-    return count
-
-
-def test_a_worker_paused_past_its_lease_cannot_commit(session: Session) -> None:
-    assert _commit_twice(session, fence=True) == 1
-
-
-def test_without_the_fence_its_rows_double(session: Session) -> None:
-    assert _commit_twice(session, fence=False) == 2
-
-
-def _forgotten_claim(session: Session, *, fence: bool) -> int:
-    """How often a picture is counted whose worker was told that it is his, before Postgres forgot the claim in a crash
-    (the rollback stands for that)."""
-    register(session, planned("a.jpg"))
-    refs = dispatch(session)
-    (forgotten,) = ledger.claim(session, refs, worker="w/1", lease_seconds=60)
-    session.rollback()
-    assert lost_messages(session, overdue_seconds=0) == 1
-    session.commit()
-    (job,) = claim(session, dispatch(session))
-    for held in (job, forgotten):
+def _recorded_by(session: Session, *jobs: ClaimedJob, fence: bool) -> int:
+    """How many faces there are after each of these has tried to record one."""
+    for job in jobs:
         try:
-            record_image(session, held, [face()], SEEN, fence=fence)
+            record_image(session, job, [face()], SEEN, fence=fence)
             session.commit()
         except StaleJobError:
             session.rollback()
@@ -134,12 +99,32 @@ def _forgotten_claim(session: Session, *, fence: bool) -> int:
     return count
 
 
-def test_a_claim_that_postgres_forgot_is_found_and_counted_once(session: Session) -> None:
-    assert _forgotten_claim(session, fence=True) == 1
+@pytest.mark.parametrize(("fence", "faces"), [(True, 1), (False, 2)])
+def test_a_worker_paused_past_its_lease_commits_nothing_because_of_the_fence(
+    session: Session, fence: bool, faces: int
+) -> None:
+    """It is paused, another one does the job, then it wakes up."""
+    register(session, planned("a.jpg"))
+    (paused,) = claim(session, dispatch(session), worker="paused/1", lease=-1)
+    assert ledger.recover_expired(session, max_lost_leases=10) == 1
+    session.commit()
+    (second,) = claim(session, dispatch(session, alone=True), worker="second/2")
+    assert _recorded_by(session, second, paused, fence=fence) == faces
 
 
-def test_without_the_fence_a_forgotten_claim_is_counted_twice(session: Session) -> None:
-    assert _forgotten_claim(session, fence=False) == 2
+@pytest.mark.parametrize(("fence", "faces"), [(True, 1), (False, 2)])
+def test_a_claim_that_postgres_forgot_is_found_and_counted_once_because_of_the_fence(
+    session: Session, fence: bool, faces: int
+) -> None:
+    """A worker was told that the job is his, before Postgres forgot it in a crash; the rollback stands for that."""
+    register(session, planned("a.jpg"))
+    refs = dispatch(session)
+    (forgotten,) = ledger.claim(session, refs, worker="w/1", lease_seconds=60)
+    session.rollback()
+    assert lost_messages(session, overdue_seconds=0) == 1
+    session.commit()
+    (job,) = claim(session, dispatch(session))
+    assert _recorded_by(session, job, forgotten, fence=fence) == faces
 
 
 def test_a_worker_s_claim_is_one_statement_without_a_transaction_around_it(session: Session) -> None:

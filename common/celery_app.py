@@ -89,7 +89,8 @@ app.conf.update(
     worker_pool="prefork",
     worker_pool_start_method="spawn",
     worker_concurrency=_settings.worker.processes,
-    # Recycle children: native libraries leak a little over days.
+    # Recycle children: native libraries leak a little over days, and a lot at once is caught by the memory. Not more
+    # often than it helps: a new child takes seconds to start.
     worker_max_tasks_per_child=_settings.worker.max_tasks_per_child,
     worker_max_memory_per_child=_settings.worker.max_memory_per_child_mb * 1024,
     # A spawned child imports Python, numpy and onnxruntime before it reports; the default of 4 s kills it

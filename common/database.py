@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import URL, Engine, TextClause, create_engine, event, make_url, text
+from sqlalchemy import URL, Engine, TextClause, TextualSelect, column, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, ProgrammingError
 from sqlalchemy.orm import Session
 
@@ -24,6 +24,20 @@ SCHEMA_REVISION = "0005"
 
 #: A connection that was used within this many seconds is taken to be there still.
 ALIVE_SECONDS = 1.0
+
+#: For a process that runs the same few statements over and over, each about rows whose keys it names. Left to itself,
+#: Postgres expects ten elements in an array that it does not know: it plans for the one it sees, each time anew, which
+#: takes longer than to do what is planned; or it reads all that is queued, because by its statistics that is not much.
+_BY_KEY = "".join(
+    f" -c {setting}"
+    for setting in (
+        "plan_cache_mode=force_generic_plan",
+        "enable_seqscan=off",
+        "enable_bitmapscan=off",
+        "enable_hashjoin=off",
+        "enable_mergejoin=off",
+    )
+)
 
 NOT_MIGRATED = "the database is not migrated (found {found}, need {need}): run `maskwatch db upgrade`"
 
@@ -55,7 +69,7 @@ def make_engine(settings: DatabaseSettings) -> Engine:
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
             "options": f"-c statement_timeout={statement_ms} -c idle_in_transaction_session_timeout=60000"
-            " -c timezone=UTC",
+            f" -c timezone=UTC{_BY_KEY if settings.by_key else ''}",
         },
     )
     _ask_idle_connections(made)
@@ -80,10 +94,12 @@ def _ask_idle_connections(made: Engine) -> None:
 
 
 @lru_cache(maxsize=256)
-def sql(statement: str) -> TextClause:
+def sql(statement: str, *columns: str) -> TextClause | TextualSelect:
     """A statement of a hot path, read once: to look for the parameters of a long one takes a tenth of a millisecond.
-    For constants only, since it is kept."""
-    return text(statement)
+    For constants only, since it is kept. With the names of its columns SQLAlchemy need not read those from each result.
+    """
+    read = text(statement)
+    return read.columns(*map(column, columns)) if columns else read
 
 
 def _parsed(text: str) -> URL:

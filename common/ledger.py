@@ -681,6 +681,54 @@ def wake_retries(session: Session) -> int:
 # --- the worker's side ------------------------------------------------------------------------------------
 
 
+#: What a worker learns of a job that it claims: name and expression.
+_CLAIMED = {
+    "id": "held.id",
+    "token": "held.token",
+    "kind": "held.kind",
+    "attempt": "held.attempt",
+    "media_object_id": "held.media_object_id",
+    "source_id": "held.source_id",
+    "pipeline_id": "held.pipeline_id",
+    "backfill_id": "held.backfill_id",
+    "lane": "held.lane",
+    "range_start_ms": "held.range_start_ms",
+    "range_end_ms": "held.range_end_ms",
+    "duration_seconds": "m.duration_seconds",
+    "queued_seconds": "extract(epoch FROM held.started_at - held.queued_at)::float",
+    "last": "held.kind = 'chunk' AND NOT EXISTS (SELECT FROM jobs later WHERE later.kind = 'chunk'"
+    " AND later.media_object_id = held.media_object_id AND later.pipeline_id = held.pipeline_id"
+    f" AND later.range_start_ms >= held.range_end_ms AND {_PLANNED.format(jobs='later')})",
+    "bucket": "m.bucket",
+    "key": "m.key",
+    "etag": "m.etag",
+    "size_bytes": "m.size_bytes",
+    "last_modified": "m.last_modified",
+    "observed_at": "m.observed_at",
+    "observed_at_source": "m.observed_at_source",
+    "observed_at_ambiguous": "m.observed_at_ambiguous",
+    "location_id": "m.location_id",
+    "camera_id": "m.camera_id",
+    "time_zone": "l.time_zone",
+    "spec": "p.spec",
+}
+
+_CLAIM = (
+    "WITH wanted AS ("
+    " SELECT jobs.id FROM jobs JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[]))"
+    " AS sent (id, token) ON jobs.id = sent.id {condition}"
+    " ORDER BY jobs.id FOR UPDATE OF jobs"
+    "), held AS ("
+    " UPDATE jobs SET state = 'running', token = gen_random_uuid(), attempt = attempt + 1, worker = :worker,"
+    " started_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease)"
+    " FROM wanted WHERE jobs.id = wanted.id RETURNING jobs.*"
+    f") SELECT {', '.join(f'{value} AS {name}' for name, value in _CLAIMED.items())}"
+    " FROM held JOIN media_objects m ON m.id = held.media_object_id"
+    " JOIN locations l ON l.id = m.location_id JOIN pipelines p ON p.id = held.pipeline_id"
+    " CROSS JOIN set_config('synchronous_commit', 'off', true) ORDER BY held.id"
+)
+
+
 def claim(
     session: Session, refs: Sequence[JobRef], *, worker: str, lease_seconds: float, fence: bool = True
 ) -> list[ClaimedJob]:
@@ -692,30 +740,11 @@ def claim(
     nobody else's commit has brought it there, the job stands as it was sent, and this claim is one whose work is
     refused: the message is then lost like any other, and found.
     """
-    condition = "AND jobs.token = sent.token AND jobs.state = 'queued'" if fence else ""
+    # The state as a parameter, so that no plan goes by way of the index of all that are queued.
+    condition = "AND jobs.token = sent.token AND jobs.state = :queued" if fence else ""
     rows = session.execute(
-        sql(
-            "WITH wanted AS ("
-            " SELECT jobs.id FROM jobs JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[]))"
-            f" AS sent (id, token) ON jobs.id = sent.id {condition}"
-            " ORDER BY jobs.id FOR UPDATE OF jobs"
-            "), held AS ("
-            " UPDATE jobs SET state = 'running', token = gen_random_uuid(), attempt = attempt + 1, worker = :worker,"
-            " started_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease)"
-            " FROM wanted WHERE jobs.id = wanted.id RETURNING jobs.*"
-            ") SELECT held.id, held.token, held.kind, held.attempt, held.media_object_id, held.source_id,"
-            " held.pipeline_id, held.backfill_id, held.lane, held.range_start_ms, held.range_end_ms,"
-            " m.duration_seconds, extract(epoch FROM held.started_at - held.queued_at)::float AS queued_seconds,"
-            " held.kind = 'chunk' AND NOT EXISTS (SELECT FROM jobs later WHERE later.kind = 'chunk'"
-            " AND later.media_object_id = held.media_object_id AND later.pipeline_id = held.pipeline_id"
-            f" AND later.range_start_ms >= held.range_end_ms AND {_PLANNED.format(jobs='later')}) AS last,"
-            " m.bucket, m.key, m.etag, m.size_bytes, m.last_modified, m.observed_at, m.observed_at_source,"
-            " m.observed_at_ambiguous, m.location_id, m.camera_id, l.time_zone, p.spec"
-            " FROM held JOIN media_objects m ON m.id = held.media_object_id"
-            " JOIN locations l ON l.id = m.location_id JOIN pipelines p ON p.id = held.pipeline_id"
-            " CROSS JOIN set_config('synchronous_commit', 'off', true) ORDER BY held.id"
-        ),
-        {**_arrays(refs), "worker": worker, "lease": lease_seconds},
+        sql(_CLAIM.format(condition=condition), *_CLAIMED),
+        {**_arrays(refs), "worker": worker, "lease": lease_seconds, "queued": JobState.QUEUED.value},
     ).all()
     return [
         ClaimedJob(
@@ -1603,8 +1632,12 @@ def get_job(session: Session, job_id: int) -> Job:
 # --- small parts ------------------------------------------------------------------------------------------
 
 
-def _arrays(refs: Sequence[JobRef]) -> dict[str, Any]:
-    return {"ids": [ref.id for ref in refs], "tokens": [ref.token for ref in refs]}
+def _arrays(refs: Sequence[JobRef]) -> dict[str, str]:
+    # As Postgres writes arrays: psycopg looks at each element of a list to find its type.
+    return {
+        "ids": f"{{{','.join(str(ref.id) for ref in refs)}}}",
+        "tokens": f"{{{','.join(str(ref.token) for ref in refs)}}}",
+    }
 
 
 def _count(session: Session, statement: str, parameters: dict[str, Any]) -> int:

@@ -33,6 +33,10 @@ class DatabaseSettings(BaseModel):
     pool_size: int = Field(2, ge=1, description="connections per process; tasks of a process run one at a time")
     statement_timeout_seconds: float = Field(60.0, gt=0)
     connect_timeout_seconds: int = Field(5, ge=1)
+    by_key: bool = Field(
+        False,
+        description="plan each statement once, for few rows that are found by their keys; `maskwatch worker` sets it",
+    )
 
     @model_validator(mode="after")
     def _belongs_together(self) -> DatabaseSettings:
@@ -138,8 +142,8 @@ class WorkerSettings(BaseModel):
         900, ge=1, description="per message; pictures not begun are released, a chunk is tried once more"
     )
     hard_time_limit_seconds: int = Field(960, ge=1, description="per message; then the child is killed")
-    max_tasks_per_child: int = Field(1000, ge=1)
-    max_memory_per_child_mb: int = Field(1500, ge=100)
+    max_tasks_per_child: int = Field(10_000, ge=1, description="messages; then the child is replaced")
+    max_memory_per_child_mb: int = Field(1500, ge=100, description="a child that holds more is replaced")
 
 
 class LedgerSettings(BaseModel):

@@ -36,6 +36,7 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
       maskwatch worker --device cuda:0
     """
     # Through the environment, because the children read their settings themselves.
+    os.environ.setdefault("MASKWATCH_DATABASE__BY_KEY", "true")
     if processes:
         os.environ["MASKWATCH_WORKER__PROCESSES"] = str(processes)
     if threads:

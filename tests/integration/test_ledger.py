@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -16,11 +16,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from common import catalog, ledger
-from common.database import engine, session_scope
+from common.database import engine, make_engine, session_scope, sql
 from common.domain import JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
 from common.ledger import ClaimedJob, JobRef, StaleJobError
 from common.planning import PlannedObject
-from common.settings import get_settings
+from common.settings import Settings, get_settings
 from common.storage import FILE_BUCKET
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.services import wait_until
@@ -526,6 +526,65 @@ def test_dispatch_and_recovery_read_only_what_they_are_about(session: Session) -
     without = plans(session, lambda: ledger.take_pending(session, limit=16, alone=False, epoch="e"))
     assert "ix_jobs_pending on jobs" not in without, "control"
     session.rollback()
+
+
+@pytest.mark.parametrize("by_key", [True, False])
+def test_a_workers_statements_are_planned_once(
+    session: Session, configure: Callable[..., Settings], by_key: bool
+) -> None:
+    """The control: left to itself Postgres plans for the job it sees, each time anew, when the ledger is not small."""
+    refs = many_queued(session)
+    session.execute(text("ANALYZE jobs"))
+    session.commit()
+    with a_worker(configure(database__by_key=by_key)) as worker:
+        do(worker, refs[:12])  # psycopg prepares what it has seen five times
+        statement = "SELECT sum(custom_plans) FROM pg_prepared_statements"
+        before = scalar(worker, statement)
+        do(worker, refs[12:32])
+        anew = scalar(worker, statement) - before
+    assert (anew == 0) == by_key, anew
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_claims_do_not_read_all_that_is_queued(
+    session: Session, configure: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, by_id: bool
+) -> None:
+    """The control: an index on what is queued looks short to Postgres while its statistics are of an emptier day."""
+    register_many(session, 1)
+    session.execute(text("ANALYZE jobs"))
+    refs = many_queued(session)
+    if not by_id:
+        monkeypatch.setattr(ledger, "sql", lambda read, *columns: sql(read.replace(":queued", "'queued'"), *columns))
+    statement = "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'ix_jobs_queued'"
+    with a_worker(configure(database__by_key=True)) as worker:
+        do(worker, refs[:12])
+        before = scalar(worker, statement)
+        do(worker, refs[12:32])
+        read = scalar(worker, statement) - before
+    assert read == 0 if by_id else read > 20 * len(refs) / 2, read
+
+
+def many_queued(session: Session) -> list[JobRef]:
+    register_many(session, 2000)
+    return dispatch(session, 2000)
+
+
+@contextmanager
+def a_worker(settings: Settings) -> Iterator[Session]:
+    made = make_engine(settings.database)
+    with Session(made, expire_on_commit=False) as worker:
+        yield worker
+    made.dispose()
+
+
+def do(worker: Session, refs: list[JobRef]) -> None:
+    """Claim jobs one by one, and record that they found nothing."""
+    for ref in refs:
+        (job,) = claim(worker, [ref])
+        record_image(worker, job, [], SEEN, fence=True)
+        worker.commit()
+    worker.execute(text("SELECT pg_stat_force_next_flush()"))
+    worker.commit()
 
 
 def plans(session: Session, act: Callable[[], object]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.settings import get_settings
 from common.tables import Camera
+
+DAY = timedelta(days=1)
 
 #: Seconds that an hour may lack before it is a hole: cameras and containers round.
 TOLERANCE = 1.0
@@ -45,18 +48,28 @@ def coverage(
 ) -> list[CoverageHour]:
     """The hours of a camera in which there is footage, or should be; bounds as instants (aware) or on the location's
     clock (naive)."""
-    conditions = ["camera_id = :camera"]
-    for name, bound, operator in (("since", since, ">="), ("until", until, "<")):
-        if bound is not None:
-            conditions.append(f"{'local_hour' if bound.tzinfo is None else 'hour'} {operator} :{name}")
+    # Which instant a time on a clock is, the hours themselves say; no zone is a day away from UTC.
+    bounds = {name: _instant(bound, margin) for name, bound, margin in (("since", since, -DAY), ("until", until, DAY))}
     rows = session.execute(
         text(
-            f"SELECT {', '.join(CoverageHour.__slots__)} FROM coverage_hourly WHERE {' AND '.join(conditions)}"  # noqa: S608
-            " ORDER BY hour"
+            f"SELECT {', '.join(CoverageHour.__slots__)} FROM camera_coverage(:camera,"  # noqa: S608
+            " coalesce(CAST(:since AS timestamptz), '-infinity'), coalesce(CAST(:until AS timestamptz), 'infinity'),"
+            " make_interval(secs => :longest)) ORDER BY hour"
         ),
-        {"camera": camera.id, "since": since, "until": until},
+        {"camera": camera.id, **bounds, "longest": get_settings().worker.max_video_seconds},
     )
-    return [CoverageHour(*row) for row in rows]
+    return [row for row in (CoverageHour(*row) for row in rows) if _within(row, since, until)]
+
+
+def _instant(bound: datetime | None, margin: timedelta) -> datetime | None:
+    return bound.replace(tzinfo=UTC) + margin if bound is not None and bound.tzinfo is None else bound
+
+
+def _within(row: CoverageHour, since: datetime | None, until: datetime | None) -> bool:
+    def at(bound: datetime) -> datetime:
+        return row.local_hour if bound.tzinfo is None else row.hour
+
+    return (since is None or at(since) >= since) and (until is None or at(until) < until)
 
 
 def failed_jobs(session: Session, camera: Camera, hours: list[datetime]) -> list[int]:

@@ -102,6 +102,31 @@ def test_bad_pictures_end_in_the_ledger_and_the_rest_goes_on(
     assert scalar(session, "SELECT count(*) FROM jobs WHERE state = 'succeeded'") == 4
 
 
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_a_picture_of_more_faces_than_allowed_is_named(
+    services: Services, session: Session, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    monkeypatch.setenv("MASKWATCH_WORKER__MAX_FACES", str(allowed))
+    forget_settings()
+    locate()
+    pair = Image.new("RGB", (512, 256))
+    for left in (0, 256):
+        pair.paste(portrait(256), (left, 0))
+    bucket.put("pair.jpg", jpeg(pair))
+    bucket.put("one.jpg", face_jpeg())
+    assert maskwatch("backfill", bucket.uri, "--location", "lobby").returncode == 0
+    work_off()
+    succeeded = ("succeeded", None)
+    assert reasons(session) == {
+        "one.jpg": succeeded,
+        "pair.jpg": ("quarantined", "image_too_large") if allowed == 1 else succeeded,
+    }
+    assert scalar(session, "SELECT count(*) FROM faces") == (1 if allowed == 1 else 3)
+    if allowed == 1:
+        detail = scalar(session, "SELECT detail FROM jobs WHERE state = 'quarantined'")
+        assert "2 faces" in detail and "MASKWATCH_WORKER__MAX_FACES" in detail
+
+
 def png() -> bytes:
     import io
 

@@ -7,12 +7,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from common import ledger
 from common.domain import FrameFaces, Reason, VideoInfo
+from common.reporting.coverage import coverage
 from common.settings import get_settings
+from common.tables import Camera
 from producer.submit import fill_gaps, submit
 from tests.ledger_rows import claim, face, rows, scalar, states
 from tests.services import Bucket, locate, maskwatch
@@ -114,6 +116,29 @@ def test_the_holes_are_named_exactly(session: Session, bucket: Bucket, camera: s
     assert [row["local_hour"] for row in hours("--holes")] == [f"2026-03-02T{hour}:00:00" for hour in (13, 14, 16, 17)]
     shown = maskwatch("coverage", "--location", "lobby", "--camera", "cam")
     assert "2 of 3 failed" in shown.stdout and "4 of 6 hours lack something" in shown.stderr
+
+
+def test_a_part_of_the_time_is_what_all_of_it_says_of_that(session: Session, bucket: Bucket, camera: str) -> None:
+    """The control: a video that began before the time asked for is not found when videos are said to be short."""
+    plant(bucket)
+    enqueue(camera)
+    work(session, fail=(key(BEGIN + timedelta(hours=5), "mp4"),))
+    (cam,) = session.scalars(select(Camera)).all()
+    whole = coverage(session, cam)
+    assert len(whole) == 6
+    edges = [None, *(BEGIN + timedelta(minutes=30 * number) for number in range(-1, 14))]
+    for since in edges:
+        for until in edges:
+            expected = [row for row in whole if (not since or row.hour >= since) and (not until or row.hour < until)]
+            assert coverage(session, cam, since, until) == expected, (since, until)
+            on_the_clock = [edge and edge.astimezone(UTC).replace(tzinfo=None) + LOCAL for edge in (since, until)]
+            assert coverage(session, cam, *on_the_clock) == expected, on_the_clock
+    third = BEGIN + timedelta(hours=2)
+    statement = (
+        "SELECT present_seconds FROM camera_coverage(:camera, :since, 'infinity', :longest) ORDER BY hour LIMIT 1"
+    )
+    for longest, present in (("1 hour", 1800), ("0 hours", 0)):
+        assert scalar(session, statement, camera=cam.id, since=third, longest=longest) == present
 
 
 def test_gaps_fills_the_holes_and_nothing_else(session: Session, bucket: Bucket, camera: str) -> None:

@@ -260,8 +260,10 @@ def open_lab(name: str, seed: int, **settings: str) -> Iterator[Lab]:
                 os.environ.update({**services.environment, **QUICK, **SMALL, **chosen})
                 forget_settings()
                 lab = Lab(services, Path(folder), random.Random(f"{seed} {name}"))
-                yield lab
-                lab.engine.dispose()
+                try:
+                    yield lab
+                finally:
+                    lab.engine.dispose()
         finally:
             # A service that an experiment has started again counts as meant to stay.
             stack.down(purge=True)

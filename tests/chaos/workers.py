@@ -160,8 +160,9 @@ def last_job(lab: Lab) -> int:
 
 def kill_9(lab: Lab, scale: Scale) -> Outcome:
     """Kill workers, or only their children, all through a backfill."""
-    jobs, kills = (500, 20) if scale is Scale.FULL else (60, 2)
-    os.environ.update(enlarged(400))
+    # In the short version nobody is replaced, so the pictures must last until the last kill, on a fast machine, too.
+    jobs, kills, pixels = (500, 20, 400) if scale is Scale.FULL else (90, 2, 800)
+    os.environ.update(enlarged(pixels))
     bucket = lab.bucket()
     lab.put(bucket, jobs)
     struck = []

@@ -32,7 +32,10 @@ UNDONE = "SELECT EXISTS (SELECT FROM jobs WHERE state = 'queued') OR EXISTS (SEL
 
 @click.command()
 @click.option(
-    "--jobs", default=12_000, show_default=True, help="Per round and side; with these, children are replaced."
+    "--jobs",
+    default=12_000,
+    show_default=True,
+    help="Per round and side; with these, a child that does jobs one by one is replaced.",
 )
 @click.option("--rounds", default=3, show_default=True, help="The median counts.")
 @click.option("--json", "as_json", is_flag=True)

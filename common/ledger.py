@@ -681,6 +681,10 @@ def wake_retries(session: Session) -> int:
 # --- the worker's side ------------------------------------------------------------------------------------
 
 
+#: The state that a worker's jobs must be in, as a parameter: so no plan goes by way of the index of all that are.
+_QUEUED = {"queued": JobState.QUEUED.value}
+_RUNNING = {"running": JobState.RUNNING.value}
+
 #: What a worker learns of a job that it claims: name and expression.
 _CLAIMED = {
     "id": "held.id",
@@ -740,11 +744,10 @@ def claim(
     nobody else's commit has brought it there, the job stands as it was sent, and this claim is one whose work is
     refused: the message is then lost like any other, and found.
     """
-    # The state as a parameter, so that no plan goes by way of the index of all that are queued.
     condition = "AND jobs.token = sent.token AND jobs.state = :queued" if fence else ""
     rows = session.execute(
         sql(_CLAIM.format(condition=condition), *_CLAIMED),
-        {**_arrays(refs), "worker": worker, "lease": lease_seconds, "queued": JobState.QUEUED.value},
+        {**_arrays(refs), **_QUEUED, "worker": worker, "lease": lease_seconds},
     ).all()
     return [
         ClaimedJob(
@@ -790,12 +793,12 @@ def renew(session: Session, refs: Collection[JobRef], *, lease_seconds: float) -
         text(
             "WITH mine AS ("
             " SELECT jobs.id FROM jobs JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[])) AS held (id, token)"
-            " ON jobs.id = held.id AND jobs.token = held.token AND jobs.state = 'running'"
+            " ON jobs.id = held.id AND jobs.token = held.token AND jobs.state = :running"
             " ORDER BY jobs.id FOR UPDATE OF jobs"
             ") UPDATE jobs SET lease_until = clock_timestamp() + make_interval(secs => :lease)"
             " FROM mine WHERE jobs.id = mine.id RETURNING jobs.id"
         ),
-        {**_arrays(list(refs)), "lease": lease_seconds},
+        {**_arrays(list(refs)), **_RUNNING, "lease": lease_seconds},
     )
     return set(rows.scalars())
 
@@ -827,7 +830,7 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
     for job, seen in sorted(ended, key=lambda pair: pair[0].media_object_id):
         if seen != job.observed_at:
             _set_observed_at(session, job.media_object_id, seen)
-    guard = "AND jobs.token = mine.token AND jobs.state = 'running'" if fence else ""
+    guard = "AND jobs.token = mine.token AND jobs.state = :running" if fence else ""
     count = _count(
         session,
         "WITH held AS (SELECT jobs.id, attempt, worker, started_at FROM jobs"
@@ -842,7 +845,7 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
         ") INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at)"
         " SELECT held.id, held.attempt, 'succeeded', held.worker, held.started_at"
         " FROM held JOIN ended ON ended.id = held.id",
-        _arrays([job.ref for job, _ in ended]),
+        {**_arrays([job.ref for job, _ in ended]), **_RUNNING},
     )
     if count != len(ended):
         raise StaleJobError(
@@ -1016,8 +1019,8 @@ def refuse(
     tries. Returns the new state.
     """
     held = session.scalar(
-        text("SELECT id FROM jobs WHERE id = :id AND token = :token AND state = 'running' FOR UPDATE"),
-        {"id": job.ref.id, "token": job.ref.token},
+        text("SELECT id FROM jobs WHERE id = :id AND token = :token AND state = :running FOR UPDATE"),
+        {"id": job.ref.id, "token": job.ref.token, **_RUNNING},
     )
     if held is None:
         raise StaleJobError(f"job {job.ref.id} is no longer held under token {job.ref.token}")
@@ -1059,7 +1062,7 @@ def _end(
     **parameters: Any,
 ) -> None:
     """End a running attempt and tell `job_attempts` how. The row before the update still names the attempt."""
-    guard = "AND token = :token AND state = 'running'" if fence else ""
+    guard = "AND token = :token AND state = :running" if fence else ""
     finish = "" if outcome in _UNFINISHED else ", finished_at = clock_timestamp()"
     ended = _count(
         session,
@@ -1074,6 +1077,7 @@ def _end(
         {
             "id": ref.id,
             "token": ref.token,
+            **_RUNNING,
             "outcome": outcome.value,
             "reason": reason.value if reason else None,
             "detail": _storable(detail),

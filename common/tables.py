@@ -391,7 +391,11 @@ class FrameCount(Base):
     """
 
     __tablename__ = "frame_counts"
-    __table_args__ = (Index(None, "job_id"), Index(None, "location_id", "pipeline_id", "hour"))
+    __table_args__ = (
+        Index(None, "job_id"),
+        Index(None, "location_id", "pipeline_id", "hour"),
+        Index("ix_frame_counts_camera_id", "camera_id", "hour", postgresql_where=text("camera_id IS NOT NULL")),
+    )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"))

@@ -68,3 +68,16 @@ def scalar(session: Session, query: str, **parameters: Any) -> Any:
 def rows(session: Session, query: str, **parameters: Any) -> list[Any]:
     session.rollback()
     return list(session.execute(text(query), parameters).all())
+
+
+def coverage_by_both(session: Session) -> list[Any]:
+    """All hours of all cameras, as `coverage_hourly` has them; fails where `camera_coverage` says something else."""
+    names = (
+        "v.hour, v.local_hour, v.expected_seconds, v.present_seconds, v.analysed_seconds, v.waiting_seconds,"
+        " v.failed_seconds, v.missing_seconds, v.pieces, v.failed_pieces, v.coverage"
+    )
+    view = rows(session, f"SELECT camera_id, {names} FROM coverage_hourly v ORDER BY camera_id, hour")
+    function = "camera_coverage(c.id, '-infinity', 'infinity')"
+    others = rows(session, f"SELECT c.id, {names} FROM cameras c CROSS JOIN {function} v ORDER BY c.id, hour")
+    assert [tuple(row) for row in view] == [tuple(row) for row in others]
+    return view

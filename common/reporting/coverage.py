@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from common.settings import get_settings
 from common.tables import Camera
 
-DAY = timedelta(days=1)
+DAY, WEEK = timedelta(days=1), timedelta(days=7)
 
 #: Seconds that an hour may lack before it is a hole: cameras and containers round.
 TOLERANCE = 1.0
@@ -56,13 +56,19 @@ def coverage(
             " coalesce(CAST(:since AS timestamptz), '-infinity'), coalesce(CAST(:until AS timestamptz), 'infinity'),"
             " make_interval(secs => :longest)) ORDER BY hour"
         ),
-        {"camera": camera.id, **bounds, "longest": get_settings().worker.max_video_seconds},
+        {"camera": camera.id, **bounds, "longest": max(WEEK.total_seconds(), get_settings().worker.max_video_seconds)},
     )
     return [row for row in (CoverageHour(*row) for row in rows) if _within(row, since, until)]
 
 
 def _instant(bound: datetime | None, margin: timedelta) -> datetime | None:
-    return bound.replace(tzinfo=UTC) + margin if bound is not None and bound.tzinfo is None else bound
+    """An instant that is not behind `bound`, seen in the direction of the margin."""
+    if bound is None or bound.tzinfo is not None:
+        return bound
+    try:
+        return bound.replace(tzinfo=UTC) + margin
+    except OverflowError:
+        return None
 
 
 def _within(row: CoverageHour, since: datetime | None, until: datetime | None) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0006"
 down_revision = "0005"
 
-# What there is of a camera and what became of it, in the hours that begin in [since, until). `longest` bounds the
-# length of its videos: one that began earlier than that before `since` is not looked for. Half an hour of a zone's
-# clock change belongs to the hour before it.
+# What `coverage_hourly` says of a camera in the hours that begin in [since, until). `longest` bounds the length of its
+# videos: one that began earlier than that before `since` is not looked for. Where a clock is changed by half an hour,
+# the hours behind the change begin by the new clock, if those before it are not asked for.
 CAMERA_COVERAGE = """
 CREATE FUNCTION camera_coverage(
     of_camera integer, since timestamptz, until timestamptz, longest interval DEFAULT '7 days'
@@ -17,7 +18,8 @@ CREATE FUNCTION camera_coverage(
     hour timestamptz, local_hour timestamp, expected_seconds double precision, present_seconds double precision,
     analysed_seconds double precision, waiting_seconds double precision, failed_seconds double precision,
     missing_seconds double precision, pieces bigint, failed_pieces bigint, coverage double precision
-) LANGUAGE sql STABLE AS $$
+) LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
 WITH camera AS (
     SELECT c.id, c.location_id, c.expected_seconds, c.expected_since, c.expected_until,
            coalesce(c.picture_seconds, 0) AS picture_seconds, l.time_zone, l.promoted_pipeline_id
@@ -30,7 +32,7 @@ WITH camera AS (
            OR m.observed_at IS NULL AND m.last_modified >= since - longest
               AND m.last_modified < until + interval '1 hour')
 ), looked_for AS (
-    -- Also of pictures only those of the time: of others there may be a hundred thousand a day.
+    -- Pictures from before need no look at their jobs: there may be a hundred thousand a day.
     SELECT media.* FROM media CROSS JOIN camera
     WHERE media.kind <> 'image' OR media.began + make_interval(secs => camera.picture_seconds) >= since
 ), found AS (
@@ -64,10 +66,11 @@ WITH camera AS (
            coalesce(sum(seconds) FILTER (WHERE state IN ('quarantined', 'cancelled')), 0) AS failed
     FROM placed GROUP BY placed.hour
 ), analysed AS (
+    -- Wherever they are: counts of purged hours stay at the location that the camera has left.
     SELECT f.hour, sum(CASE WHEN f.seconds > 0 THEN f.seconds ELSE f.frames * camera.picture_seconds END) AS seconds
-    FROM camera JOIN frame_counts f ON f.location_id = camera.location_id
-        AND f.pipeline_id = camera.promoted_pipeline_id AND f.camera_id = camera.id
-    WHERE f.hour >= since AND f.hour < until
+    FROM camera
+    JOIN frame_counts f ON f.camera_id = camera.id AND f.hour >= since AND f.hour < until
+    JOIN locations l ON l.id = f.location_id AND l.promoted_pipeline_id = f.pipeline_id
     GROUP BY f.hour
 ), due AS (
     SELECT at.hour, camera.expected_seconds
@@ -89,22 +92,16 @@ SELECT hours.hour, hours.hour AT TIME ZONE camera.time_zone,
        CASE WHEN hours.expected_seconds > 0 THEN least(1, coalesce(a.seconds, 0) / hours.expected_seconds) END
 FROM (known FULL JOIN due USING (hour)) AS hours
 CROSS JOIN camera
-LEFT JOIN analysed a ON a.hour = hours.hour
-$$
-"""
-
-# As it was, by way of the function.
-COVERAGE_HOURLY = """
-CREATE OR REPLACE VIEW coverage_hourly AS
-SELECT l.name AS location, c.name AS camera, v.hour, v.local_hour, v.expected_seconds, v.present_seconds,
-       v.analysed_seconds, v.waiting_seconds, v.failed_seconds, v.missing_seconds, v.pieces, v.failed_pieces,
-       v.coverage, c.location_id, c.id AS camera_id
-FROM cameras c
-JOIN locations l ON l.id = c.location_id
-CROSS JOIN LATERAL camera_coverage(c.id, '-infinity', 'infinity') AS v
+LEFT JOIN analysed a ON a.hour = hours.hour;
+END
 """
 
 
 def upgrade() -> None:
+    op.create_index(
+        "ix_frame_counts_camera_id",
+        "frame_counts",
+        ["camera_id", "hour"],
+        postgresql_where=sa.text("camera_id IS NOT NULL"),
+    )
     op.execute(CAMERA_COVERAGE)
-    op.execute(COVERAGE_HOURLY)

@@ -35,7 +35,7 @@ STALE_TOKEN = Plant(
     "a token that outlives a cancel",
     rewrites=(
         Rewrite("INSERT INTO job_attempts", r"(SET state = 'cancelled'), token = gen_random_uuid\(\)", r"\1"),
-        Rewrite("WITH held AS", r"(token = %\(token\)s(::UUID)?) AND state = 'running'", r"\1"),
+        Rewrite("WITH held AS", r"(token = %\(token\)s(::UUID)?) AND state = %\(running\)s(::VARCHAR)?", r"\1"),
     ),
     by_harm=True,
 )

@@ -19,7 +19,7 @@ from common.planning import TimePattern, observed_from_file, plan_object, record
 from common.settings import get_settings
 from common.storage import ObjectInfo
 from common.tables import Backfill, Camera, Location, Pipeline
-from tests.ledger_rows import face, rows, scalar, states
+from tests.ledger_rows import coverage_by_both, face, rows, scalar, states
 from tests.services import maskwatch, wait_until
 from workers import recording
 from workers.aggregation import summarize
@@ -322,6 +322,8 @@ def test_what_lies_across_the_border_of_purged_time_moves_as_far_as_it_is_kept(s
     where = "SELECT location_id, hour < :border AS purged, sum(frames) FROM frame_counts GROUP BY 1, 2 ORDER BY 1"
     assert rows(session, where, border=border) == [(wrong.id, True, 6), (yard.id, False, 12)]
     assert scalar(session, "SELECT count(*) FROM faces WHERE location_id = :id", id=yard.id) == kept > 0
+    # What was looked at of the camera in purged time is not forgotten, though it is counted where the camera was.
+    assert [row.analysed_seconds > 0 for row in coverage_by_both(session)] == [True, True]
     # Its half of the hour after midnight moves on, too, and what was purged stays once more.
     corrections.correct_zone(session, yard, "America/St_Johns", by="test")
     session.commit()

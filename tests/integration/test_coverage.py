@@ -16,7 +16,7 @@ from common.reporting.coverage import coverage
 from common.settings import get_settings
 from common.tables import Camera
 from producer.submit import fill_gaps, submit
-from tests.ledger_rows import claim, face, rows, scalar, states
+from tests.ledger_rows import claim, coverage_by_both, face, rows, scalar, states
 from tests.services import Bucket, locate, maskwatch
 from workers.aggregation import summarize
 from workers.recording import record_chunk, record_image, record_probe
@@ -125,7 +125,7 @@ def test_a_part_of_the_time_is_what_all_of_it_says_of_that(session: Session, buc
     work(session, fail=(key(BEGIN + timedelta(hours=5), "mp4"),))
     (cam,) = session.scalars(select(Camera)).all()
     whole = coverage(session, cam)
-    assert len(whole) == 6
+    assert len(whole) == len(coverage_by_both(session)) == 6
     edges = [None, *(BEGIN + timedelta(minutes=30 * number) for number in range(-1, 14))]
     for since in edges:
         for until in edges:
@@ -133,6 +133,7 @@ def test_a_part_of_the_time_is_what_all_of_it_says_of_that(session: Session, buc
             assert coverage(session, cam, since, until) == expected, (since, until)
             on_the_clock = [edge and edge.astimezone(UTC).replace(tzinfo=None) + LOCAL for edge in (since, until)]
             assert coverage(session, cam, *on_the_clock) == expected, on_the_clock
+    assert coverage(session, cam, datetime(1, 1, 1), datetime(9999, 12, 31)) == whole
     third = BEGIN + timedelta(hours=2)
     statement = (
         "SELECT present_seconds FROM camera_coverage(:camera, :since, 'infinity', :longest) ORDER BY hour LIMIT 1"

@@ -160,6 +160,14 @@ def test_what_a_part_may_not_do(logins: Mapping[str, str], part: str) -> None:
     assert allowed == []
 
 
+@pytest.mark.parametrize("part", ["producer", "analyst"])
+def test_who_may_read_coverage(logins: Mapping[str, str], part: str) -> None:
+    """The control: who may not read the jobs it is made from is refused."""
+    statement = "SELECT count(*) FROM cameras CROSS JOIN camera_coverage(id, '2026-03-01', '2026-04-01')"
+    assert not refused(logins[part], statement)
+    assert refused(logins["aggregator"], statement)
+
+
 def test_the_same_look_refuses_an_administrator_nothing(services: Services) -> None:
     url = services.environment["MASKWATCH_DATABASE__URL"]
     everything = {statement for part in PARTS for statement in (*NOBODY, *MAY_NOT[part])}

@@ -28,7 +28,7 @@ format: $(VENV)/.test  ## Put the sources into the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.test  ## Measure the road, video, and every model in every runtime (an hour); figures belong in docs/performance.md
+bench: $(VENV)/.test  ## Measure the road, video, and every model in every runtime (half an hour to an hour); figures belong in docs/performance.md
 	$(BIN)/python -m pytest -m bench
 	$(BIN)/python -m benchmarks.road
 	$(BIN)/python -m benchmarks.video

@@ -556,7 +556,7 @@ def test_a_workers_statements_do_not_read_all_that_is_in_a_state(
     refs = many_queued(session)
     if not by_id:
         monkeypatch.setattr(ledger, "sql", lambda read, *names: sql(read.replace(f":{state}", f"'{state}'"), *names))
-    # Held by this session, it keeps autovacuum from bringing the statistics up to date.
+    # As long as our transaction holds it, autovacuum does not bring the statistics up to date.
     session.execute(text("LOCK TABLE jobs IN SHARE UPDATE EXCLUSIVE MODE"))
     statement = f"SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'ix_jobs_{state}'"
     with a_worker(configure(database__by_key=True)) as worker:

@@ -21,7 +21,7 @@ CREATE FUNCTION camera_coverage(
 ) LANGUAGE sql STABLE PARALLEL SAFE
 BEGIN ATOMIC
 WITH camera AS (
-    SELECT c.id, c.location_id, c.expected_seconds, c.expected_since, c.expected_until,
+    SELECT c.id, c.expected_seconds, c.expected_since, c.expected_until,
            coalesce(c.picture_seconds, 0) AS picture_seconds, l.time_zone, l.promoted_pipeline_id
     FROM cameras c JOIN locations l ON l.id = c.location_id WHERE c.id = of_camera
 ), media AS (

@@ -20,7 +20,7 @@ from common.settings import DatabaseSettings, get_settings
 T = TypeVar("T")
 
 #: The newest migration. A test compares it with migrations/versions.
-SCHEMA_REVISION = "0006"
+SCHEMA_REVISION = "0007"
 
 #: A connection that was used within this many seconds is taken to be there still.
 ALIVE_SECONDS = 1.0

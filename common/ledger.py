@@ -27,8 +27,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -78,6 +80,9 @@ _WISHED = "reason IN ('cancelled_by_operator', 'cancelled_with_backfill')"
 _PLANNED = f"({{jobs}}.state NOT IN ('cancelled', 'source_changed') OR {{jobs}}.{_WISHED})"
 
 _ACTIVE = ", ".join(f"'{state.value}'" for state in ACTIVE_STATES)
+
+#: The halves of the pending jobs, each with an index: literals and not parameters, so that every plan can use it.
+_HALVES = {False: "NOT alone", True: "alone"}
 
 #: Held by transactions that register objects (shared), and that erase some or correct where and when they are counted.
 _REGISTRATION_LOCK = 0x6D77_6572
@@ -493,8 +498,8 @@ def _withdraw(session: Session, media_ids: Sequence[int], detail: str, *, respec
             "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
             " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
             " WHERE state = 'running'"
-            ") UPDATE jobs SET state = 'cancelled', token = gen_random_uuid(), lease_until = NULL,"
-            " finished_at = clock_timestamp(), reason = :reason, detail = :detail"
+            ") UPDATE jobs SET state = 'cancelled', token = gen_random_uuid(), lease_until = NULL, worker = NULL,"
+            " next_run_at = NULL, finished_at = clock_timestamp(), reason = :reason, detail = :detail"
             " FROM stopped WHERE jobs.id = stopped.id"
         ),
         parameters,
@@ -576,7 +581,7 @@ def _take_back(
             " (jobs.state = 'cancelled' AND jobs.reason = 'cancelled_with_backfill' AND jobs.pipeline_id = :pipeline)"
             " OR (jobs.state IN ('quarantined', 'retry_wait') AND jobs.reason = 'archived'"
             " AND m.key <> ALL(:archived))) ORDER BY jobs.id FOR UPDATE OF jobs)"
-            f" UPDATE jobs SET {_ANEW}, next_run_at = NULL, backfill_id = coalesce(:backfill, jobs.backfill_id)"
+            f" UPDATE jobs SET {_ANEW}, backfill_id = coalesce(:backfill, jobs.backfill_id)"
             " FROM back WHERE jobs.id = back.id RETURNING jobs.media_object_id"
         ),
         {
@@ -609,73 +614,308 @@ class DispatchedJob:
     pipeline_id: int
 
 
-def take_pending(
-    session: Session, *, limit: int, alone: bool, epoch: str, lane: Lane | None = None, video_counts_as: int = 1
-) -> list[DispatchedJob]:
-    """pending → queued for at most `limit` jobs of a lane, or of both, live first. Publish only after the commit.
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Jobs that are dispatched in the order of their ids and paused together: those of a source that belong to one
+    backfill, or to none (0)."""
 
-    `alone` selects the jobs that are sent in a message of their own. A video's job counts as `video_counts_as` of the
-    limit: it fills a message that would hold so many pictures. Those of paused sources and backfills are passed over.
+    source_id: int
+    backfill_id: int
+
+
+#: The feeds of each lane that have pending jobs, found by one look into the index for each: a statement that went
+#: through all sources and backfills would read 100,000 finished ones to find the three that have work.
+_FEEDS = """
+WITH RECURSIVE feeds AS (
+    (SELECT source_id, coalesce(backfill_id, 0) AS backfill_id, lane
+     FROM jobs
+     WHERE state = 'pending' AND {isolated}
+     ORDER BY source_id, coalesce(backfill_id, 0), lane
+     LIMIT 1)
+    UNION ALL
+    SELECT next.*
+    FROM feeds
+    CROSS JOIN LATERAL (
+        SELECT source_id, coalesce(backfill_id, 0), lane
+        FROM jobs
+        WHERE state = 'pending' AND {isolated}
+          AND (source_id, coalesce(backfill_id, 0), lane) > (feeds.source_id, feeds.backfill_id, feeds.lane)
+        ORDER BY source_id, coalesce(backfill_id, 0), lane
+        LIMIT 1
+    ) AS next
+)"""
+
+_SENDABLE = """
+SELECT feeds.source_id, feeds.backfill_id, feeds.lane
+FROM feeds
+JOIN sources ON sources.id = feeds.source_id
+LEFT JOIN backfills ON backfills.id = feeds.backfill_id
+WHERE sources.paused_at IS NULL AND backfills.paused_at IS NULL
+"""
+
+_SENDABLE_FEEDS = {isolated: _FEEDS.format(isolated=half) + _SENDABLE for isolated, half in _HALVES.items()}
+
+
+def feeds_with_work(session: Session, *, isolated: bool = False) -> dict[Lane, list[Feed]]:
+    """The feeds of each lane that have jobs to be sent, and are not paused. `isolated` selects the jobs that are sent
+    in a message of their own."""
+    found: dict[Lane, list[Feed]] = {lane: [] for lane in Lane}
+    for row in session.execute(sql(_SENDABLE_FEEDS[isolated])):
+        found[Lane(row.lane)].append(Feed(row.source_id, row.backfill_id))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """How jobs are put into Redis. `lane`: whose list their messages go to. `epoch`: of this Redis. `message_size`:
+    how many images fill a message; a job of a video fills one by itself."""
+
+    lane: Lane
+    epoch: str
+    message_size: int
+
+
+def take_pending(
+    session: Session,
+    feeds: Sequence[Feed],
+    to: Dispatch,
+    *,
+    lane: Lane,
+    limit: int,
+    isolated: bool = False,
+    from_list: Lane | None = None,
+) -> list[DispatchedJob]:
+    """pending → queued for at most `limit` images of a lane; a job of a video counts as a whole message of them.
+    Publish only after the commit. The jobs come in the order in which they should be sent: the feeds take turns, a
+    message each. Where there is no room for a message of each, the first feeds get one.
+
+    `from_list` also takes jobs whose message still waits in that lane's list, and gives them a new token: the old
+    message is dropped when a worker reads it. They are sent before what is pending of their feed.
+
     SKIP LOCKED: two dispatchers share the work instead of waiting for each other.
     """
-    return _queue(
-        session,
-        "WITH feeds AS ("
-        " SELECT id AS source_id, 0::bigint AS backfill_id FROM sources WHERE paused_at IS NULL UNION ALL"
-        " SELECT source_id, backfills.id FROM backfills JOIN sources ON sources.id = source_id"
-        " WHERE sources.paused_at IS NULL AND backfills.paused_at IS NULL"
-        "), picked AS ("
-        # Feed by feed, so that a paused one costs nothing, however many of its jobs wait.
-        " SELECT next.id, next.lane, next.kind FROM feeds CROSS JOIN unnest(CAST(:lanes AS smallint[])) AS lanes (lane)"
-        " CROSS JOIN LATERAL ("
-        # A literal and not a parameter, so that every plan can use the index of its half.
-        "  SELECT id, lane, kind FROM jobs WHERE source_id = feeds.source_id AND coalesce(backfill_id, 0)"
-        f"  = feeds.backfill_id AND lane = lanes.lane AND state = 'pending' AND {'alone' if alone else 'NOT alone'}"
-        "  ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED) AS next ORDER BY next.lane, next.id LIMIT :limit"
-        "), chosen AS (SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :video END) OVER (ORDER BY lane, id)"
-        " <= :limit AS fits FROM picked)",
-        {"limit": limit, "epoch": epoch, "video": video_counts_as, "lanes": list(Lane) if lane is None else [lane]},
+    taken: dict[Feed, list[Any]] = {}
+    left, waiting = limit, list(feeds)
+    while waiting and left > 0:
+        waiting = waiting[: math.ceil(left / to.message_size)]
+        share = min(left, max(to.message_size, left // len(waiting)))
+        rows = _take(session, waiting, share, to, lane=lane, isolated=isolated, from_list=from_list)
+        by_feed: dict[Feed, list[Any]] = defaultdict(list)
+        for row in rows:
+            by_feed[Feed(row.source_id, row.backfill_id)].append(row)
+        for feed, found in by_feed.items():
+            taken.setdefault(feed, []).extend(found)
+        left -= sum(_weight(row.kind, to.message_size) for row in rows)
+        # The others had less than their share: what they left is for those that have more.
+        full = share - to.message_size
+        waiting = [feed for feed in waiting if _weigh(by_feed[feed], to.message_size) > full] if rows else []
+    return [
+        DispatchedJob(JobRef(row.id, row.token), JobKind(row.kind), row.pipeline_id)
+        for row in _in_turns(list(taken.values()), to.message_size)
+    ]
+
+
+def _weight(kind: str, message_size: int) -> int:
+    return 1 if kind == JobKind.IMAGE.value else message_size
+
+
+def _weigh(rows: Iterable[Any], message_size: int) -> int:
+    return sum(_weight(row.kind, message_size) for row in rows)
+
+
+def _in_turns(feeds: Sequence[Sequence[Any]], message_size: int) -> Iterator[Any]:
+    """The jobs of all feeds, a message of each in turn; within a feed by their ids."""
+    messages: list[tuple[int, int, Any]] = []
+    for number, rows in enumerate(feeds):
+        filled = 0
+        for row in sorted(rows, key=lambda row: row.id):
+            messages.append((filled // message_size, number, row))
+            filled += _weight(row.kind, message_size)
+    return (row for _, _, row in sorted(messages, key=lambda entry: (entry[0], entry[1], entry[2].id)))
+
+
+#: Feed by feed, as many as fit its share. What is chosen is locked by its keys, so that no more rows are locked than
+#: are sent; an array of keys is read by the primary key, however many Postgres expects there to be.
+_TAKE = """
+WITH sent AS MATERIALIZED (
+    SELECT id, kind, source_id, coalesce(backfill_id, 0) AS backfill_id
+    FROM jobs
+    WHERE state = 'queued' AND sent_lane = :from_list AND lane = :lane AND epoch = :epoch AND {isolated}
+      AND queued_at < transaction_timestamp()  -- not what this tick has just sent
+), chosen AS (
+    SELECT next.id
+    FROM unnest(CAST(:sources AS integer[]), CAST(:backfills AS bigint[])) AS feed (source_id, backfill_id)
+    CROSS JOIN LATERAL (
+        SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :message_size END) OVER (ORDER BY id) AS weight
+        FROM (
+            (SELECT id, kind
+             FROM sent
+             WHERE sent.source_id = feed.source_id AND sent.backfill_id = feed.backfill_id
+             ORDER BY id
+             LIMIT :share)
+            UNION ALL
+            (SELECT id, kind
+             FROM jobs
+             WHERE source_id = feed.source_id AND coalesce(backfill_id, 0) = feed.backfill_id
+               AND lane = :lane AND state = 'pending' AND {isolated}
+             ORDER BY id
+             LIMIT :share)
+        ) AS waiting
+    ) AS next
+    WHERE next.weight <= :share
+), held AS (
+    SELECT id
+    FROM jobs
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen))
+      AND (state = 'pending' OR (state = 'queued' AND sent_lane = :from_list AND epoch = :epoch))
+    ORDER BY id
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE jobs
+SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(), epoch = :epoch, sent_lane = :to_list
+FROM held
+WHERE jobs.id = held.id
+RETURNING jobs.id, jobs.token, jobs.kind, jobs.pipeline_id, jobs.source_id,
+          coalesce(jobs.backfill_id, 0) AS backfill_id
+"""
+
+_TAKE_ISOLATED = {isolated: _TAKE.format(isolated=half) for isolated, half in _HALVES.items()}
+
+
+def _take(
+    session: Session,
+    feeds: Sequence[Feed],
+    share: int,
+    to: Dispatch,
+    *,
+    lane: Lane,
+    isolated: bool,
+    from_list: Lane | None,
+) -> list[Any]:
+    return list(
+        session.execute(
+            sql(_TAKE_ISOLATED[isolated]),
+            {
+                "sources": [feed.source_id for feed in feeds],
+                "backfills": [feed.backfill_id for feed in feeds],
+                "lane": lane,
+                "share": share,
+                "from_list": from_list,
+                "to_list": to.lane,
+                "epoch": to.epoch,
+                "message_size": to.message_size,
+            },
+        )
     )
 
 
 def take_trials(session: Session, *, epoch: str, policy: PausePolicy) -> list[DispatchedJob]:
-    """pending → queued for one job of each paused source whose trial is due; each is to be sent alone."""
+    """pending → queued for one job of each paused source whose trial is due; each is sent in a message of its own, in
+    the live lane's list."""
     taken: list[DispatchedJob] = []
     for source_id in sources.take_due_trials(session, policy):
-        taken += _queue(
-            session,
-            "WITH chosen AS (SELECT id, true AS fits FROM jobs WHERE source_id = :source AND state = 'pending'"
-            " AND NOT EXISTS (SELECT FROM backfills b WHERE b.id = jobs.backfill_id AND b.paused_at IS NOT NULL)"
-            " ORDER BY id LIMIT 1 FOR UPDATE OF jobs SKIP LOCKED)",
-            {"source": source_id, "epoch": epoch},
-        )
+        rows = session.execute(sql(_TAKE_TRIAL), {"source": source_id, "epoch": epoch, "live": Lane.LIVE})
+        taken += [DispatchedJob(JobRef(row.id, row.token), JobKind(row.kind), row.pipeline_id) for row in rows]
     return taken
 
 
-def _queue(session: Session, chosen: str, parameters: dict[str, Any]) -> list[DispatchedJob]:
-    """pending → queued for what the query names `chosen` (id, fits), live lane first."""
-    rows = session.execute(
-        text(
-            f"{chosen} UPDATE jobs SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(),"
-            " epoch = :epoch FROM chosen WHERE jobs.id = chosen.id AND chosen.fits"
-            " RETURNING jobs.id, jobs.token, jobs.kind, jobs.pipeline_id, jobs.lane"
-        ),
-        parameters,
-    ).all()
-    rows = sorted(rows, key=lambda row: (row.lane, row.id))
-    return [DispatchedJob(JobRef(row.id, row.token), JobKind(row.kind), row.pipeline_id) for row in rows]
+_TAKE_TRIAL = """
+WITH held AS (
+    SELECT id
+    FROM jobs
+    WHERE source_id = :source AND state = 'pending'
+      AND NOT EXISTS (SELECT FROM backfills b WHERE b.id = jobs.backfill_id AND b.paused_at IS NOT NULL)
+    ORDER BY id
+    LIMIT 1
+    FOR UPDATE OF jobs SKIP LOCKED
+)
+UPDATE jobs
+SET state = 'queued', token = gen_random_uuid(), queued_at = clock_timestamp(), epoch = :epoch, sent_lane = :live
+FROM held
+WHERE jobs.id = held.id
+RETURNING jobs.id, jobs.token, jobs.kind, jobs.pipeline_id
+"""
 
 
-def wake_retries(session: Session) -> int:
-    """retry_wait → pending for what is due."""
-    return _count(
-        session,
-        "WITH due AS (SELECT id FROM jobs WHERE state = 'retry_wait' AND next_run_at <= clock_timestamp()"
-        " ORDER BY id FOR UPDATE SKIP LOCKED)"
-        " UPDATE jobs SET state = 'pending', token = gen_random_uuid(), next_run_at = NULL FROM due"
-        " WHERE jobs.id = due.id",
-        {},
-    )
+def recall(session: Session, *, lane: Lane, epoch: str) -> int:
+    """queued → pending for all jobs that wait in their own lane's list, but those in a message of their own: to be sent
+    again in another order. Their messages are dropped when a worker reads them."""
+    return _count(session, _RECALL, {"lane": lane, "epoch": epoch})
+
+
+_RECALL = """
+WITH held AS (
+    SELECT id
+    FROM jobs
+    WHERE state = 'queued' AND sent_lane = :lane AND lane = :lane AND epoch = :epoch AND NOT alone
+    ORDER BY id
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE jobs
+SET state = 'pending', token = gen_random_uuid()
+FROM held
+WHERE jobs.id = held.id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SentFeed:
+    """What waits of a feed in the list of its own lane, by the ledger."""
+
+    #: Filled ones; less than one where a few images wait.
+    messages: float
+    #: How long the first of them has waited.
+    oldest_seconds: float
+
+
+def sent_feeds(session: Session, *, epoch: str, message_size: int) -> dict[Lane, dict[Feed, SentFeed]]:
+    """What waits in each lane's list of the feeds that are not paused, without jobs that are sent in a message of their
+    own."""
+    found: dict[Lane, dict[Feed, SentFeed]] = {lane: {} for lane in Lane}
+    for row in session.execute(sql(_SENT_FEEDS), {"epoch": epoch, "message_size": message_size}):
+        waits = SentFeed(float(row.images) / message_size, row.oldest_seconds)
+        found[Lane(row.lane)][Feed(row.source_id, row.backfill_id)] = waits
+    return found
+
+
+_SENT_FEEDS = """
+SELECT lane, jobs.source_id, coalesce(backfill_id, 0) AS backfill_id,
+       sum(CASE kind WHEN 'image' THEN 1 ELSE :message_size END) AS images,
+       extract(epoch FROM clock_timestamp() - min(queued_at))::float AS oldest_seconds
+FROM jobs
+JOIN sources ON sources.id = jobs.source_id
+LEFT JOIN backfills ON backfills.id = jobs.backfill_id
+WHERE state = 'queued' AND sent_lane = lane AND epoch = :epoch AND NOT alone
+  AND sources.paused_at IS NULL AND backfills.paused_at IS NULL
+GROUP BY 1, 2, 3
+"""
+
+
+def wake_retries(session: Session, *, limit: int) -> int:
+    """retry_wait → pending for at most `limit` jobs that are due, the longest due first."""
+    return _count(session, _WAKE, {"limit": limit})
+
+
+#: Chosen by the index of what is due, then locked in the order that all lock in.
+_WAKE = """
+WITH due AS (
+    SELECT id
+    FROM jobs
+    WHERE state = 'retry_wait' AND next_run_at <= clock_timestamp()
+    ORDER BY next_run_at
+    LIMIT :limit
+), held AS (
+    SELECT id
+    FROM jobs
+    WHERE id = ANY (ARRAY(SELECT id FROM due)) AND state = 'retry_wait' AND next_run_at <= clock_timestamp()
+    ORDER BY id
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE jobs
+SET state = 'pending', token = gen_random_uuid(), next_run_at = NULL
+FROM held
+WHERE jobs.id = held.id
+"""
 
 
 # --- the worker's side ------------------------------------------------------------------------------------
@@ -820,7 +1060,8 @@ def succeed(
     """
     if seen != job.observed_at:
         _set_observed_at(session, job.media_object_id, seen)
-    _end(session, job.ref, "state = 'succeeded'", AttemptOutcome.SUCCEEDED, reason, detail, fence=fence)
+    assignments = "state = 'succeeded', alone = false"
+    _end(session, job.ref, assignments, AttemptOutcome.SUCCEEDED, reason, detail, fence=fence)
     sources.answered(session, job.source_id)
 
 
@@ -836,7 +1077,7 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
         "WITH held AS (SELECT jobs.id, attempt, worker, started_at FROM jobs"
         " JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[])) AS mine (id, token)"
         f" ON jobs.id = mine.id {guard} ORDER BY jobs.id FOR UPDATE OF jobs"
-        "), ended AS (UPDATE jobs SET state = 'succeeded', reason = NULL, detail = NULL,"
+        "), ended AS (UPDATE jobs SET state = 'succeeded', alone = false, reason = NULL, detail = NULL,"
         " finished_at = clock_timestamp(), token = gen_random_uuid(), lease_until = NULL, worker = NULL FROM held"
         " WHERE jobs.id = held.id RETURNING jobs.id, jobs.source_id"
         f"), answered AS (UPDATE sources SET {sources.ANSWERED} FROM (SELECT id FROM sources WHERE refusals > 0"
@@ -900,7 +1141,8 @@ def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: S
         f" AND kind = 'chunk' AND {_PLANNED.format(jobs='jobs')})"
         " ORDER BY start_ms ON CONFLICT (media_object_id, pipeline_id, kind, range_start_ms, range_end_ms)"
         " DO UPDATE SET state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0, lost_leases = 0,"
-        " finished_at = NULL, reason = NULL, detail = NULL, backfill_id = excluded.backfill_id, lane = excluded.lane"
+        " alone = false, finished_at = NULL, reason = NULL, detail = NULL, backfill_id = excluded.backfill_id,"
+        " lane = excluded.lane"
         " WHERE jobs.state IN ('cancelled', 'source_changed')",
         {
             **values,
@@ -1156,12 +1398,13 @@ def recover_queued(
     session: Session, *, epoch: str, overdue_seconds: float, empty_lanes: Collection[Lane], lost_seconds: float
 ) -> int:
     """queued → pending for jobs whose message is lost: sent to a Redis that was wiped since (another epoch), overdue
-    although their lane's queue is empty, or older than any message should get. (A message that was only slow is then
-    dropped when it is read.)"""
+    although the list that it was put into is empty, or older than any message should get. (A message that was only slow
+    is then dropped when it is read.)"""
     return _count(
         session,
         "WITH lost AS (SELECT id FROM jobs WHERE state = 'queued' AND (epoch IS DISTINCT FROM :epoch OR queued_at <"
-        " clock_timestamp() - make_interval(secs => CASE WHEN lane = ANY(:empty) THEN :overdue ELSE :lost END))"
+        " clock_timestamp() - make_interval(secs => CASE WHEN coalesce(sent_lane, lane) = ANY(:empty) THEN :overdue"
+        " ELSE :lost END))"
         " ORDER BY id FOR UPDATE SKIP LOCKED)"
         " UPDATE jobs SET state = 'pending', token = gen_random_uuid() FROM lost WHERE jobs.id = lost.id",
         {"epoch": epoch, "empty": list(empty_lanes), "overdue": overdue_seconds, "lost": lost_seconds},
@@ -1188,8 +1431,8 @@ def recover_refused(session: Session, *, policy: PausePolicy, max_attempts: int)
 
 #: Back to the start, as if it had never been tried.
 _ANEW = (
-    "state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0, lost_leases = 0, finished_at = NULL,"
-    " reason = NULL, detail = NULL"
+    "state = 'pending', token = gen_random_uuid(), failures = 0, crashes = 0, lost_leases = 0, alone = false,"
+    " next_run_at = NULL, finished_at = NULL, reason = NULL, detail = NULL"
 )
 
 
@@ -1231,9 +1474,12 @@ def cancel_backfill(session: Session, backfill_id: int, *, by: str, limit: int) 
 def _cancel(session: Session, which: str, parameters: dict[str, Any], reason: Reason, by: str) -> list[int]:
     rows = session.execute(
         text(
-            "WITH stopped AS ("
-            f" SELECT id, state, attempt, worker, started_at FROM jobs WHERE {which} AND state IN ({_ACTIVE})"
-            " ORDER BY id LIMIT :limit FOR UPDATE"
+            # Chosen in whatever order they are found in: to sort all that is left for each batch would make the whole
+            # grow with the square of their number.
+            f"WITH chosen AS (SELECT id FROM jobs WHERE {which} AND state IN ({_ACTIVE}) LIMIT :limit"
+            "), stopped AS ("
+            " SELECT id, state, attempt, worker, started_at FROM jobs WHERE id = ANY (ARRAY(SELECT id FROM chosen))"
+            f" AND state IN ({_ACTIVE}) ORDER BY id FOR UPDATE"
             "), told AS (INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)"
             " SELECT id, attempt, 'cancelled', worker, started_at, :reason, :detail FROM stopped"
             " WHERE state = 'running'"
@@ -1596,24 +1842,22 @@ class Waiting:
 def waiting(session: Session, *, limit: int) -> list[Waiting]:
     """How much is to be done, for metrics: counted by the partial indexes, `limit` at most of each kind, so that it
     is quick however large the ledger is."""
-    rows = session.execute(text(_WAITING), {"limit": limit, "lanes": list(Lane)})
+    rows = session.execute(sql(_WAITING), {"limit": limit})
     return [Waiting(JobState(row.state), Lane(row.lane), row.held, row.jobs, float(row.oldest or 0.0)) for row in rows]
 
 
 #: As dispatch takes them: source by source and backfill by backfill, by their index.
 _OF_FEED = (
     "FROM jobs WHERE source_id = feeds.source_id AND coalesce(backfill_id, 0) = feeds.backfill_id"
-    " AND lane = lanes.lane AND state = 'pending' AND NOT alone"
+    " AND lane = feeds.lane AND state = 'pending' AND NOT alone"
 )
 
 _WAITING = (
-    "WITH feeds AS ("
-    " SELECT id AS source_id, 0::bigint AS backfill_id, paused_at IS NOT NULL AS held FROM sources UNION ALL"
-    " SELECT source_id, b.id, s.paused_at IS NOT NULL OR b.paused_at IS NOT NULL"
-    " FROM backfills b JOIN sources s ON s.id = source_id"
-    ") SELECT 'pending' AS state, lanes.lane, held, counted.jobs,"
-    " extract(epoch FROM clock_timestamp() - first.created_at) AS oldest"
-    " FROM feeds CROSS JOIN unnest(CAST(:lanes AS smallint[])) AS lanes (lane)"
+    _FEEDS.format(isolated=_HALVES[False])
+    + ", known AS (SELECT feeds.*, sources.paused_at IS NOT NULL OR backfills.paused_at IS NOT NULL AS held"
+    " FROM feeds JOIN sources ON sources.id = source_id LEFT JOIN backfills ON backfills.id = backfill_id"
+    ") SELECT 'pending' AS state, feeds.lane, held, counted.jobs,"
+    " extract(epoch FROM clock_timestamp() - first.created_at) AS oldest FROM known AS feeds"
     f" CROSS JOIN LATERAL (SELECT created_at {_OF_FEED} ORDER BY id LIMIT 1) AS first"
     f" CROSS JOIN LATERAL (SELECT count(*) AS jobs FROM (SELECT {_OF_FEED} LIMIT :limit) AS part) AS counted"
     " UNION ALL SELECT 'pending', lane, false, count(*), extract(epoch FROM clock_timestamp() - min(created_at))"

@@ -94,8 +94,8 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         ),
         "jobs": (
             "SELECT (id, media_object_id, source_id, pipeline_id, backfill_id, kind, range_start_ms, range_end_ms,"
-            " lane, state, attempt, failures, crashes, lost_leases, alone, next_run_at, queued_at, started_at,"
-            " lease_until, worker, finished_at, reason, detail, created_at)",
+            " lane, state, attempt, failures, crashes, lost_leases, alone, next_run_at, queued_at, sent_lane,"
+            " started_at, lease_until, worker, finished_at, reason, detail, created_at)",
         ),
     },
 }

@@ -310,6 +310,9 @@ class Job(Base):
     alone: Mapped[bool] = mapped_column(server_default=text("false"))
     next_run_at: Mapped[datetime | None]
     queued_at: Mapped[datetime | None]
+    #: The lane whose list in Redis its message was put into. Not its own lane for an isolated job, and for a backfill's
+    #: job that goes ahead of live footage.
+    sent_lane: Mapped[int | None] = mapped_column(SmallInteger)
     #: The epoch of the Redis the message was sent to.
     epoch: Mapped[str | None]
     started_at: Mapped[datetime | None]

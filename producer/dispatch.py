@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from sqlalchemy.orm import Session
 
 from common import ledger, metrics
 from common.database import engine, session_scope
 from common.domain import JobKind, Lane
-from common.ledger import DispatchedJob, JobRef
+from common.ledger import Dispatch, DispatchedJob, Feed, JobRef
 from common.partitions import split_default
 from common.queues import (
     PRIORITIES,
@@ -29,50 +31,124 @@ from common.telemetry import get_logger
 log = get_logger(__name__)
 
 
+#: Due retries that one tick makes pending: a transaction of its own, of about a tenth of a second, and more than a tick
+#: sends.
+WOKEN_AT_ONCE = 2000
+
+#: How long the first message of a list may have waited before what waits there is shared out anew. A list that moves
+#: faster holds nobody up.
+PATIENCE_SECONDS = 2.0
+
+
 def dispatch(settings: Settings) -> int:
     """Send pending jobs while Redis holds fewer messages than the cap; returns how many jobs were sent.
 
     Live footage and backfills have a lane each, and workers take live footage first. While it keeps all of them busy,
-    a share of the backfills is sent in its lane, so that they go on.
+    a share of the backfills is sent in its lane, so that they go on. Within a lane the sources and backfills take
+    turns.
 
     The messages are published after the commit: a message whose job is not queued yet would be dropped.
     One that never gets published is found by `reconcile`.
     """
-    limits, size = settings.dispatch, settings.worker.group_size
     with redis_client() as client:
         epoch = read_epoch(client)
         if epoch is None:
             return 0  # a new or wiped Redis: the reconciler comes first, and begins its epoch
         waiting = {lane: queue_length(client, Queue.MEDIA, lane) for lane in Lane}
-    room = {lane: max(0, limits.queue_cap - length) for lane, length in waiting.items()}
-    if not any(room.values()):
+    if all(length >= settings.dispatch.queue_cap for length in waiting.values()):
         return 0
     with session_scope() as session:
-        ledger.wake_retries(session)
-        # Few, and held up long enough: not behind a backfill.
-        suspects = ledger.take_pending(session, limit=room[Lane.LIVE], alone=True, epoch=epoch)
-        suspects += ledger.take_trials(session, epoch=epoch, policy=settings.ledger.pause_policy)
-        fits = max(0, room[Lane.LIVE] - len(suspects)) * size
-        live = ledger.take_pending(session, limit=fits, alone=False, epoch=epoch, lane=Lane.LIVE, video_counts_as=size)
-        ahead = [[job.ref] for job in suspects] + list(group(live, size))
+        ledger.wake_retries(session, limit=WOKEN_AT_ONCE)
+    with session_scope() as session:
+        tick = _Tick(session, settings, epoch, waiting)
+        isolated = tick.isolated()
+        live = tick.lane(Lane.LIVE, used=len(isolated))
+        ahead = [[job.ref] for job in isolated] + list(group(live, tick.size))
         # What is left of the live lane is what no worker was free for.
-        overtaking = _rounded(len(ahead) * limits.backfill_share) if waiting[Lane.LIVE] else 0
-        fits = (room[Lane.BACKFILL] + overtaking) * size
-        backfills = ledger.take_pending(
-            session, limit=fits, alone=False, epoch=epoch, lane=Lane.BACKFILL, video_counts_as=size
-        )
-    behind = list(group(backfills, size))
-    ahead, behind = ahead + behind[:overtaking], behind[overtaking:]
-    for lane, groups in ((Lane.LIVE, ahead), (Lane.BACKFILL, behind)):
-        if groups:
-            send(TaskName.ANALYZE, *([encode_refs(refs)] for refs in groups), priority=PRIORITIES[lane])
-    sent = len(suspects) + len(live) + len(backfills)
-    # What travels ahead counts as live: suspects, and what of the backfills overtakes.
-    for lane, groups in ((Lane.LIVE, ahead), (Lane.BACKFILL, behind)):
-        metrics.count(metrics.DISPATCHED, sum(map(len, groups)), lane=metrics.LANES[lane])
+        overtaking = _rounded(len(ahead) * settings.dispatch.backfill_share) if waiting[Lane.LIVE] else 0
+        ahead += group(tick.overtaking(overtaking), tick.size)
+        behind = list(group(tick.lane(Lane.BACKFILL), tick.size))
+    sent = 0
+    for lane, messages in ((Lane.LIVE, ahead), (Lane.BACKFILL, behind)):
+        if messages:
+            send(TaskName.ANALYZE, *([encode_refs(refs)] for refs in messages), priority=PRIORITIES[lane])
+        jobs = sum(map(len, messages))
+        # What travels ahead counts as live: isolated jobs, and what of the backfills overtakes.
+        metrics.count(metrics.DISPATCHED, jobs, lane=metrics.LANES[lane])
+        sent += jobs
     if sent:
         log.info("dispatched", jobs=sent, live=len(live), messages=len(ahead) + len(behind))
     return sent
+
+
+class _Tick:
+    """What one tick sends, in one transaction. `waiting`: messages in each lane's list when it began."""
+
+    def __init__(self, session: Session, settings: Settings, epoch: str, waiting: Mapping[Lane, int]) -> None:
+        self.session, self.epoch, self.waiting = session, epoch, waiting
+        self.cap, self.size = settings.dispatch.queue_cap, settings.worker.group_size
+        self.policy = settings.ledger.pause_policy
+        self.pending = ledger.feeds_with_work(session)
+        self.sent = ledger.sent_feeds(session, epoch=epoch, message_size=self.size)
+
+    def isolated(self) -> list[DispatchedJob]:
+        """Jobs that are sent in a message of their own, in the live lane: they have been held up long enough. At most
+        half of the room there is, so that live footage goes on beside many of them."""
+        room = _rounded(max(0, self.cap - self.waiting[Lane.LIVE]) / 2)
+        jobs: list[DispatchedJob] = []
+        for lane, feeds in ledger.feeds_with_work(self.session, isolated=True).items():
+            to = Dispatch(Lane.LIVE, self.epoch, message_size=1)
+            jobs += ledger.take_pending(self.session, feeds, to, lane=lane, limit=room - len(jobs), isolated=True)
+        return jobs + ledger.take_trials(self.session, epoch=self.epoch, policy=self.policy)
+
+    def lane(self, lane: Lane, *, used: int = 0) -> list[DispatchedJob]:
+        """Jobs of a lane for its own list, in which `used` messages have been given away. Normally what is pending, as
+        far as there is room; where a feed would wait behind another's messages, all are sent anew, in turns.
+        """
+        room = self.cap - used - self.waiting[lane]
+        if self._holds_up(lane):
+            ledger.recall(self.session, lane=lane, epoch=self.epoch)
+            self.pending[lane] = self._feeds(lane)
+            self.sent[lane] = {}
+            room = self.cap - used
+        return self._take(lane, self._in_order(lane, self.pending[lane]), lane, room)
+
+    def overtaking(self, messages: int) -> list[DispatchedJob]:
+        """Jobs of backfills for the live lane's list, first those that wait in their own list, which no worker reads
+        from now."""
+        return self._take(Lane.BACKFILL, self._feeds(Lane.BACKFILL), Lane.LIVE, messages, from_list=Lane.BACKFILL)
+
+    def _take(
+        self, lane: Lane, feeds: Sequence[Feed], to: Lane, messages: int, *, from_list: Lane | None = None
+    ) -> list[DispatchedJob]:
+        into = Dispatch(to, self.epoch, self.size)
+        limit = messages * self.size
+        return ledger.take_pending(self.session, feeds, into, lane=lane, limit=limit, from_list=from_list)
+
+    def _feeds(self, lane: Lane) -> list[Feed]:
+        """Feeds with anything to send or to send anew."""
+        return self._in_order(lane, {*self.pending[lane], *self.sent[lane]})
+
+    def _in_order(self, lane: Lane, feeds: Iterable[Feed]) -> list[Feed]:
+        """Those with the least in Redis first: where there is no room for all, each gets its turn."""
+        return sorted(feeds, key=lambda feed: (self._messages(lane, feed), random.random()))
+
+    def _messages(self, lane: Lane, feed: Feed) -> float:
+        waits = self.sent[lane].get(feed)
+        return waits.messages if waits is not None else 0.0
+
+    def _holds_up(self, lane: Lane) -> bool:
+        """Whether one feed fills the list while another, which has work, has next to nothing in it: as a backfill that
+        began yesterday does to a small one of today.
+
+        Not while messages that were sent anew before still lie there, so a list never holds more than twice the cap.
+        """
+        if self.waiting[lane] > self.cap or not self.sent[lane]:
+            return False
+        fair = self.cap / len({*self.pending[lane], *self.sent[lane]})
+        least = min((self._messages(lane, feed) for feed in self.pending[lane]), default=fair)
+        most = max(self.sent[lane].values(), key=lambda waits: waits.messages)
+        return least < fair / 2 and most.messages > 1.5 * fair and most.oldest_seconds > PATIENCE_SECONDS
 
 
 def _rounded(number: float) -> int:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from common import catalog, ledger
 from common.domain import Face, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
-from common.ledger import ClaimedJob, JobRef, Registered
+from common.ledger import ClaimedJob, Dispatch, JobRef, Registered
 from common.planning import PlannedObject
 from common.settings import get_settings
 from common.storage import ObjectInfo
@@ -36,8 +36,20 @@ def register_many(session: Session, count: int) -> None:
     register(session, *(planned(f"{n:04}.jpg", at=NOON + timedelta(minutes=n)) for n in range(count)))
 
 
-def dispatch(session: Session, limit: int = 100, *, alone: bool = False) -> list[JobRef]:
-    refs = [job.ref for job in ledger.take_pending(session, limit=limit, alone=alone, epoch="epoch")]
+def take(
+    session: Session, limit: int = 100, *, isolated: bool = False, epoch: str = "epoch", message_size: int = 1
+) -> list[JobRef]:
+    """pending → queued, live first, as a tick does; the caller commits."""
+    jobs: list[JobRef] = []
+    for lane, feeds in ledger.feeds_with_work(session, isolated=isolated).items():
+        to = Dispatch(lane, epoch, message_size)
+        left = limit - len(jobs)
+        jobs += [job.ref for job in ledger.take_pending(session, feeds, to, lane=lane, limit=left, isolated=isolated)]
+    return jobs
+
+
+def dispatch(session: Session, limit: int = 100, *, isolated: bool = False) -> list[JobRef]:
+    refs = take(session, limit, isolated=isolated)
     session.commit()
     return refs
 

@@ -35,7 +35,7 @@ from common.domain import (
     Reason,
     VideoInfo,
 )
-from common.ledger import ClaimedJob, JobRef, Registered, StaleJobError
+from common.ledger import ClaimedJob, Dispatch, DispatchedJob, JobRef, Registered, StaleJobError
 from common.planning import PlannedObject, chunk_ranges, observed_from_file, recording_start, zone
 from common.storage import ObjectInfo
 from common.tables import Location, Pipeline
@@ -261,22 +261,24 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @turn(
         14,
-        lambda self: self.epoch and _some_job("pending", "retry_wait")(self),
+        lambda self: self.epoch and _some_job("pending", "queued", "retry_wait")(self),
         limit=st.sampled_from([6, 3, 2]),
         published=st.integers(0, 9).map(lambda drawn: 9 - drawn),
+        recalled=st.integers(0, 5).map(lambda drawn: drawn == 5),
         stop=_stop,
     )
-    def dispatch(self, limit: int, published: int, stop: int | None) -> None:
+    def dispatch(self, limit: int, published: int, recalled: bool, stop: int | None) -> None:
         """Pending jobs are sent, unless the dispatcher dies between its commit and the publishing."""
         epoch = self.epoch
         assert epoch is not None
 
         def work(session: Session) -> list[tuple[JobRef, ...]]:
-            ledger.wake_retries(session)
-            alone = ledger.take_pending(session, limit=limit, alone=True, epoch=epoch)
-            alone += ledger.take_trials(session, epoch=epoch, policy=PAUSES)
-            others = ledger.take_pending(session, limit=limit, alone=False, epoch=epoch, video_counts_as=2)
-            messages = [(job.ref,) for job in alone] + [tuple(refs) for refs in group(others, 2)]
+            ledger.wake_retries(session, limit=limit)
+            if recalled:
+                ledger.recall(session, lane=Lane.BACKFILL, epoch=epoch)
+            isolated, others = (self._take(session, limit, epoch, isolated=isolated) for isolated in (True, False))
+            isolated += ledger.take_trials(session, epoch=epoch, policy=PAUSES)
+            messages = [(job.ref,) for job in isolated] + [tuple(refs) for refs in group(others, 2)]
             if self.plant.published_early:
                 self.redis += messages
             return messages
@@ -286,6 +288,18 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.redis += messages
 
         self._act(Task("dispatch", work, done=publish), stop)
+
+    def _take(self, session: Session, limit: int, epoch: str, *, isolated: bool) -> list[DispatchedJob]:
+        """pending → queued, live first. Backfills' messages that wait in Redis are sent anew, as a tick does that lets
+        others have their turn."""
+        jobs: list[DispatchedJob] = []
+        for lane, feeds in ledger.feeds_with_work(session, isolated=isolated).items():
+            to = Dispatch(Lane.LIVE if isolated else lane, epoch, message_size=1 if isolated else 2)
+            again = Lane.BACKFILL if lane is Lane.BACKFILL and not isolated else None
+            jobs += ledger.take_pending(
+                session, feeds, to, lane=lane, limit=limit - len(jobs), isolated=isolated, from_list=again
+            )
+        return jobs
 
     @turn(24, lambda self: self.hands.idle() and self.redis, message=_some, again=st.booleans(), stop=_stop)
     def deliver(self, message: int, again: bool, stop: int | None) -> None:
@@ -635,7 +649,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self._pass_time(what)
         self.reconcile_leases(None)
         self._reconcile_messages(None)
-        self.dispatch(6, 1, None)
+        self.dispatch(6, 1, False, None)
         while self.redis:
             self.deliver(0, False, None)
 

@@ -194,6 +194,8 @@ class Promises:
                     old
                     and old.token != job.token
                     and not (task.name in WITHDRAWS and (job.reason != old.reason or job.state == "pending"))
+                    # Sent anew, ahead of live footage or in turns with others.
+                    and not (task.name == "dispatch" and job.state == "queued")
                 ):
                     self.breaks("a token changes with a transition only", f"{task.name}: {job}")
             self._tokens[job.id].add(job.token)

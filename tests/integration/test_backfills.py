@@ -23,7 +23,7 @@ from common.storage import ObjectInfo, S3Store, open_bucket
 from producer import discover, submit
 from producer.dispatch import dispatch, reconcile
 from producer.submit import BackfillReport, Restore
-from tests.ledger_rows import claim, planned, register, register_many, rows, scalar, states
+from tests.ledger_rows import claim, planned, register, register_many, rows, scalar, states, take
 from tests.services import Bucket, locate, maskwatch
 from workers.attempts import settle
 
@@ -206,7 +206,7 @@ def test_a_cancelled_backfill_is_over_and_another_one_does_what_it_left(session:
     fill(bucket)
     with pytest.raises(StoppedError):
         backfill(bucket, on_page=stop_after(2))
-    refs = [job.ref for job in ledger.take_pending(session, limit=2, alone=False, epoch="e")]
+    refs = take(session, 2)
     session.commit()
     (job, other) = claim(session, refs)
     ledger.succeed(session, other, planned("x").observed_at)  # type: ignore[arg-type]
@@ -308,7 +308,7 @@ def put_archived(bucket: Bucket, key: str, storage_class: str = "GLACIER") -> No
 
 def read(session: Session, key: str = "a.jpg") -> None:
     """One attempt at the pending job, as a worker makes it."""
-    (job,) = claim(session, [each.ref for each in taken(session)])
+    (job,) = claim(session, taken(session))
     settle(job, lambda: read_whole(job.bucket, job.key, job.etag), get_settings())
 
 
@@ -316,9 +316,9 @@ def read_whole(bucket: str, key: str, etag: str) -> None:
     open_bucket(bucket).read(key, etag, 1000)
 
 
-def taken(session: Session) -> list[ledger.DispatchedJob]:
-    ledger.wake_retries(session)
-    found = ledger.take_pending(session, limit=9, alone=False, epoch="e")
+def taken(session: Session) -> list[JobRef]:
+    ledger.wake_retries(session, limit=100)
+    found = take(session, 9)
     session.commit()
     return found
 
@@ -368,7 +368,7 @@ def test_a_restored_object_is_analysed_when_it_is_back(
     assert rows(session, "SELECT failures, crashes, reason FROM jobs") == [(0, 0, "archived")]
     arrived = True
     session.execute(text("SELECT pg_sleep(0.02)"))
-    (job,) = claim(session, [each.ref for each in taken(session)])
+    (job,) = claim(session, taken(session))
     read_whole(job.bucket, job.key, job.etag)
 
 

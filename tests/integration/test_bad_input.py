@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from common.settings import get_settings
 from producer import dispatch
 from tests.faults import faulty_s3
-from tests.ledger_rows import rows, scalar, states
+from tests.ledger_rows import rows, scalar, states, take
 from tests.photos import empty_jpeg, face_jpeg, jpeg, portrait
 from tests.services import Bucket, Services, forget_settings, locate, maskwatch
 from workers.jobs import run_jobs
@@ -30,13 +30,11 @@ def work_off() -> None:
 
     while True:
         with session_scope() as session:
-            ledger.wake_retries(session)
-            jobs = [
-                job for alone in (True, False) for job in ledger.take_pending(session, limit=50, alone=alone, epoch="e")
-            ]
+            ledger.wake_retries(session, limit=100)
+            jobs = [ref for isolated in (True, False) for ref in take(session, 50, isolated=isolated)]
         if not jobs:
             return
-        run_jobs([job.ref for job in jobs], worker="test/1", settings=settings)
+        run_jobs(jobs, worker="test/1", settings=settings)
 
 
 def reasons(session: Session) -> dict[str, tuple[str, str | None]]:

@@ -420,7 +420,7 @@ def test_a_video_that_asks_for_more_memory_than_there_is(
     work_off(session)
     assert outcomes(session, "runs.mp4") == [("probe", "retry_wait", "unexpected_error")]
     time.sleep(0.05)
-    ledger.wake_retries(session)
+    ledger.wake_retries(session, limit=100)
     work_off(session)
     assert reason_of(session, "runs.mp4") == "unreadable_video"
 

@@ -19,7 +19,7 @@ from common.planning import TimePattern, observed_from_file, plan_object, record
 from common.settings import get_settings
 from common.storage import ObjectInfo
 from common.tables import Backfill, Camera, Location, Pipeline
-from tests.ledger_rows import coverage_by_both, face, rows, scalar, states
+from tests.ledger_rows import coverage_by_both, face, rows, scalar, states, take
 from tests.services import maskwatch, wait_until
 from workers import recording
 from workers.aggregation import summarize
@@ -88,7 +88,7 @@ def enqueue(
 
 
 def claim(session: Session, limit: int = 1000) -> list[ClaimedJob]:
-    refs = [job.ref for job in ledger.take_pending(session, limit=limit, alone=False, epoch="e")]
+    refs = take(session, limit)
     found = ledger.claim(session, refs, worker="w/1", lease_seconds=600)
     session.commit()
     return found

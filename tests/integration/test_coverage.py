@@ -16,7 +16,7 @@ from common.reporting.coverage import coverage
 from common.settings import get_settings
 from common.tables import Camera
 from producer.submit import fill_gaps, submit
-from tests.ledger_rows import claim, coverage_by_both, face, rows, scalar, states
+from tests.ledger_rows import claim, coverage_by_both, face, rows, scalar, states, take
 from tests.services import Bucket, locate, maskwatch
 from workers.aggregation import summarize
 from workers.recording import record_chunk, record_image, record_probe
@@ -55,7 +55,7 @@ def enqueue(source: str) -> None:
 def work(session: Session, *, fail: tuple[str, ...] = ()) -> list[str]:
     """Analyse all that is pending, videos of an hour in chunks of twenty minutes; returns their keys."""
     done = []
-    while refs := [job.ref for job in ledger.take_pending(session, limit=50, alone=False, epoch="e")]:
+    while refs := take(session, 50):
         session.commit()
         for job in claim(session, refs):
             seen = job.observed_at

@@ -10,14 +10,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import ledger
 from common.domain import FrameFaces, JobKind, ObservedAt, ObservedAtSource, VideoInfo
 from common.settings import get_settings
 from common.tables import Base
 from common.throughput import ENOUGH, Origin
 from producer.estimate import Estimate, estimate
 from producer.submit import submit
-from tests.ledger_rows import claim, face, rows, scalar
+from tests.ledger_rows import claim, face, rows, scalar, take
 from tests.services import Bucket, locate, maskwatch
 from workers.aggregation import summarize
 from workers.recording import Picture, record_chunk, record_image, record_images, record_probe
@@ -34,7 +33,7 @@ def fill(bucket: Bucket, count: int, *, first: int = 0) -> None:
 
 def analyse_all(session: Session, *, faces: int, seconds: float) -> None:
     """As a worker that takes so long for each picture and finds so many faces in it."""
-    while refs := [job.ref for job in ledger.take_pending(session, limit=10, alone=False, epoch="e")]:
+    while refs := take(session, 10):
         for job in claim(session, refs, worker=f"w@host/{refs[0].id}"):
             seen = ObservedAt(datetime(2026, 3, 2, 12, tzinfo=UTC), ObservedAtSource.LAST_MODIFIED)
             record_image(session, job, [face()] * faces, seen, fence=True)
@@ -98,13 +97,13 @@ def test_pictures_and_videos_are_told_apart(session: Session, bucket: Bucket) ->
     fill(bucket, 30)
     bucket.put("a.mp4", b"x" * 1000)
     submit(get_settings(), bucket.uri, location_name="lobby")
-    refs = [job.ref for job in ledger.take_pending(session, limit=100, alone=False, epoch="e")]
+    refs = take(session, 100)
     *pictures, probe = sorted(claim(session, refs), key=lambda job: job.kind is JobKind.PROBE)
     seen = ObservedAt(datetime(2026, 3, 2, 12, tzinfo=UTC), ObservedAtSource.LAST_MODIFIED)
     record_images(session, [Picture(job, [face()] * 3, seen) for job in pictures], fence=True)
     record_probe(session, probe, VideoInfo("mp4", "h264", 64, 48, 1.0, 0, 50.0, None), seen, [(0, 60_000)], fence=True)
     session.commit()
-    (chunk,) = claim(session, [job.ref for job in ledger.take_pending(session, limit=9, alone=False, epoch="e")])
+    (chunk,) = claim(session, take(session, 9))
     frames = [FrameFaces(float(n), 1.0, (face(),) * (n < 25), (1,) * (n < 25)) for n in range(50)]
     record_chunk(session, chunk, frames, None, fence=True)
     session.commit()

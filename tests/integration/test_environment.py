@@ -28,7 +28,7 @@ from common.storage import open_source
 from producer.dispatch import dispatch, reconcile, request_summary
 from tests.chaos.lab import SMALL, Lab
 from tests.faults import Fault, faulty_s3
-from tests.ledger_rows import claim, face, planned, register, register_many, states
+from tests.ledger_rows import claim, face, planned, register, register_many, states, take
 from tests.ledger_rows import dispatch as dispatch_now
 from tests.services import QUICK, Bucket, Services, forget_settings, maskwatch, wait_until
 from workers.aggregation import summarize
@@ -303,9 +303,9 @@ def lead_a_life(settings: Settings) -> None:
     """Three jobs are sent and claimed: one succeeds, one fails, one is given back; then whatever ticks, ticks."""
     reconcile(settings)
     with session_scope() as session:
-        sent = ledger.take_pending(session, limit=10, alone=False, epoch="epoch")
+        sent = take(session, 10)
     with session_scope() as session:
-        jobs = ledger.claim(session, [job.ref for job in sent], worker="w/1", lease_seconds=60)
+        jobs = ledger.claim(session, sent, worker="w/1", lease_seconds=60)
     with session_scope() as session:
         assert len(ledger.renew(session, [job.ref for job in jobs], lease_seconds=60)) == 3
     done, failed, given_back = jobs
@@ -317,7 +317,7 @@ def lead_a_life(settings: Settings) -> None:
     with session_scope() as session:
         ledger.release(session, given_back)
     with session_scope() as session:
-        ledger.wake_retries(session)
+        ledger.wake_retries(session, limit=100)
         ledger.recover_expired(session, max_lost_leases=3)
         ledger.report_crash(session, "w/%", max_crashes=3)
     request_summary()

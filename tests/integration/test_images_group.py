@@ -149,7 +149,7 @@ def test_without_a_heartbeat_in_time_the_lease_is_lost_and_the_commit_refused(
     assert scalar(session, "SELECT count(*) FROM frame_counts") == 0
     # Whoever gets it next does it once.
     del analyzer.while_analyzing[1]
-    assert analyze(dispatch(session, alone=True)) == 1
+    assert analyze(dispatch(session, isolated=True)) == 1
     assert rows(session, ATTEMPTS) == [("1.png", 1, "lease_expired"), ("1.png", 2, "succeeded")]
     assert scalar(session, "SELECT count(*) FROM faces") == 1
 

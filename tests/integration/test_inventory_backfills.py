@@ -22,7 +22,7 @@ from producer import discover, estimate, submit
 from producer.submit import BackfillReport, Restore
 from tests import inventories
 from tests.inventories import DELIVERY, VERSIONED, csv_file, data_file, deliver, rows_of
-from tests.ledger_rows import claim, rows, scalar, states
+from tests.ledger_rows import claim, rows, scalar, states, take
 from tests.services import Bucket, kill_tree, locate, maskwatch, wait_until
 from workers.attempts import settle
 
@@ -236,9 +236,9 @@ def test_a_manifest_that_was_replaced_is_not_gone_on_with(session: Session, buck
 
 def work(session: Session) -> None:
     """One attempt at every pending job, as a worker makes it, which finds something to do in what it read."""
-    pending = ledger.take_pending(session, limit=100, alone=False, epoch="e")
+    pending = take(session, 100)
     session.commit()
-    for job in claim(session, [each.ref for each in pending]):
+    for job in claim(session, pending):
 
         def attempt(job: ledger.ClaimedJob = job) -> None:
             open_bucket(job.bucket).read(job.key, job.etag, 1000)

@@ -22,7 +22,7 @@ from common.ledger import ClaimedJob, JobRef, StaleJobError
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import FILE_BUCKET
-from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
+from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states, take
 from tests.services import wait_until
 from workers import attempts
 from workers.recording import record_image
@@ -48,10 +48,10 @@ def test_live_footage_goes_before_backfills(session: Session) -> None:
 def test_two_dispatchers_share_the_work(session: Session) -> None:
     register_many(session, 4)
     with Session(session.bind) as other:
-        mine = ledger.take_pending(session, limit=2, alone=False, epoch="e")
-        theirs = ledger.take_pending(other, limit=9, alone=False, epoch="e")  # would hang if it waited for mine
+        mine = take(session, 2)
+        theirs = take(other, 9)  # would hang if it waited for mine
         assert len(mine) == len(theirs) == 2
-        assert not {job.ref.id for job in mine} & {job.ref.id for job in theirs}
+        assert not {ref.id for ref in mine} & {ref.id for ref in theirs}
 
 
 def test_a_message_runs_its_job_once(session: Session) -> None:
@@ -108,7 +108,7 @@ def test_a_worker_paused_past_its_lease_commits_nothing_because_of_the_fence(
     (paused,) = claim(session, dispatch(session), worker="paused/1", lease=-1)
     assert ledger.recover_expired(session, max_lost_leases=10) == 1
     session.commit()
-    (second,) = claim(session, dispatch(session, alone=True), worker="second/2")
+    (second,) = claim(session, dispatch(session, isolated=True), worker="second/2")
     assert _recorded_by(session, second, paused, fence=fence) == faces
 
 
@@ -208,7 +208,7 @@ def test_transient_errors_wait_and_end_in_quarantine_with_the_last_reason(sessio
             wait = scalar(session, "SELECT extract(epoch FROM next_run_at - clock_timestamp()) FROM jobs")
             assert -1 < wait <= 50
             session.execute(ledger.text("UPDATE jobs SET next_run_at = clock_timestamp()"))
-            assert ledger.wake_retries(session) == 1
+            assert ledger.wake_retries(session, limit=100) == 1
             session.commit()
     assert rows(session, "SELECT state, reason, detail FROM jobs") == [
         ("quarantined", "storage_unavailable", "try 3 (given up after 3 tries)")
@@ -226,7 +226,7 @@ def test_what_is_not_due_is_not_woken(session: Session) -> None:
     ledger.retry_later(session, job, Reason.STORAGE_UNAVAILABLE, "", max_attempts=3, base=1e6, cap=1e6)
     session.execute(ledger.text("UPDATE jobs SET next_run_at = clock_timestamp() + interval '1 hour'"))
     session.commit()
-    assert ledger.wake_retries(session) == 0
+    assert ledger.wake_retries(session, limit=100) == 0
 
 
 def test_a_released_job_gets_its_attempt_back(session: Session) -> None:
@@ -246,18 +246,18 @@ def test_a_job_that_crashes_alone_ends_in_quarantine_and_innocents_do_not(sessio
     assert rows(session, "SELECT DISTINCT state, crashes, alone FROM jobs") == [("pending", 0, True)]
     assert dispatch(session) == []
     for expected in ("pending", "pending", "quarantined"):
-        (poison, *_) = ledger.take_pending(session, limit=1, alone=True, epoch="e")
-        claim(session, [poison.ref], worker="w/solo")
+        (poison, *_) = take(session, 1, isolated=True)
+        claim(session, [poison], worker="w/solo")
         ledger.report_crash(session, "%/solo", max_crashes=3)
         session.commit()
-        assert scalar(session, "SELECT state FROM jobs WHERE id = :id", id=poison.ref.id) == expected
+        assert scalar(session, "SELECT state FROM jobs WHERE id = :id", id=poison.id) == expected
     assert scalar(session, "SELECT count(*) FROM jobs WHERE crashes = 0 AND state = 'pending'") == 2
 
 
 def test_leases_that_keep_running_out_end_in_quarantine(session: Session) -> None:
     register(session, planned("a.jpg"))
     for alone in (False, True):
-        claim(session, dispatch(session, alone=alone), lease=-1)
+        claim(session, dispatch(session, isolated=alone), lease=-1)
         ledger.recover_expired(session, max_lost_leases=2)
         session.commit()
     assert rows(session, "SELECT state, reason, crashes, lost_leases FROM jobs") == [
@@ -508,9 +508,9 @@ def test_dispatch_and_recovery_read_only_what_they_are_about(session: Session) -
     session.execute(ledger.text("ANALYZE jobs"))
     session.commit()
     used = {
-        "take_pending": plans(session, lambda: ledger.take_pending(session, limit=16, alone=False, epoch="e")),
-        "alone": plans(session, lambda: ledger.take_pending(session, limit=16, alone=True, epoch="e")),
-        "wake_retries": plans(session, lambda: ledger.wake_retries(session)),
+        "take_pending": plans(session, lambda: take(session, 16)),
+        "alone": plans(session, lambda: take(session, 16, isolated=True)),
+        "wake_retries": plans(session, lambda: ledger.wake_retries(session, limit=100)),
         "recover_expired": plans(session, lambda: ledger.recover_expired(session, max_lost_leases=3)),
         "recover_queued": plans(
             session,
@@ -523,7 +523,7 @@ def test_dispatch_and_recovery_read_only_what_they_are_about(session: Session) -
         assert "Seq Scan on jobs" not in plan, f"{name}: {plan}"
     assert "ix_jobs_pending on jobs" in used["take_pending"] and "ix_jobs_pending_alone on jobs" in used["alone"]
     session.execute(ledger.text("DROP INDEX ix_jobs_pending"))
-    without = plans(session, lambda: ledger.take_pending(session, limit=16, alone=False, epoch="e"))
+    without = plans(session, lambda: take(session, 16))
     assert "ix_jobs_pending on jobs" not in without, "control"
     session.rollback()
 

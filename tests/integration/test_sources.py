@@ -16,7 +16,7 @@ from common.settings import Settings, get_settings
 from common.waiting import wait_for
 from producer import dispatch as dispatching
 from tests.faults import faulty_s3
-from tests.ledger_rows import claim, dispatch, planned, register, register_many, rows, scalar, states
+from tests.ledger_rows import claim, dispatch, planned, register, register_many, rows, scalar, states, take
 from tests.photos import face_jpeg
 from tests.services import Bucket, locate, maskwatch
 from workers.jobs import run_jobs
@@ -127,7 +127,7 @@ def test_a_job_that_is_refused_in_every_pause_ends_in_quarantine(session: Sessio
     policy = PausePolicy(after_refusals=1, seconds=60, cap_seconds=600)
     for _ in range(3):
         session.execute(text("UPDATE jobs SET next_run_at = now() WHERE state = 'retry_wait'"))
-        ledger.wake_retries(session)
+        ledger.wake_retries(session, limit=100)
         refs = trial(session) or dispatch(session)
         (job,) = claim(session, refs)
         ledger.refuse(session, job, Reason.ACCESS_DENIED, "no", policy=policy, max_attempts=3, base=1, cap=1)
@@ -207,8 +207,8 @@ def test_who_waits_is_told_of_a_pause(session: Session, capsys: pytest.CaptureFi
 def work(session: Session, settings: Settings) -> None:
     """One round of the dispatcher's choices and a worker's work, without the queue between them."""
     session.rollback()
-    ledger.wake_retries(session)
-    found = ledger.take_pending(session, limit=10, alone=False, epoch="e")
-    found += ledger.take_trials(session, epoch="e", policy=settings.ledger.pause_policy)
+    ledger.wake_retries(session, limit=100)
+    found = take(session, 10)
+    found += [job.ref for job in ledger.take_trials(session, epoch="e", policy=settings.ledger.pause_policy)]
     session.commit()
-    run_jobs([job.ref for job in found], worker="w/1", settings=settings)
+    run_jobs(found, worker="w/1", settings=settings)

@@ -220,7 +220,7 @@ def test_a_chunk_that_takes_too_long_is_tried_once_more_and_says_so(
     run(dispatch(session))
     assert rows(session, "SELECT state, reason FROM jobs WHERE kind = 'chunk'") == [("retry_wait", "time_limit")]
     time.sleep(0.05)
-    ledger.wake_retries(session)
+    ledger.wake_retries(session, limit=100)
     run(dispatch(session))
     (row,) = rows(session, "SELECT state, reason, detail FROM jobs WHERE kind = 'chunk'")
     assert (row.state, row.reason) == ("quarantined", "time_limit") and "CHUNK_SECONDS" in row.detail

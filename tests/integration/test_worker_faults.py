@@ -22,10 +22,9 @@ from PIL import Image
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import ledger
 from common.settings import get_settings
 from producer import dispatch
-from tests.ledger_rows import rows, scalar, states
+from tests.ledger_rows import rows, scalar, states, take
 from tests.photos import face_jpeg
 from tests.services import QUICK, Bucket, Services, forget_settings, locate, maskwatch, running, wait_until
 from workers import attempts
@@ -418,7 +417,7 @@ def test_a_picture_that_fits_no_memory_is_tried_again_and_then_kept_with_what_to
     small = Analyzer(get_settings().pipeline.spec(), Small(), None)  # type: ignore[arg-type]
     quick.setattr(attempts, "analyzer", lambda spec, runtime: small)
     enqueue(session, bucket, 1, 2, 3)
-    refs = [job.ref for job in ledger.take_pending(session, limit=9, alone=False, epoch="epoch")]
+    refs = take(session, 9)
     session.commit()
     assert run_jobs(refs, worker="test/1", settings=get_settings()) == 2
     found = charged(session)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common.domain import MaskwatchError, PipelineSpec
+from common.files import write_atomically
 
 SHIPPED = Path(__file__).with_name("model_figures.json")
 
@@ -93,9 +94,7 @@ def keep_confusion(path: Path, confusion: Confusion) -> None:
     kept = list(read_confusions(path).values()) if path.exists() else []
     kept = [entry for entry in kept if entry.classifier != confusion.classifier]
     entries = sorted([*kept, confusion], key=lambda entry: entry.classifier)
-    part = path.with_suffix(".json.part")
     try:
-        part.write_text(json.dumps([asdict(entry) for entry in entries], indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, json.dumps([asdict(entry) for entry in entries], indent=2) + "\n")
     except OSError as error:
         raise MaskwatchError(f"{path} can't be written: {error.strerror}") from error

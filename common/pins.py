@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.domain import MaskwatchError
+from common.files import write_atomically
 
 PINS_FILE = "pins.json"
 
@@ -41,9 +42,7 @@ def remember_pins(models_dir: Path, pins: Mapping[str, str]) -> None:
     if not pins:
         return
     path = models_dir / PINS_FILE
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps({**read_pins(models_dir), **pins}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, json.dumps({**read_pins(models_dir), **pins}, indent=2, sort_keys=True) + "\n")
 
 
 def is_sha256(value: object) -> bool:

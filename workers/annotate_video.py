@@ -5,10 +5,9 @@ Every frame is written at its own time, the sound as it is. Knows no database.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +21,7 @@ from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
+from common import files
 from common.domain import Face, MaskStatus, MaskwatchError, SampleMode, VideoInfo
 from common.settings import Settings
 from common.storage import ObjectInfo
@@ -250,19 +250,14 @@ def clock(seconds: Fraction | float) -> str:
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """A name beside `out` to write to; what was written there becomes `out` at the end, and is gone after an error."""
-    part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MaskwatchError(f"can't make the folder {out.parent}: {error.strerror}") from error
-    try:
-        yield part
+    with ExitStack() as written:
+        yield written.enter_context(files.replacing(out.absolute()))
         with _writing(out):
-            part.replace(out)
-    finally:
-        # A name that is too long has no file either.
-        with suppress(OSError):
-            part.unlink()
+            written.close()
 
 
 @contextmanager

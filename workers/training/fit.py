@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
+from common.files import write_atomically
 from workers.classification import _ops, networks
 from workers.training import augment
 from workers.training.batches import batches_for, epoch_batches
@@ -221,9 +222,7 @@ def _save(out: Path, model: Any, progress: Progress) -> None:
     model.save(_checkpoint(out, progress.epochs_done))
     if progress.best_epoch == progress.epochs_done:
         model.save_weights(_best_weights(out, progress))
-    written = out / "progress.json.part"
-    written.write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
-    written.replace(out / "progress.json")
+    write_atomically(out / "progress.json", json.dumps(asdict(progress), indent=1))
     keep = {_checkpoint(out, progress.epochs_done), _best_weights(out, progress)}
     for old in [*out.glob("checkpoint-*.keras"), *out.glob("best-*.weights.h5")]:
         if old not in keep:

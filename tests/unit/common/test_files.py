@@ -186,7 +186,9 @@ def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path: Path, kind: str
 
 def test_sharers_do_not_keep_each_other_out_but_one_who_wants_it_alone(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with child(HOLD, str(path), "shared"), hold(path, shared=True, seconds=0):
+    with child(HOLD, str(path), "shared"):
+        with hold(path, shared=True, seconds=0):
+            pass
         with pytest.raises(LockHeldError, match="another process"), hold(path, seconds=0):
             pass
     with hold(path, seconds=0), pytest.raises(LockHeldError), hold(path, shared=True, seconds=0):
@@ -264,3 +266,29 @@ def test_one_that_another_process_removes_before_it_is_locked_is_made_anew(
     path, handle = make_held("kind-", folder=folder)
     os.close(handle)
     assert path.exists() and not removed[0].exists() and path != removed[0]
+
+
+# --- said once ----------------------------------------------------------------------------------------------
+
+
+def writes_or_locks_itself(source: str) -> set[str]:
+    """What a file does itself that `common.files` is for: it locks with flock, or renames what it made to its place."""
+    names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    imported = {
+        alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
+    }
+    return names & {"mkstemp", "flock", "O_EXCL"} | imported & {"fcntl"}
+
+
+def test_nobody_else_writes_or_locks_files_in_a_way_of_its_own() -> None:
+    found = {
+        str(path.relative_to(ROOT)): by
+        for package in ("common", "producer", "workers", "benchmarks")
+        for path in (ROOT / package).rglob("*.py")
+        if (by := writes_or_locks_itself(path.read_text(encoding="utf-8")))
+    }
+    assert set(found) == {"common/files.py"}, found
+
+
+def test_the_same_look_finds_one() -> None:
+    assert writes_or_locks_itself("import fcntl, tempfile\ntempfile.mkstemp()") == {"fcntl", "mkstemp"}

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from common.domain import AttemptOutcome, Face, JobKind, JobState, Lane, MaskStatus, MaskwatchError, Reason
+from common.domain import AttemptOutcome, Face, JobKind, JobState, Lane, MaskStatus, MaskwatchError, Reason, first_line
 from common.files import make_held, remove_left_over, replacing
 from common.settings import MetricsSettings
 from common.telemetry import get_logger
@@ -316,7 +316,7 @@ def _server(host: str, port: int, folder: Path, gauges: Iterable[Collector]) -> 
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise MaskwatchError(
-            f"metrics can't be served on {host}:{port}: {error.strerror}; choose others with "
+            f"metrics can't be served on {host}:{port}: {first_line(error)}; choose others with "
             "MASKWATCH_METRICS__HOST and MASKWATCH_METRICS__PORT, one for each process of a machine"
         ) from error
     try:
@@ -393,7 +393,7 @@ def _folder() -> Iterator[Path]:
                 os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
     except OSError as error:
         raise MaskwatchError(
-            f"no room for metrics in {tempfile.gettempdir()}: {error.strerror}; make some there, or set TMPDIR"
+            f"no room for metrics in {tempfile.gettempdir()}: {first_line(error)}; make some there, or set TMPDIR"
         ) from error
     try:
         yield path

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from common.domain import MaskwatchError, PipelineSpec
+from common.domain import MaskwatchError, PipelineSpec, first_line
 from common.files import write_atomically
 
 SHIPPED = Path(__file__).with_name("model_figures.json")
@@ -80,7 +80,7 @@ def read_confusions(path: Path) -> dict[str, Confusion]:
             for entry in entries
         ]
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be read: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be read: {first_line(error)}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise MaskwatchError(f"{path} holds something else than kept confusions ({error}); restore it") from error
     return {entry.sha256: entry for entry in kept}
@@ -97,4 +97,4 @@ def keep_confusion(path: Path, confusion: Confusion) -> None:
     try:
         write_atomically(path, json.dumps([asdict(entry) for entry in entries], indent=2) + "\n")
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be written: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be written: {first_line(error)}") from error

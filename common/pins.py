@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
 
 PINS_FILE = "pins.json"
@@ -27,7 +27,7 @@ def read_pins(models_dir: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be read: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be read: {first_line(error)}") from error
     except ValueError as error:
         raise MaskwatchError(
             f"{path} is no JSON ({error}); restore it, or remove it and pull the models again"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.files import PART, LockHeldError, hold, remove_parts
 from common.manifest import MODELS, Model, ModelFile
 from common.pins import PINS_FILE, read_pins, remember_pins
@@ -171,7 +171,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be written: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be written: {first_line(error)}") from error
 
 
 def pull(

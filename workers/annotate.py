@@ -27,6 +27,7 @@ from common.domain import (
     SampleMode,
     SourceChangedError,
     TransientJobError,
+    first_line,
 )
 from common.options import runtime_options
 
@@ -309,7 +310,7 @@ def _write(path: Path, image_rgb: Any, kind: str, **options: Any) -> None:
     try:
         Image.fromarray(image_rgb).save(path, kind, **options)
     except OSError as error:
-        raise MaskwatchError(f"can't write {path}: {error.strerror or error}") from error
+        raise MaskwatchError(f"can't write {path}: {first_line(error)}") from error
 
 
 def picture_name(info: ObjectInfo) -> str:
@@ -329,7 +330,7 @@ def _annotate_all(store: ObjectStore, pictures: list[ObjectInfo], asked: Asked, 
     try:
         asked.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MaskwatchError(f"can't make the folder {asked.out}: {error.strerror}") from error
+        raise MaskwatchError(f"can't make the folder {asked.out}: {first_line(error)}") from error
     results = []
     with progress() as bar:
         task = bar.add_task("annotating", total=len(pictures))

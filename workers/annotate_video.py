@@ -22,7 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 from common import files
-from common.domain import Face, MaskStatus, MaskwatchError, SampleMode, VideoInfo
+from common.domain import Face, MaskStatus, MaskwatchError, SampleMode, VideoInfo, first_line
 from common.settings import Settings
 from common.storage import ObjectInfo
 from workers.containers import VideoFile
@@ -253,7 +253,7 @@ def replacing(out: Path) -> Iterator[Path]:
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MaskwatchError(f"can't make the folder {out.parent}: {error.strerror}") from error
+        raise MaskwatchError(f"can't make the folder {out.parent}: {first_line(error)}") from error
     with ExitStack() as written:
         yield written.enter_context(files.replacing(out.absolute()))
         with _writing(out):
@@ -265,7 +265,7 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, FFmpegError) as error:
-        raise MaskwatchError(f"can't write {out}: {error.strerror or error}") from error
+        raise MaskwatchError(f"can't write {out}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.files import new_folder
 from common.manifest import Model, ModelFile, ModelKind
 from common.pins import is_sha256
@@ -56,7 +56,7 @@ def export_bundle(folder: Path, names: Sequence[str] = ()) -> list[ModelStatus]:
             text = json.dumps({"maskwatch_models": FORM, "models": entries}, indent=2, ensure_ascii=False)
             (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise MaskwatchError(f"{folder} can't be written: {error.strerror}") from error
+        raise MaskwatchError(f"{folder} can't be written: {first_line(error)}") from error
     return statuses
 
 

@@ -20,7 +20,7 @@ from celery import signals
 
 from common import files, ledger, metrics
 from common.database import session_scope
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.queues import TaskName
 from common.settings import get_settings
 from common.telemetry import get_logger
@@ -45,7 +45,7 @@ def prepare_drain() -> None:
         path, handle = files.make_held(_PREFIX)
     except OSError as error:
         raise MaskwatchError(
-            f"no file can be made in {tempfile.gettempdir()}: {error.strerror}; make room there, or set TMPDIR"
+            f"no file can be made in {tempfile.gettempdir()}: {first_line(error)}; make room there, or set TMPDIR"
         ) from error
     _held.append(handle)
     os.environ[_RUNS_FILE] = str(path)

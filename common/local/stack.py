@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.files import PART, LockHeldError, hold, remove_parts, write_atomically
 from common.local.postgres import (
     DATABASE,
@@ -268,7 +268,7 @@ class LocalStack:
             owner, entries = self.state_dir.stat().st_uid, {path.name for path in self.state_dir.iterdir()}
         except OSError as error:
             raise MaskwatchError(
-                f"the state directory {self.state_dir} can't be used ({error.strerror}); "
+                f"the state directory {self.state_dir} can't be used ({first_line(error)}); "
                 "name another in MASKWATCH_STATE_DIR"
             ) from error
         if owner != os.geteuid():
@@ -336,7 +336,7 @@ class LocalStack:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise MaskwatchError(f"{self._file} can't be read ({error.strerror})") from error
+            raise MaskwatchError(f"{self._file} can't be read ({first_line(error)})") from error
         except ValidationError as error:
             raise MaskwatchError(f"{self._file} is damaged; remove {self.state_dir} to begin anew") from error
 

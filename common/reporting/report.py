@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 from sqlalchemy.orm import Session
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
 from common.reporting import tables
 from common.reporting.plots import compliance_svg, plot_period
@@ -78,7 +78,7 @@ def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ())
         # A picture's name may hold bytes that are no text.
         write_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
-        raise MaskwatchError(f"can't write the report to {path}: {error.strerror}") from error
+        raise MaskwatchError(f"can't write the report to {path}: {first_line(error)}") from error
 
 
 def render(session: Session, pictures: Sequence[Picture]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
 from workers.classification import _ops, networks
 from workers.training import augment
@@ -198,8 +198,9 @@ def _model_to_go_on_with(
         try:
             return keras.models.load_model(checkpoint)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MaskwatchError(f"{checkpoint} can't be read ({reason}); remove {out} to begin again") from error
+            raise MaskwatchError(
+                f"{checkpoint} can't be read ({first_line(error)}); remove {out} to begin again"
+            ) from error
     # Free of size: crops grow from stage to stage.
     model = networks.build(settings.arch, side=None)
     prepare(model)

@@ -88,5 +88,5 @@ def _envelope(task: TaskName, args: list[Any], expires: str | None, queue: str, 
 
 
 def guard() -> None:
-    """Let whatever this process takes from Redis pass `admit` first. Errors as `kombu_patches.guard`."""
-    kombu_patches.guard(admit)
+    """Let whatever this process takes from Redis pass `admit` first. Errors as `kombu_patches.deliver_only`."""
+    kombu_patches.deliver_only(admit)

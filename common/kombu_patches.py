@@ -117,9 +117,11 @@ class Channel(redis_transport.Channel):  # type: ignore[misc]  # kombu carries n
             self._flush_brpop_reauth()
 
 
-def guard(admit: Admit) -> None:
-    """Let whatever this process takes from Redis pass `admit` first. Raises `MaskwatchError` where another version of
-    kombu reads its queues in another way: nothing may come in unseen."""
+def deliver_only(admit: Admit) -> None:
+    """Hand on, of whatever this process takes from Redis, only what passes `admit`.
+
+    Raises `MaskwatchError` where another version of kombu reads its queues in another way: nothing may come in unseen.
+    """
     for name in ("_brpop_read", "_flush_brpop_reauth", "sep"):
         if not hasattr(redis_transport.Channel, name):
             raise MaskwatchError(f"this version of kombu has no Channel.{name}; install the one that Maskwatch names")

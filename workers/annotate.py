@@ -446,9 +446,9 @@ def _one_video(asked: Asked, source: str, settings: Settings) -> ObjectInfo:
 
 def _write_whole(out: Path, image_rgb: Any) -> None:
     """Write a PNG that appears under its name when it is complete."""
-    from workers.annotate_video import replacing
+    from workers.annotate_video import new_file
 
-    with replacing(out) as part:
+    with new_file(out) as part:
         _write(part, image_rgb, "PNG")
 
 

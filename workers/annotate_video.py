@@ -167,7 +167,7 @@ def annotate_video(
 
     Raises `MaskwatchError` if `out` can't be written, otherwise as `workers.videos.opened` and `Sampler`.
     """
-    with _sounding(info, settings) as video, replacing(out) as part:
+    with _sounding(info, settings) as video, new_file(out) as part:
         header = video.info()
         begins(header.duration_seconds)
         sound_rates = video.sound_rates()
@@ -248,7 +248,7 @@ def clock(seconds: Fraction | float) -> str:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def new_file(out: Path) -> Iterator[Path]:
     """A name beside `out` to write to; what was written there becomes `out` at the end, and is gone after an error."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -174,15 +174,15 @@ class LocalStack:
                 try:
                     yield self._start(keep)
                 finally:
-                    self._stop_workers(name=None)
+                    self._stop_workers()
         finally:
             self._stop_if_unused()
 
     def spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
         """Start a detached process beside the services, with `env` on top of our environment; its pid.
 
-        Its output goes to `logs/NAME.log`. It is stopped by `stop_process`, at the end of this process's session, by
-        `down`, or by the next start after this process has died.
+        Its output goes to `logs/NAME.log`. It is stopped at the end of this process's session, by `down`, or by the
+        next start after this process has died.
         """
         if self._load() is None:
             raise MaskwatchError(f"the embedded services in {self.state_dir} are not running")
@@ -201,10 +201,6 @@ class LocalStack:
             environment = {**os.environ, **env, TAG: worker.tag}
             worker.process = start_detached([program, *argv[1:]], environment, log_file(name, self.state_dir))
         return worker.process.pid
-
-    def stop_process(self, name: str) -> None:
-        """Stop the process of that name which this process spawned: SIGTERM, and SIGKILL after a deadline."""
-        self._stop_workers(name)
 
     # Starting and stopping.
 
@@ -246,12 +242,12 @@ class LocalStack:
             with suppress(LockHeldError), hold(self._in_use, seconds=0):
                 self._stop_everything(state)
 
-    def _stop_workers(self, name: str | None) -> None:
-        """Stop the workers of this process; all of them where no name is given."""
+    def _stop_workers(self) -> None:
+        """Stop the workers of this process: SIGTERM, and SIGKILL after a deadline."""
         state, ourselves = self._load(), _ourselves()
         if state is None:
             return
-        ours = [w for w in state.workers if w.owner == ourselves and name in (None, w.name)]
+        ours = [w for w in state.workers if w.owner == ourselves]
         if not ours:
             return
         _stop_in_parallel(ours)  # without the lock: it may take its time

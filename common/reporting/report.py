@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 from sqlalchemy.orm import Session
 
+from common.console import percent
 from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
 from common.reporting import tables
@@ -90,7 +91,7 @@ def render(session: Session, pictures: Sequence[Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = tables.percent
+    environment.filters["percent"] = percent
     environment.filters["interval"] = tables.interval
     return environment.get_template("report.html.j2").render(
         sections=_sections(session),

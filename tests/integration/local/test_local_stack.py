@@ -319,7 +319,8 @@ def test_a_spawned_process_is_recorded_logged_and_stopped(stack: LocalStack) -> 
     assert pids(stack)["worker"] == pid
     with pytest.raises(MaskwatchError, match="already has a process named worker"):
         stack.spawn("worker", SLEEP, {})
-    stack.stop_process("worker")
+    with stack.session():
+        pass  # and its end
     assert not lives(pid)
     assert "worker" not in pids(stack)
     with pytest.raises(MaskwatchError, match="no-such-program"):

@@ -32,6 +32,7 @@ from benchmarks.notebook_baseline import (
     models_from,
     opened,
 )
+from common.console import percent
 from common.domain import Face, MaskStatus, MaskwatchError, PipelineSpec
 from common.local.truth import match
 
@@ -226,10 +227,6 @@ def on_videos(videos: Sequence[Path], loop: NotebookLoop, twin: PipelineSpec, ev
     return {
         path.name: agreement_on(frames_rgb_of(path, every, limit), loop, analyzer.analyze).figures() for path in videos
     }
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -2,69 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery, signals
-from kombu.transport import redis as redis_transport
-from kombu.transport.virtual import QoS as CountedMessages
-from redis import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
+from common import kombu_patches
 from common.broker import BrokerRefusedError, broker_error, redis_client, tls_options, transport_url
 from common.settings import get_settings
 from common.telemetry import configure_logging, get_logger
 
-
-class _QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
-    """Counts a message as taken, and as acknowledged, even if Redis could not be told.
-
-    Kombu's own leaves it counted as in hand when the connection breaks at that moment; a worker that takes one message
-    at a time then never asks for another, and so never notices that the connection is gone. And a Redis that is full
-    refuses to note either: without us the worker ends there, although it is what would make room again. What Redis
-    still holds of the message comes back later and is harmless: its token has changed.
-    """
-
-    def append(self, message: Any, delivery_tag: str) -> None:
-        try:
-            super().append(message, delivery_tag)
-        except ResponseError:
-            CountedMessages.append(self, message, delivery_tag)
-
-    def ack(self, delivery_tag: str) -> None:
-        try:
-            super().ack(delivery_tag)
-        except ResponseError:
-            CountedMessages.ack(self, delivery_tag)
-        except Exception:
-            CountedMessages.ack(self, delivery_tag)
-            raise
-
-
-@contextmanager
-def _mutex(client: Redis, name: str, expire: int) -> Iterator[None]:
-    """Kombu's lock around its search for messages that nobody acknowledged, without the Lua script that releases it:
-    so no user of ours needs the right to run scripts, which can keep Redis from all others."""
-    ours = uuid.uuid4().hex.encode()
-    if not client.set(name, ours, nx=True, ex=expire):
-        raise redis_transport.MutexHeld
-
-    def release(pipe: Any) -> None:
-        held = pipe.get(name)
-        pipe.multi()
-        if held == ours:  # else it has run out, and is somebody else's
-            pipe.delete(name)
-
-    try:
-        yield
-    finally:
-        client.transaction(release, name)
-
-
-redis_transport.Channel.QoS = _QoS
-redis_transport.Mutex = _mutex
+kombu_patches.apply()
 
 _settings = get_settings()
 

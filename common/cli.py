@@ -145,7 +145,7 @@ def _explain(error: Exception) -> str | None:
     if library == "sqlalchemy":
         from sqlalchemy.exc import DBAPIError
 
-        from common.database import first_line
+        from common.domain import first_line
 
         if isinstance(error, DBAPIError):
             return f"the database refused: {first_line(error)}"

@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 #: Wide where no terminal sets a width: a log or a pipe should not cut cells off.
 out = Console(width=None if sys.stdout.isatty() else 200)
@@ -63,8 +64,6 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table for people. Cells are data: markup in them is not interpreted."""
-    from rich.text import Text
-
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column)
@@ -87,7 +86,7 @@ def note_unreadable(unreadable: Sequence[tuple[str, str]]) -> None:
 
 
 def percent(value: float | None) -> str:
-    """A share for people; a dash where there was nothing to be counted."""
+    """A share in [0, 1] for people, as `71.4 %`; a dash where there was nothing to be counted."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 

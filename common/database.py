@@ -14,7 +14,7 @@ from sqlalchemy import URL, Engine, TextClause, TextualSelect, column, create_en
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, ProgrammingError
 from sqlalchemy.orm import Session
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.settings import DatabaseSettings, get_settings
 
 T = TypeVar("T")
@@ -224,12 +224,6 @@ def is_lost(error: DBAPIError) -> bool:
     """
     state = getattr(error.orig, "sqlstate", None)
     return error.connection_invalidated or state is None or state.startswith(("08", "53", "57P"))
-
-
-def first_line(error: DBAPIError) -> str:
-    """What the server said, without the statement and its parameters."""
-    lines = str(error.orig).strip().splitlines()
-    return lines[0] if lines else type(error.orig).__name__
 
 
 def schema_revision(session: Session) -> str | None:

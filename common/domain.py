@@ -145,6 +145,21 @@ class MaskwatchError(Exception):
     exit_code = 1
 
 
+#: Of an error's text, what a sentence can bear.
+LINE_LIMIT = 500
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, as a part of a sentence of ours: the first line of its text, else its type's name.
+
+    Of an `OSError` that is what the system says, without number and path. Of SQLAlchemy's it is what the server said,
+    without the statement and its parameters, which may hold secrets.
+    """
+    said = getattr(error, "orig", None) or error
+    lines = str(getattr(said, "strerror", None) or said).strip().splitlines()
+    return lines[0].strip()[:LINE_LIMIT] if lines else type(said).__name__
+
+
 class PermanentJobError(Exception):
     """The job can never succeed as it stands: it goes to quarantine with this reason."""
 

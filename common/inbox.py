@@ -11,16 +11,10 @@ import base64
 import json
 import uuid
 from datetime import UTC, datetime
-from queue import Empty
 from typing import Any
 
-from kombu.transport import redis as redis_transport
-
-from common.domain import MaskwatchError
+from common import kombu_patches
 from common.queues import ROUTES, TaskName, decode_refs
-from common.telemetry import get_logger
-
-log = get_logger(__name__)
 
 #: A message of 256 jobs, the largest group that may be set, has about 25 kB.
 MAX_BYTES = 128 * 1024
@@ -93,38 +87,6 @@ def _envelope(task: TaskName, args: list[Any], expires: str | None, queue: str, 
     }
 
 
-class Channel(redis_transport.Channel):  # type: ignore[misc]  # kombu carries no types
-    """Kombu's channel, which hands on only what `admit` lets in. The rest is dropped, and said so."""
-
-    def _brpop_read(self, **options: Any) -> bool:
-        """As kombu's own; what differs is between reading and delivering."""
-        try:
-            try:
-                found = self.client.parse_response(self.client.connection, "BRPOP", **options)
-            except self.connection_errors:
-                self.client.connection.disconnect()
-                raise
-            if not found:
-                raise Empty
-            name, item = found
-            queue, _, priority = name.decode().partition(self.sep)
-            self._queue_cycle.rotate(queue)
-            try:
-                message = admit(item, queue, int(priority or 0))
-            except ValueError as error:
-                log.error("dropped a message that is none of ours", queue=queue, detail=str(error))
-            else:
-                self.connection._deliver(message, queue)
-            return True
-        finally:
-            self._in_poll = None
-            self._flush_brpop_reauth()
-
-
 def guard() -> None:
-    """Let whatever this process takes from Redis pass `admit` first. Raises `MaskwatchError` where another version of
-    kombu reads its queues in another way: nothing may come in unseen."""
-    for name in ("_brpop_read", "_flush_brpop_reauth", "sep"):
-        if not hasattr(redis_transport.Channel, name):
-            raise MaskwatchError(f"this version of kombu has no Channel.{name}; install the one that Maskwatch names")
-    redis_transport.Transport.Channel = Channel
+    """Let whatever this process takes from Redis pass `admit` first. Errors as `kombu_patches.deliver_only`."""
+    kombu_patches.deliver_only(admit)

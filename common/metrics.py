@@ -9,7 +9,6 @@ The children of a worker count in files of a folder that the main process makes 
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import shutil
@@ -18,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -26,7 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from common.domain import AttemptOutcome, Face, JobKind, JobState, Lane, MaskStatus, MaskwatchError, Reason
+from common.domain import AttemptOutcome, Face, JobKind, JobState, Lane, MaskStatus, MaskwatchError, Reason, first_line
+from common.files import make_held, remove_left_over, replacing
 from common.settings import MetricsSettings
 from common.telemetry import get_logger
 
@@ -254,10 +254,8 @@ def _reserve() -> None:
         if path.exists():
             continue
         # Under its name only when it is whole: a scrape can't read an empty file, and would fail for all processes.
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
-        part.rename(path)
 
 
 def _file(kind: str, process: int) -> Path:
@@ -318,7 +316,7 @@ def _server(host: str, port: int, folder: Path, gauges: Iterable[Collector]) -> 
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise MaskwatchError(
-            f"metrics can't be served on {host}:{port}: {error.strerror}; choose others with "
+            f"metrics can't be served on {host}:{port}: {first_line(error)}; choose others with "
             "MASKWATCH_METRICS__HOST and MASKWATCH_METRICS__PORT, one for each process of a machine"
         ) from error
     try:
@@ -386,41 +384,19 @@ def _runs(process: int) -> bool:
 @contextmanager
 def _folder() -> Iterator[Path]:
     """A folder to count in, held while it is used: so those that killed processes leave are told from ours."""
-    _remove_left_over()
+    remove_left_over(_PREFIX, folder=True)
     try:
-        path, handle = _held_folder()
+        path, handle = make_held(_PREFIX, folder=True)
         # Where the sums of children will lie that have ended: made now, while there is room.
         for kind in ("counter", "histogram"):
             with (path / f"{kind}_{_ENDED}.db").open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
     except OSError as error:
         raise MaskwatchError(
-            f"no room for metrics in {tempfile.gettempdir()}: {error.strerror}; make some there, or set TMPDIR"
+            f"no room for metrics in {tempfile.gettempdir()}: {first_line(error)}; make some there, or set TMPDIR"
         ) from error
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(handle)
-
-
-def _held_folder() -> tuple[Path, int]:
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        handle = os.open(path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if path.exists():
-            return path, handle
-        os.close(handle)  # another process found it not held yet, and removed it
-
-
-def _remove_left_over() -> None:
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another user's, held, or gone meanwhile
-            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                if os.fstat(handle).st_uid == os.geteuid():
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path)
-            finally:
-                os.close(handle)

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from common.domain import MaskwatchError, PipelineSpec
+from common.domain import MaskwatchError, PipelineSpec, first_line
+from common.files import write_atomically
 
 SHIPPED = Path(__file__).with_name("model_figures.json")
 
@@ -79,7 +80,7 @@ def read_confusions(path: Path) -> dict[str, Confusion]:
             for entry in entries
         ]
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be read: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be read: {first_line(error)}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise MaskwatchError(f"{path} holds something else than kept confusions ({error}); restore it") from error
     return {entry.sha256: entry for entry in kept}
@@ -93,9 +94,7 @@ def keep_confusion(path: Path, confusion: Confusion) -> None:
     kept = list(read_confusions(path).values()) if path.exists() else []
     kept = [entry for entry in kept if entry.classifier != confusion.classifier]
     entries = sorted([*kept, confusion], key=lambda entry: entry.classifier)
-    part = path.with_suffix(".json.part")
     try:
-        part.write_text(json.dumps([asdict(entry) for entry in entries], indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, json.dumps([asdict(entry) for entry in entries], indent=2) + "\n")
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be written: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be written: {first_line(error)}") from error

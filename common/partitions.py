@@ -25,10 +25,6 @@ def month_of(instant: datetime) -> datetime:
     return instant.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
 
-def next_month(month: datetime) -> datetime:
-    return month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
-
-
 def partition_name(month: datetime) -> str:
     return f"faces_{month:%Y_%m}"
 

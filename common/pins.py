@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
+from common.files import write_atomically
 
 PINS_FILE = "pins.json"
 
@@ -26,7 +27,7 @@ def read_pins(models_dir: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be read: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be read: {first_line(error)}") from error
     except ValueError as error:
         raise MaskwatchError(
             f"{path} is no JSON ({error}); restore it, or remove it and pull the models again"
@@ -41,9 +42,7 @@ def remember_pins(models_dir: Path, pins: Mapping[str, str]) -> None:
     if not pins:
         return
     path = models_dir / PINS_FILE
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps({**read_pins(models_dir), **pins}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, json.dumps({**read_pins(models_dir), **pins}, indent=2, sort_keys=True) + "\n")
 
 
 def is_sha256(value: object) -> bool:

@@ -19,6 +19,7 @@ from common.broker import broker_error, tls_options, transport_url
 from common.broker import redis_client as redis_client
 from common.celery_app import app
 from common.domain import Lane
+from common.kombu_patches import list_name
 from common.ledger import JobRef
 from common.settings import get_settings
 
@@ -56,9 +57,6 @@ ROUTES: Mapping[TaskName, Queue] = {
 #: empty. So a worker that is free takes live footage, however much of a backfill waits.
 PRIORITIES: Mapping[Lane, int] = {Lane.LIVE: 0, Lane.BACKFILL: 3}
 
-#: What kombu puts between the name of a queue and a priority other than 0.
-PRIORITY_SEPARATOR = "\x06\x16"
-
 #: The key whose value tells one life of a Redis from the next; only the reconciler writes it.
 EPOCH_KEY = "maskwatch.epoch"
 
@@ -94,8 +92,7 @@ def queue_length(client: Redis, queue: Queue, lane: Lane | None = None) -> int:
 
 def list_of(queue: Queue, lane: Lane) -> str:
     """The Redis list that holds a lane of a queue."""
-    priority = PRIORITIES[lane]
-    return f"{queue.value}{PRIORITY_SEPARATOR}{priority}" if priority else queue.value
+    return list_name(queue.value, PRIORITIES[lane])
 
 
 def send(task: TaskName, *messages: Sequence[Any], **options: Any) -> None:

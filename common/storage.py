@@ -23,6 +23,7 @@ from common.domain import (
     Reason,
     SourceChangedError,
     TransientJobError,
+    first_line,
 )
 from common.settings import Settings, StorageSettings, get_settings
 
@@ -122,7 +123,7 @@ def open_source(source: str, settings: Settings) -> tuple[ObjectStore, str]:
         try:
             Path("/", prefix).stat()
         except OSError as error:
-            raise MaskwatchError(f"there is no folder or file /{prefix} ({error.strerror})") from error
+            raise MaskwatchError(f"there is no folder or file /{prefix} ({first_line(error)})") from error
     return _open(bucket, settings.storage), prefix
 
 
@@ -204,7 +205,7 @@ class FileStore:
                 except FileNotFoundError:
                     continue  # deleted while we listed
                 except OSError as error:
-                    raise MaskwatchError(f"may not list {path}: {error.strerror}") from error
+                    raise MaskwatchError(f"may not list {path}: {first_line(error)}") from error
                 entries.sort(key=lambda entry: f"{entry}/" if entry.is_dir() else str(entry), reverse=True)
                 stack += entries
             elif path.is_file():
@@ -242,9 +243,9 @@ def _file_errors(key: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise PermanentJobError(Reason.OBJECT_GONE, f"file:///{key} is gone") from error
     except PermissionError as error:
-        raise PermanentJobError(Reason.ACCESS_DENIED, f"may not read file:///{key}: {error.strerror}") from error
+        raise PermanentJobError(Reason.ACCESS_DENIED, f"may not read file:///{key}: {first_line(error)}") from error
     except OSError as error:
-        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading file:///{key}: {error.strerror}") from error
+        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading file:///{key}: {first_line(error)}") from error
 
 
 def _check_etag(found: ObjectInfo, etag: str) -> None:
@@ -385,7 +386,7 @@ def _client(endpoint_url: str | None, connect_timeout: float, read_timeout: floa
     try:
         return boto3.client("s3", endpoint_url=endpoint_url, config=config)
     except (BotoCoreError, ValueError) as error:
-        raise MaskwatchError(f"the S3 configuration can't be used: {_one_line(error)}") from error
+        raise MaskwatchError(f"the S3 configuration can't be used: {first_line(error)}") from error
 
 
 def _error_code(error: Any) -> str:
@@ -409,17 +410,13 @@ def _listing_errors(uri: str) -> Iterator[None]:
                 f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys; of a bucket whose "
                 "requester pays, set MASKWATCH_STORAGE__REQUESTER_PAYS"
             ) from error
-        raise MaskwatchError(f"listing {uri} failed: {_one_line(error)}") from error
+        raise MaskwatchError(f"listing {uri} failed: {first_line(error)}") from error
     except NoCredentialsError as error:
         raise MaskwatchError(
             f"no AWS credentials for {uri}: set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from error
     except BotoCoreError as error:
-        raise MaskwatchError(f"listing {uri} failed: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise MaskwatchError(f"listing {uri} failed: {first_line(error)}") from error
 
 
 #: Comes with status 403, and no grant helps against it.
@@ -457,4 +454,4 @@ def _reading_errors(bucket: str, key: str) -> Iterator[None]:
         raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {code} (HTTP {status})") from error
     except (BotoCoreError, HTTPError) as error:
         # Connections refused or cut, time-outs, bodies shorter than announced.
-        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {error}") from error
+        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {first_line(error)}") from error

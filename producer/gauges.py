@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common import ledger, sources
 from common.database import session_scope
-from common.domain import ACTIVE_STATES, JobState, Lane, MaskwatchError
+from common.domain import ACTIVE_STATES, JobState, Lane, MaskwatchError, first_line
 from common.metrics import LANES
 from common.queues import PRIORITIES, Queue, queue_length, redis_client
 from common.telemetry import get_logger
@@ -74,7 +74,7 @@ def _from_ledger() -> list[GaugeMetricFamily]:
             lag = ledger.summary_lag(session)
             paused = len(sources.list_paused(session))
     except (MaskwatchError, SQLAlchemyError) as error:
-        log.warning("the ledger could not be read for metrics", detail=str(error).partition("\n")[0])
+        log.warning("the ledger could not be read for metrics", detail=first_line(error))
         return [_gauge("maskwatch_ledger_up", 0)]
     by_state, backlog, oldest = _by_lane(waiting)
     return [
@@ -112,7 +112,7 @@ def _from_queues() -> list[GaugeMetricFamily]:
                 for lane in (PRIORITIES if queue is Queue.MEDIA else (Lane.LIVE,))
             }
     except (MaskwatchError, OSError) as error:
-        log.warning("the queues could not be read for metrics", detail=str(error).partition("\n")[0])
+        log.warning("the queues could not be read for metrics", detail=first_line(error))
         return [_gauge("maskwatch_broker_up", 0)]
     return [_gauge("maskwatch_broker_up", 1), _by("maskwatch_queue_messages", ("queue", "lane"), lengths)]
 

@@ -22,7 +22,7 @@ from urllib.parse import unquote_plus
 
 from pydantic import BaseModel, Field, ValidationError
 
-from common.domain import MaskwatchError, PermanentJobError, SourceChangedError, TransientJobError
+from common.domain import MaskwatchError, PermanentJobError, SourceChangedError, TransientJobError, first_line
 from common.settings import Settings
 from common.storage import FILE_BUCKET, ObjectInfo, ObjectStore, open_source
 
@@ -203,7 +203,8 @@ def _write(copy: IO[bytes], piece: bytes, uri: str) -> None:
         copy.flush()
     except OSError as error:
         raise MaskwatchError(
-            f"no room for a copy of {uri} in {tempfile.gettempdir()}: {error.strerror}; make some there, or set TMPDIR"
+            f"no room for a copy of {uri} in {tempfile.gettempdir()}: {first_line(error)}; make some there, or set "
+            "TMPDIR"
         ) from error
 
 

@@ -7,20 +7,20 @@ the business of `workers.bundles`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
+from common.files import PART, LockHeldError, hold, remove_parts
 from common.manifest import MODELS, Model, ModelFile
 from common.pins import PINS_FILE, read_pins, remember_pins
 from workers.structure import check_fits
@@ -72,7 +72,8 @@ class Staging:
 
         Returns and raises as `receive`.
         """
-        part = self.folder / f"{Path(name).name}.part"
+        # Not `files.replacing`: it gets its name in `install`, together with the others.
+        part = self.folder / f"{Path(name).name}{PART}"
         limit = MAX_BYTES if size is None else size
         digest, written = hashlib.sha256(), 0
         with _explained(part):
@@ -152,22 +153,17 @@ def staging() -> Iterator[Staging]:
     folder = cache_folder()
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # The folder itself is locked: no lock file stays behind, and a kill -9 frees it.
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MaskwatchError(f"another command is changing {folder}; wait until it has ended") from None
-        for left in folder.glob("*.part"):
-            left.unlink()  # of a command that was killed
+    with ExitStack() as held:
+        with _explained(folder):
+            try:
+                # The folder itself: no lock file stays behind.
+                held.enter_context(hold(folder, seconds=0))
+            except LockHeldError:
+                raise MaskwatchError(f"another command is changing {folder}; wait until it has ended") from None
+            remove_parts(folder)
         stage = Staging(folder)
-        try:
-            yield stage
-        finally:
-            stage.discard()
-    finally:
-        os.close(handle)
+        held.callback(stage.discard)
+        yield stage
 
 
 @contextmanager
@@ -175,7 +171,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MaskwatchError(f"{path} can't be written: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be written: {first_line(error)}") from error
 
 
 def pull(

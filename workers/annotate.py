@@ -27,6 +27,7 @@ from common.domain import (
     SampleMode,
     SourceChangedError,
     TransientJobError,
+    first_line,
 )
 from common.options import runtime_options
 
@@ -309,7 +310,7 @@ def _write(path: Path, image_rgb: Any, kind: str, **options: Any) -> None:
     try:
         Image.fromarray(image_rgb).save(path, kind, **options)
     except OSError as error:
-        raise MaskwatchError(f"can't write {path}: {error.strerror or error}") from error
+        raise MaskwatchError(f"can't write {path}: {first_line(error)}") from error
 
 
 def picture_name(info: ObjectInfo) -> str:
@@ -329,7 +330,7 @@ def _annotate_all(store: ObjectStore, pictures: list[ObjectInfo], asked: Asked, 
     try:
         asked.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MaskwatchError(f"can't make the folder {asked.out}: {error.strerror}") from error
+        raise MaskwatchError(f"can't make the folder {asked.out}: {first_line(error)}") from error
     results = []
     with progress() as bar:
         task = bar.add_task("annotating", total=len(pictures))
@@ -445,9 +446,9 @@ def _one_video(asked: Asked, source: str, settings: Settings) -> ObjectInfo:
 
 def _write_whole(out: Path, image_rgb: Any) -> None:
     """Write a PNG that appears under its name when it is complete."""
-    from workers.annotate_video import replacing
+    from workers.annotate_video import new_file
 
-    with replacing(out) as part:
+    with new_file(out) as part:
         _write(part, image_rgb, "PNG")
 
 

@@ -5,10 +5,9 @@ Every frame is written at its own time, the sound as it is. Knows no database.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +21,8 @@ from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
-from common.domain import Face, MaskStatus, MaskwatchError, SampleMode, VideoInfo
+from common import files
+from common.domain import Face, MaskStatus, MaskwatchError, SampleMode, VideoInfo, first_line
 from common.settings import Settings
 from common.storage import ObjectInfo
 from workers.containers import VideoFile
@@ -167,7 +167,7 @@ def annotate_video(
 
     Raises `MaskwatchError` if `out` can't be written, otherwise as `workers.videos.opened` and `Sampler`.
     """
-    with _sounding(info, settings) as video, replacing(out) as part:
+    with _sounding(info, settings) as video, new_file(out) as part:
         header = video.info()
         begins(header.duration_seconds)
         sound_rates = video.sound_rates()
@@ -248,21 +248,16 @@ def clock(seconds: Fraction | float) -> str:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def new_file(out: Path) -> Iterator[Path]:
     """A name beside `out` to write to; what was written there becomes `out` at the end, and is gone after an error."""
-    part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MaskwatchError(f"can't make the folder {out.parent}: {error.strerror}") from error
-    try:
-        yield part
+        raise MaskwatchError(f"can't make the folder {out.parent}: {first_line(error)}") from error
+    with ExitStack() as written:
+        yield written.enter_context(files.replacing(out.absolute()))
         with _writing(out):
-            part.replace(out)
-    finally:
-        # A name that is too long has no file either.
-        with suppress(OSError):
-            part.unlink()
+            written.close()
 
 
 @contextmanager
@@ -270,7 +265,7 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, FFmpegError) as error:
-        raise MaskwatchError(f"can't write {out}: {error.strerror or error}") from error
+        raise MaskwatchError(f"can't write {out}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from common import ledger, metrics
-from common.database import DatabaseDownError, first_line, is_lost, session_scope, transact
+from common.database import DatabaseDownError, is_lost, session_scope, transact
 from common.domain import (
     REFUSALS,
     ArchivedError,
@@ -33,6 +33,7 @@ from common.domain import (
     SampleMode,
     SourceChangedError,
     TransientJobError,
+    first_line,
 )
 from common.ledger import ClaimedJob, JobRef, Registered, StaleJobError
 from common.planning import PlannedObject

@@ -11,13 +11,13 @@ import hashlib
 import importlib.util
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
+from common.files import new_folder
 from common.manifest import Model, ModelFile, ModelKind
 from common.pins import is_sha256
 from common.settings import PipelineSettings
@@ -51,15 +51,12 @@ def export_bundle(folder: Path, names: Sequence[str] = ()) -> list[ModelStatus]:
         statuses = [status for model in local_models().values() if _is_here(status := examine(model))]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            bundle = Path(scratch) / "bundle"
-            bundle.mkdir()
+        with new_folder(folder) as bundle:
             entries = [_copy_model(status, bundle) for status in statuses]
             text = json.dumps({"maskwatch_models": FORM, "models": entries}, indent=2, ensure_ascii=False)
             (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            bundle.replace(folder)
     except OSError as error:
-        raise MaskwatchError(f"{folder} can't be written: {error.strerror}") from error
+        raise MaskwatchError(f"{folder} can't be written: {first_line(error)}") from error
     return statuses
 
 

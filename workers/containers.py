@@ -18,7 +18,7 @@ import av
 from av.error import FFmpegError
 from av.stream import Discard
 
-from common.domain import PermanentJobError, Reason, TransientJobError, VideoInfo
+from common.domain import PermanentJobError, Reason, TransientJobError, VideoInfo, first_line
 from workers.formats import (
     MAX_JPEG_SCANS,
     Reader,
@@ -276,7 +276,7 @@ class VideoFile:
             raise self._reader.error
         if error is not None and error.errno in _MACHINE_FAULTS:
             kind = NoMemoryError if error.errno == errno.ENOMEM else TransientJobError
-            raise kind(Reason.UNEXPECTED_ERROR, f"this machine is short of something: {error.strerror}")
+            raise kind(Reason.UNEXPECTED_ERROR, f"this machine is short of something: {first_line(error)}")
 
     # --- recognition ---
 
@@ -291,7 +291,7 @@ class VideoFile:
 
     def _cannot_open(self, error: FFmpegError) -> PermanentJobError:
         self._check_index()
-        words = " ".join(str(error.strerror or error).split())[:200]
+        words = first_line(error)
         return PermanentJobError(
             Reason.UNREADABLE_VIDEO, f"the {self.format} file is damaged and can't be opened ({words}); upload it again"
         )

@@ -29,7 +29,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from common.domain import PermanentJobError, Reason
+from common.domain import PermanentJobError, Reason, first_line
 from workers.formats import MAX_JPEG_SCANS, has_too_many_scans
 
 #: What Pillow may open. JPEG includes MPO: a JPEG with further pictures behind it, as some phones write.
@@ -157,7 +157,7 @@ def _cannot_read(data: bytes, error: Exception) -> PermanentJobError:
     if isinstance(error, UnidentifiedImageError):
         detail = "the content is no JPEG, PNG, WebP, BMP or TIFF picture; convert it to one of these"
     else:
-        detail = f"the picture is damaged and can't be decoded ({_one_line(error)}); upload it again"
+        detail = f"the picture is damaged and can't be decoded ({first_line(error)}); upload it again"
     return PermanentJobError(Reason.UNREADABLE_IMAGE, detail)
 
 
@@ -179,10 +179,6 @@ def _is_cut_off(data: bytes, message: str) -> bool:
         end = start + 2 + 12 * int.from_bytes(data[start : start + 2], order)
         return end > len(data) or "truncated" in message
     return False
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _to_array(image: Image.Image) -> NDArray[np.uint8]:

@@ -7,11 +7,9 @@ its parent; a lock, because letting go needs no room on a disk, and tells what a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import tempfile
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -20,9 +18,9 @@ from typing import Any, NoReturn
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 
-from common import ledger, metrics
+from common import files, ledger, metrics
 from common.database import session_scope
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.queues import TaskName
 from common.settings import get_settings
 from common.telemetry import get_logger
@@ -41,38 +39,16 @@ def prepare_drain() -> None:
 
     Called before the children are spawned. Raises `MaskwatchError` where no file can be made.
     """
-    _remove_left_over()
+    files.remove_left_over(_PREFIX)
     try:
-        path = _locked_file()
+        # For its owner alone: whoever else could open it could lock it, and so keep the worker from stopping.
+        path, handle = files.make_held(_PREFIX)
     except OSError as error:
         raise MaskwatchError(
-            f"no file can be made in {tempfile.gettempdir()}: {error.strerror}; make room there, or set TMPDIR"
+            f"no file can be made in {tempfile.gettempdir()}: {first_line(error)}; make room there, or set TMPDIR"
         ) from error
-    os.environ[_RUNS_FILE] = path
-
-
-def _locked_file() -> str:
-    while True:
-        # For its owner alone: whoever else could open it could lock it, and so keep the worker from stopping.
-        handle, path = tempfile.mkstemp(prefix=_PREFIX)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):  # another worker found it not locked yet, and removed it
-            if os.path.samestat(os.fstat(handle), Path(path).stat()):
-                _held.append(handle)
-                return path
-        os.close(handle)
-
-
-def _remove_left_over() -> None:
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another user's, a folder, a link, or gone meanwhile
-            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                if os.fstat(handle).st_uid == os.geteuid():
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-            finally:
-                os.close(handle)
+    _held.append(handle)
+    os.environ[_RUNS_FILE] = str(path)
 
 
 def draining() -> bool:
@@ -81,12 +57,9 @@ def draining() -> bool:
     if path is None:
         return False
     try:
-        fcntl.flock(_opened(path), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return files.try_lock(_opened(path), shared=True)
     except FileNotFoundError:
         return False  # somebody has tidied up: not what asks us to stop
-    except BlockingIOError:
-        return False
-    return True
 
 
 @lru_cache(maxsize=1)
@@ -127,7 +100,7 @@ def end_process() -> NoReturn:
 
 def _let_go() -> None:
     for handle in _held:
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        files.unlock(handle)
 
 
 @signals.worker_shutdown.connect

@@ -16,7 +16,7 @@ from typing import Any
 
 from av.error import FFmpegError
 
-from common.domain import PermanentJobError, PipelineSpec, Reason, SampleMode
+from common.domain import PermanentJobError, PipelineSpec, Reason, SampleMode, first_line
 from workers.containers import VideoFile
 
 #: Seconds before the wanted time at which a keyframe is looked for, one after the other: an index may go by decoding
@@ -204,7 +204,7 @@ class Sampler:
             return self._video.decode(packet)
         except FFmpegError as error:
             self._video.reraise(error)
-            self._damage = error.strerror
+            self._damage = first_line(error)
             if shown is not None:  # it gives no frame, so its time is nobody's
                 self._fed.remove(shown)
                 heapq.heapify(self._fed)

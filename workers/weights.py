@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from common.domain import MaskwatchError, ModelRef, PermanentJobError, Reason
+from common.domain import MaskwatchError, ModelRef, PermanentJobError, Reason, first_line
 from common.manifest import MODELS, Model, ModelFile
 from common.pins import read_pins
 from common.settings import get_settings
@@ -160,7 +160,7 @@ def read_pieces(path: Path, *, follow_links: bool = True) -> Iterator[bytes]:
     except OSError as error:
         if not follow_links and path.is_symlink():
             raise MaskwatchError(f"{path} is a link, and not a file of its own") from error
-        raise MaskwatchError(f"{path} can't be read: {error.strerror}") from error
+        raise MaskwatchError(f"{path} can't be read: {first_line(error)}") from error
 
 
 def file_path(model: Model, file: ModelFile) -> Path:
@@ -244,4 +244,4 @@ def _read(model: Model, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise MaskwatchError(f"model {model.name}: {path} can't be read: {error.strerror}") from error
+        raise MaskwatchError(f"model {model.name}: {path} can't be read: {first_line(error)}") from error

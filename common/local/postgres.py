@@ -8,7 +8,6 @@ as `nobody` could read these data: on a machine with such neighbours, run Maskwa
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -27,7 +26,7 @@ import psycopg
 from psycopg import sql
 
 from common.domain import MaskwatchError
-from common.local.locks import still_there
+from common.files import hold, new_folder, write_atomically
 from common.local.processes import (
     ProcessRef,
     last_lines,
@@ -209,15 +208,9 @@ def _root_folder() -> Path:
 @contextmanager
 def _locked(base: Path) -> Iterator[None]:
     """Serialises the stacks of root: one copies the binaries while another may remove them."""
-    lock = base / "lock"
-    while True:
-        _public_folder(base)
-        with lock.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if still_there(file, lock):
-                yield
-                return
-        # Whoever held it has removed the folder: begin anew.
+    with hold(base / "lock"):
+        _public_folder(base)  # whoever held it before may have removed it
+        yield
 
 
 def _public_copy(installation: Path, base: Path) -> Path:
@@ -227,8 +220,7 @@ def _public_copy(installation: Path, base: Path) -> Path:
     binaries = target / PACKAGE / INSTALLATION / "bin"
     if target.exists():
         return binaries
-    draft = Path(tempfile.mkdtemp(dir=base))
-    try:
+    with new_folder(target) as draft:
         # The wheel's layout is kept: the programs find their libraries relative to themselves.
         unneeded = shutil.ignore_patterns("include", "*.a", "pgxs", "pkgconfig")
         shutil.copytree(installation, draft / PACKAGE / INSTALLATION, symlinks=True, ignore=unneeded)
@@ -238,10 +230,6 @@ def _public_copy(installation: Path, base: Path) -> Path:
         for path in (draft, *draft.rglob("*")):  # whatever the umask was when pip unpacked the wheel
             if not path.is_symlink():
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
-        draft.rename(target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return binaries
 
 
@@ -330,6 +318,7 @@ class Postgres(Service):
             )  # fmt: skip
         finally:
             password_file.unlink()
+        # Not `files.new_folder`: initdb makes the folder itself, as the account.
         draft.rename(self.data)
 
     def _check_version(self) -> None:
@@ -374,12 +363,7 @@ class Postgres(Service):
 
 def _write(path: Path, text: str, account: Account | None) -> None:
     """Write a file that only the account may read, whole or not at all."""
-    descriptor, draft = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        if account is not None:
-            os.fchown(file.fileno(), account.uid, account.gid)
-    Path(draft).replace(path)
+    write_atomically(path, text, mode=0o600, owner=None if account is None else (account.uid, account.gid))
 
 
 def psql_command(database_url: str) -> tuple[list[str], dict[str, str]]:

@@ -18,14 +18,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from common.domain import MaskwatchError
-from common.local import locks
+from common.domain import MaskwatchError, first_line
+from common.files import PART, LockHeldError, hold, remove_parts, write_atomically
 from common.local.postgres import (
     DATABASE,
     PORT,
@@ -48,7 +48,7 @@ WORKER_STOP_SECONDS = 20.0
 SERVICES = (Postgres.name, Redis.name, S3.name)
 
 #: What may lie in a folder that is still to become a state directory: a start that was interrupted left it.
-_BEGINNINGS = {"lock", "in-use", "logs", "state.json.new"}
+_BEGINNINGS = {"lock", "in-use", "logs"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class LocalStack:
                 remove_abandoned_cluster(self.state_dir)
             return
         self._open_state_dir()
-        with locks.exclusive(self._lock, self.lock_seconds):
+        with self._held(self._lock):
             state = self._load_here()
             self._stop_everything(state)
             if purge:
@@ -170,19 +170,19 @@ class LocalStack:
         """
         self._open_state_dir()
         try:
-            with locks.shared(self._in_use, self.lock_seconds):
+            with self._held(self._in_use, shared=True):
                 try:
                     yield self._start(keep)
                 finally:
-                    self._stop_workers(name=None)
+                    self._stop_workers()
         finally:
             self._stop_if_unused()
 
     def spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
         """Start a detached process beside the services, with `env` on top of our environment; its pid.
 
-        Its output goes to `logs/NAME.log`. It is stopped by `stop_process`, at the end of this process's session, by
-        `down`, or by the next start after this process has died.
+        Its output goes to `logs/NAME.log`. It is stopped at the end of this process's session, by `down`, or by the
+        next start after this process has died.
         """
         if self._load() is None:
             raise MaskwatchError(f"the embedded services in {self.state_dir} are not running")
@@ -201,10 +201,6 @@ class LocalStack:
             environment = {**os.environ, **env, TAG: worker.tag}
             worker.process = start_detached([program, *argv[1:]], environment, log_file(name, self.state_dir))
         return worker.process.pid
-
-    def stop_process(self, name: str) -> None:
-        """Stop the process of that name which this process spawned: SIGTERM, and SIGKILL after a deadline."""
-        self._stop_workers(name)
 
     # Starting and stopping.
 
@@ -243,16 +239,15 @@ class LocalStack:
         with self._changing() as state:
             if state.kept:
                 return
-            with locks.exclusive_if_free(self._in_use) as free:
-                if free:
-                    self._stop_everything(state)
+            with suppress(LockHeldError), hold(self._in_use, seconds=0):
+                self._stop_everything(state)
 
-    def _stop_workers(self, name: str | None) -> None:
-        """Stop the workers of this process; all of them where no name is given."""
+    def _stop_workers(self) -> None:
+        """Stop the workers of this process: SIGTERM, and SIGKILL after a deadline."""
         state, ourselves = self._load(), _ourselves()
         if state is None:
             return
-        ours = [w for w in state.workers if w.owner == ourselves and name in (None, w.name)]
+        ours = [w for w in state.workers if w.owner == ourselves]
         if not ours:
             return
         _stop_in_parallel(ours)  # without the lock: it may take its time
@@ -269,7 +264,7 @@ class LocalStack:
             owner, entries = self.state_dir.stat().st_uid, {path.name for path in self.state_dir.iterdir()}
         except OSError as error:
             raise MaskwatchError(
-                f"the state directory {self.state_dir} can't be used ({error.strerror}); "
+                f"the state directory {self.state_dir} can't be used ({first_line(error)}); "
                 "name another in MASKWATCH_STATE_DIR"
             ) from error
         if owner != os.geteuid():
@@ -279,16 +274,29 @@ class LocalStack:
             )
         if not os.access(self.state_dir, os.W_OK | os.X_OK):
             raise MaskwatchError(f"the state directory {self.state_dir} is not writable")
-        if self._file.name not in entries and not entries <= _BEGINNINGS:
+        others = {name for name in entries - _BEGINNINGS if not name.endswith(PART)}
+        if self._file.name not in entries and others:
             raise MaskwatchError(
                 f"{self.state_dir} holds other files; MASKWATCH_STATE_DIR has to name a folder that is new or empty"
             )
         self.state_dir.chmod(0o700)
 
     @contextmanager
+    def _held(self, lock: Path, *, shared: bool = False) -> Iterator[None]:
+        with ExitStack() as held:
+            try:
+                held.enter_context(hold(lock, shared=shared, seconds=self.lock_seconds))
+            except LockHeldError as holder:
+                raise MaskwatchError(
+                    f"the embedded services are being started or stopped by {holder}; waited {self.lock_seconds:.0f} s"
+                ) from None
+            yield
+
+    @contextmanager
     def _changing(self) -> Iterator[State]:
         """The state, under the lock, saved at the end whatever happens."""
-        with locks.exclusive(self._lock, self.lock_seconds):
+        with self._held(self._lock):
+            remove_parts(self.state_dir)
             log_file("", self.state_dir).parent.mkdir(mode=0o700, exist_ok=True)
             state = self._load_here()
             try:
@@ -324,12 +332,13 @@ class LocalStack:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise MaskwatchError(f"{self._file} can't be read ({error.strerror})") from error
+            raise MaskwatchError(f"{self._file} can't be read ({first_line(error)})") from error
         except ValidationError as error:
             raise MaskwatchError(f"{self._file} is damaged; remove {self.state_dir} to begin anew") from error
 
     def _save(self, state: State) -> None:
-        _write_private(self._file, state.model_dump_json(indent=2))
+        # For our eyes only: it holds a password.
+        write_atomically(self._file, state.model_dump_json(indent=2), mode=0o600)
 
     def _services(self, state: State) -> list[Service]:
         assert state.sockets is not None and state.cluster is not None, "the state was prepared by _start"
@@ -410,12 +419,3 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except PermissionError:  # in somebody else's folder
         return True
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a file for our eyes only, whole or not at all. Call it under the lock."""
-    draft = path.with_name(f"{path.name}.new")
-    draft.unlink(missing_ok=True)
-    draft.touch(mode=0o600)
-    draft.write_text(text)
-    draft.replace(path)

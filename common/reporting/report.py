@@ -18,7 +18,9 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 from sqlalchemy.orm import Session
 
-from common.domain import MaskwatchError
+from common.console import percent
+from common.domain import MaskwatchError, first_line
+from common.files import write_atomically
 from common.reporting import tables
 from common.reporting.plots import compliance_svg, plot_period
 from common.reporting.queries import (
@@ -72,13 +74,12 @@ def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ())
     step = max(1.0, len(pictures) / MAX_PICTURES)
     chosen = [pictures[int(index * step)] for index in range(min(len(pictures), MAX_PICTURES))]
     page = render(session, [_picture(picture) for picture in chosen])
-    draft = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(path)
+        # A picture's name may hold bytes that are no text.
+        write_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
-        raise MaskwatchError(f"can't write the report to {path}: {error.strerror}") from error
+        raise MaskwatchError(f"can't write the report to {path}: {first_line(error)}") from error
 
 
 def render(session: Session, pictures: Sequence[Picture]) -> str:
@@ -90,7 +91,7 @@ def render(session: Session, pictures: Sequence[Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = tables.percent
+    environment.filters["percent"] = percent
     environment.filters["interval"] = tables.interval
     return environment.get_template("report.html.j2").render(
         sections=_sections(session),

@@ -8,17 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from common.console import percent
 from common.reporting.queries import ComplianceRow, Figures, Period
 
 #: Shown where there is no figure.
 NONE = "–"
 
 COLUMNS = ("frames", "faces", "with mask", "without", "uncertain", "rate", "interval")
-
-
-def percent(share: float | None) -> str:
-    """A share in [0, 1] as `71.4 %`."""
-    return NONE if share is None else f"{share * 100:.1f} %"
 
 
 def interval(figures: Figures) -> str:

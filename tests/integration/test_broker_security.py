@@ -17,7 +17,7 @@ from kombu.transport import redis as redis_transport
 from redis.exceptions import NoPermissionError, RedisError
 from sqlalchemy.orm import Session
 
-from common import celery_app
+from common import kombu_patches
 from common.broker import BrokerDownError, BrokerRefusedError, redis_client
 from common.queues import EPOCH_KEY, Queue, TaskName, queue_length, send
 from tests.ledger_rows import scalar, states
@@ -213,12 +213,12 @@ def test_our_lock_needs_no_script_and_kombus_does(server: Server) -> None:
         client.connection_pool.connection_kwargs["decode_responses"] = False
         name = "maskwatch.media.unacked_mutex"
         with (
-            celery_app._mutex(client, name, 300),
+            kombu_patches.mutex(client, name, 300),
             pytest.raises(redis_transport.MutexHeld),
-            celery_app._mutex(client, name, 300),
+            kombu_patches.mutex(client, name, 300),
         ):
             pytest.fail("two at once")
-        with celery_app._mutex(client, name, 300):
+        with kombu_patches.mutex(client, name, 300):
             # It has run out, and somebody else has taken it.
             client.set(name, b"another")
         assert client.get(name) == b"another"

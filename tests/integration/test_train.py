@@ -198,7 +198,7 @@ def test_keras_finds_its_weights_in_the_onnx_file(network, settings, tmp_path, h
 def test_the_temperature_is_in_the_file(network, settings, tmp_path):
     import onnxruntime
 
-    from workers.training.calibration import apply_temperature
+    from tests.temperature import apply_temperature
     from workers.training.export import export_onnx
 
     crops = coarse_crops(5, 9)

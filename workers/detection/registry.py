@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from common.domain import PipelineSpec
 from common.manifest import ModelKind, known_model
-from workers import weights
 from workers.detection import FaceDetector
 from workers.detection.centerface import load_centerface
 from workers.detection.fdet_package import load_fdet_mtcnn, load_fdet_retinaface
@@ -32,16 +31,6 @@ _LOADERS: dict[str, Callable[[PipelineSpec, Runtime], FaceDetector]] = {
 def detector_names() -> tuple[str, ...]:
     """All detectors, ours first, whether their weights are here or not."""
     return tuple(_LOADERS)
-
-
-def what_is_missing(name: str) -> str | None:
-    """What a detector lacks on this machine, and how to get it; None if it can be loaded.
-
-    Raises `MaskwatchError` for an unknown name.
-    """
-    known_model(name, ModelKind.DETECTOR)
-    status = weights.examine(weights.local_models()[name])
-    return None if status.state in weights.USABLE else status.detail
 
 
 def load_detector(spec: PipelineSpec, runtime: Runtime) -> FaceDetector:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
 from common.domain import MaskwatchError, ModelRef
+from common.files import write_atomically
 from workers.weights import cache_folder
 
 FOLDER = "derived"
@@ -50,8 +49,9 @@ def derived_onnx(model: ModelRef, version: str, make: Callable[[], bytes]) -> by
     content = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
-        _write(_sidecar(path), hashlib.sha256(content).hexdigest().encode())
+        # For everybody to read: workers may run as another user than whoever pulled.
+        write_atomically(path, content, mode=0o644)
+        write_atomically(_sidecar(path), hashlib.sha256(content).hexdigest(), mode=0o644)
     except OSError as error:
         # A cache that can't be written to, read-only in a container say, costs time at each start and nothing else.
         log.warning("derived model not kept", path=str(path), error=str(error))
@@ -68,17 +68,3 @@ def _intact(path: Path) -> bytes | None:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + SIDECAR)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none, also when several processes write it at once."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            # As any new file is, and not for its owner alone: workers may run as another user than who pulled.
-            os.fchmod(stream.fileno(), 0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def _fault(error: Exception) -> OutOfModelMemoryError | BrokenDeviceError | None
     if isinstance(error, MaskwatchError | BrokenDeviceError):
         return None
     text = str(error)
-    words = f"{type(error).__name__}: {text.strip().partition(chr(10))[0][:500]}"
+    words = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, MemoryError) or type(error).__name__ in _MEMORY_TYPES or _MEMORY_WORDS.search(text):
         return OutOfModelMemoryError(words)
     return BrokenDeviceError(words) if _BROKEN_WORDS.search(text) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 
 #: How many names of each kind an error lists before it only counts.
 NAMES_LISTED = 3
@@ -90,4 +90,5 @@ def _listed(names: list[str]) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    return str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+    # Torch goes on with advice to a programmer, in the same line.
+    return first_line(error).partition(". ")[0]

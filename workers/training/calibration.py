@@ -131,17 +131,6 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     return 2 / (low + high)
 
 
-def apply_temperature(probabilities: Probabilities, temperature: float) -> NDArray[np.float64]:
-    """The probabilities (n, classes) the network would have given with its logits divided by `temperature`.
-
-    Which class is the likelier, and which face is the surer one, never changes. Raises `ValueError` for a temperature
-    that isn't above 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; valid: above 0")
-    return _softmax(_logits(probabilities) / temperature)
-
-
 def _logits(probabilities: Probabilities) -> NDArray[np.float64]:
     return np.asarray(np.log(np.maximum(probabilities.astype(np.float64), _SMALLEST)))
 

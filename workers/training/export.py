@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
+from common.files import write_atomically
 from workers.classification import networks
 from workers.training.annotations import CLASS_NAMES
 from workers.training.recipes import FitSettings
@@ -75,9 +76,7 @@ def export_onnx(
         raise MaskwatchError(
             f"the ONNX file differs from the network by {difference:.1e} in a probability; allowed: {allowed:.0e}"
         )
-    part = path.with_suffix(".onnx.part")
-    part.write_bytes(content)
-    part.replace(path)
+    write_atomically(path, content)
     return difference
 
 

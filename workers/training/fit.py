@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
+from common.files import write_atomically
 from workers.classification import _ops, networks
 from workers.training import augment
 from workers.training.batches import batches_for, epoch_batches
@@ -197,8 +198,9 @@ def _model_to_go_on_with(
         try:
             return keras.models.load_model(checkpoint)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MaskwatchError(f"{checkpoint} can't be read ({reason}); remove {out} to begin again") from error
+            raise MaskwatchError(
+                f"{checkpoint} can't be read ({first_line(error)}); remove {out} to begin again"
+            ) from error
     # Free of size: crops grow from stage to stage.
     model = networks.build(settings.arch, side=None)
     prepare(model)
@@ -221,9 +223,7 @@ def _save(out: Path, model: Any, progress: Progress) -> None:
     model.save(_checkpoint(out, progress.epochs_done))
     if progress.best_epoch == progress.epochs_done:
         model.save_weights(_best_weights(out, progress))
-    written = out / "progress.json.part"
-    written.write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
-    written.replace(out / "progress.json")
+    write_atomically(out / "progress.json", json.dumps(asdict(progress), indent=1))
     keep = {_checkpoint(out, progress.epochs_done), _best_weights(out, progress)}
     for old in [*out.glob("checkpoint-*.keras"), *out.glob("best-*.weights.h5")]:
         if old not in keep:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from workers.inference.torch_weights import read_state
 
 #: The file of Keras's own for Xception without its top, and the folder below Keras's home where it keeps it.
@@ -36,9 +36,7 @@ def load_xception(model: Any, path: Path, *, freeze: bool) -> None:
     try:
         base.load_weights(path)
     except (ValueError, OSError, KeyError) as error:
-        raise MaskwatchError(
-            f"{path} doesn't hold Keras's Xception without its top: {str(error).splitlines()[0]}"
-        ) from error
+        raise MaskwatchError(f"{path} doesn't hold Keras's Xception without its top: {first_line(error)}") from error
     base.trainable = not freeze
 
 

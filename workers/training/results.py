@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.files import write_atomically
 from common.machine import threads_per_process
 from common.settings import PipelineSettings
 from workers.classification import networks
@@ -91,9 +92,7 @@ def leave(
     _draw(out, progress, split, settings, results, values)
     (out / "held_out.txt").write_text("".join(f"{sample.name}\n" for sample in split.held_out), encoding="utf-8")
     (out / f"{settings.arch}.md").write_text(model_card(settings.arch, values), encoding="utf-8")
-    part = out / "metrics.json.part"
-    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    part.replace(out / "metrics.json")
+    write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
     return values
 
 

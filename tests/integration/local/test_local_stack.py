@@ -21,7 +21,8 @@ import redis
 from kombu import Connection
 
 from common.domain import MaskwatchError
-from common.local import locks, postgres, services
+from common.files import hold
+from common.local import postgres, services
 from common.local import stack as stack_module
 from common.local.processes import ProcessRef, wait_until
 from common.local.stack import Endpoints, LocalStack
@@ -318,7 +319,8 @@ def test_a_spawned_process_is_recorded_logged_and_stopped(stack: LocalStack) -> 
     assert pids(stack)["worker"] == pid
     with pytest.raises(MaskwatchError, match="already has a process named worker"):
         stack.spawn("worker", SLEEP, {})
-    stack.stop_process("worker")
+    with stack.session():
+        pass  # and its end
     assert not lives(pid)
     assert "worker" not in pids(stack)
     with pytest.raises(MaskwatchError, match="no-such-program"):
@@ -396,7 +398,7 @@ def test_a_moved_state_directory_takes_its_data_along(make_stack: Callable[[str]
 
 def test_waiting_for_another_start_ends_with_its_name(stack: LocalStack) -> None:
     stack.up()
-    with locks.exclusive(stack.state_dir / "lock", 30.0):
+    with hold(stack.state_dir / "lock"):
         with pytest.raises(MaskwatchError, match=rf"being started or stopped by .*\(pid {os.getpid()}\)"):
             LocalStack(stack.state_dir, lock_seconds=0.2).up()
         assert running(stack), "looking needs no lock"

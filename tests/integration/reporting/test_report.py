@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 from sqlalchemy.orm import Session
 
 from common.domain import JobState, MaskwatchError
+from common.reporting import report
 from common.reporting.report import MAX_PICTURES, write_report
 from tests.integration.reporting.archive import Archive
 
@@ -131,3 +135,35 @@ def test_unreadable_picture_and_unwritable_path_are_named(archive: Archive, tmp_
     assert not (tmp_path / "report.html").exists()
     with pytest.raises(MaskwatchError, match="can't write the report"):
         write_report(archive.session, tmp_path / "notes.jpg" / "report.html")
+
+
+def test_a_report_that_fails_leaves_the_earlier_one_and_no_other_file(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(archive)
+    path = tmp_path / "report.html"
+    write_report(archive.session, path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(MaskwatchError, match="No space left on device"):
+        disk.setattr(Path, "replace", full)  # the last step
+        write_report(archive.session, path)
+    with monkeypatch.context() as page, pytest.raises(UndefinedError):
+        page.setattr(report, "_sections", lambda session: [None])
+        write_report(archive.session, path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(MaskwatchError, match="can't write the report"):
+        write_report(archive.session, tmp_path / "folder")
+    assert path.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"report.html", "folder"}
+
+
+def test_a_picture_whose_name_is_no_text_is_shown(archive: Archive, tmp_path: Path) -> None:
+    fill(archive)
+    odd = pictures(tmp_path, 1)[0].rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    write_report(archive.session, tmp_path / "report.html", pictures=[odd])
+    text, page = read(tmp_path / "report.html")
+    assert page.tags.count("img") == 1 and "caf?.png" in text

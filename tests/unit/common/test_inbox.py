@@ -9,9 +9,7 @@ import uuid
 from typing import Any
 
 import pytest
-from kombu.transport import redis as redis_transport
 
-from common import inbox
 from common.celery_app import app
 from common.inbox import MAX_BYTES, admit
 from common.queues import ROUTES, Queue, TaskName
@@ -120,12 +118,3 @@ def test_anything_else_is_refused_in_a_few_words(name: str) -> None:
     with pytest.raises(ValueError) as refused:
         admit(HOSTILE[name], MEDIA)
     assert len(str(refused.value)) < 120 and "\n" not in str(refused.value)
-
-
-def test_the_door_is_where_kombu_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_transport.Transport, "Channel", redis_transport.Channel)
-    inbox.guard()
-    assert redis_transport.Transport.Channel is inbox.Channel
-    monkeypatch.delattr(redis_transport.Channel, "_flush_brpop_reauth")
-    with pytest.raises(inbox.MaskwatchError, match="_flush_brpop_reauth"):
-        inbox.guard()

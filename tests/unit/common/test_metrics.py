@@ -132,10 +132,10 @@ def test_the_folder_goes_with_its_process_and_a_killed_one_s_with_the_next(tmp_p
         left = folders()
         """
         + """
-        killed_holds = metrics._remove_left_over() or folders() == left
+        killed_holds = metrics.remove_left_over(metrics._PREFIX, folder=True) or folders() == left
         killed.kill(); killed.wait()
         print(killed_holds, folders() == left)
-        metrics._remove_left_over()
+        metrics.remove_left_over(metrics._PREFIX, folder=True)
         print(folders())
         """,
         tmp_path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -103,26 +102,6 @@ def test_the_next_worker_removes_what_killed_ones_have_left_and_nothing_else(tmp
 def test_its_file_is_for_its_owner_alone() -> None:
     with main_process() as (_, file):
         assert file.stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds an open file by /proc")
-def test_a_file_that_is_removed_before_it_is_locked_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another worker starts at the same moment, and takes it for one that was left."""
-    lock, removed = fcntl.flock, list[Path]()
-
-    def late(handle: int, kind: int) -> None:
-        if not removed:
-            removed.append(Path(f"/proc/self/fd/{handle}").readlink())
-            removed[0].unlink()
-        lock(handle, kind)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    monkeypatch.setattr(lifecycle, "_held", [])
-    path = Path(lifecycle._locked_file())
-    try:
-        assert path.exists() and not removed[0].exists() and path != removed[0]
-    finally:
-        os.close(lifecycle._held[0])
 
 
 def test_without_room_for_the_file_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

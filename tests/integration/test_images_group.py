@@ -352,7 +352,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
 
 def claimed(sizes: Sequence[int]) -> list[ClaimedJob]:
     """Jobs 1, 2, ... of objects of these sizes. Nothing of them is in the ledger."""
-    spec = get_settings().pipeline.spec()
+    spec = get_settings().pipeline_spec()
     return [
         ClaimedJob(
             ref=JobRef(number, uuid.uuid4()),

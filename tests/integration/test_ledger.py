@@ -451,7 +451,7 @@ def test_what_no_pattern_could_place_waits_for_one_that_can(session: Session) ->
     register(session, lost)
     assert ledger.retry(session, by="op") == []  # it would count under its upload time
     location = catalog.add_location(session, "tokyo", "Asia/Tokyo")
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
     ledger.register(
         session, [planned("a.jpg")], location=location, camera=None, pipeline=pipeline, lane=Lane.BACKFILL
     )  # another location's clock must not place it

@@ -69,7 +69,7 @@ def plan(session: Session, bucket: Bucket, key: str, content: bytes) -> None:
     """Put a video into the bucket and register what lies there, in a zone whose hours begin at half past in UTC."""
     bucket.put(key, content)
     location = catalog.add_location(session, "lobby", "UTC")
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
     location.promoted_pipeline_id = pipeline.id
     found = PlannedObject(
         open_bucket(bucket.uri).stat(key), MediaKind.VIDEO, ObservedAt(BEGAN, ObservedAtSource.KEY_PATTERN)

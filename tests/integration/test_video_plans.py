@@ -21,6 +21,7 @@ from common.storage import ObjectInfo
 from common.waiting import in_words
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.mutants import UNFENCED_SUCCESS, planted
+from tests.pipelines import default_spec
 from tests.services import forget_settings
 from workers.recording import record_chunk, record_probe
 
@@ -31,8 +32,7 @@ INFO = VideoInfo("mp4", "h264", 640, 480, 25.0, 0, 150.0, NOON)
 def plan_video(session: Session, etag: str = "e1", *, sample_fps: float = 1.0, key: str = "gate.mp4") -> None:
     """Register a video, as a backfill with this sampling does."""
     location = catalog.add_location(session, "lobby", "UTC")
-    settings = get_settings().pipeline.model_copy(update={"sample_fps": sample_fps})
-    pipeline = catalog.ensure_pipeline(session, settings.spec())
+    pipeline = catalog.ensure_pipeline(session, default_spec(sample_fps=sample_fps))
     location.promoted_pipeline_id = pipeline.id
     info = ObjectInfo("s3://footage", key, etag, 1000, NOON + timedelta(seconds=len(etag)))
     video = PlannedObject(info, MediaKind.VIDEO, None)
@@ -174,7 +174,7 @@ def test_a_version_that_comes_back_is_probed_again_and_may_get_other_chunks(sess
         ],
         location=catalog.get_location(session, "lobby"),
         camera=None,
-        pipeline=catalog.ensure_pipeline(session, get_settings().pipeline.spec()),
+        pipeline=catalog.ensure_pipeline(session, get_settings().pipeline_spec()),
         lane=Lane.BACKFILL,
     )
     session.commit()

@@ -404,7 +404,7 @@ def test_a_picture_that_fits_no_memory_is_tried_again_and_then_kept_with_what_to
 
     quick.setenv("MASKWATCH_LEDGER__MAX_ATTEMPTS", str(tries))
     forget_settings()
-    small = Analyzer(get_settings().pipeline.spec(), Small(), None)  # type: ignore[arg-type]
+    small = Analyzer(get_settings().pipeline_spec(), Small(), None)  # type: ignore[arg-type]
     quick.setattr(attempts, "analyzer", lambda spec, runtime: small)
     enqueue(session, bucket, 1, 2, 3)
     refs = [job.ref for job in ledger.take_pending(session, limit=9, alone=False, epoch="epoch")]

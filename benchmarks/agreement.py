@@ -119,7 +119,7 @@ def as_faces(notebook: Iterable[NotebookFace], image_rgb: Pixels) -> list[Face]:
 def twin_spec(backbone: Backbone = "mobilenet") -> PipelineSpec:
     """The pipeline with the notebook's models and settings: our own RetinaFace on pictures as they are, crops as the
     boxes are, nothing uncertain. Raises `MaskwatchError` where no hash of the detector is known."""
-    from common.settings import PipelineSettings
+    from common.settings import PipelineSettings, get_settings
 
     return PipelineSettings(
         detector=TWINS[backbone],
@@ -129,7 +129,7 @@ def twin_spec(backbone: Backbone = "mobilenet") -> PipelineSpec:
         shrink_above_px=LONGEST_PX,
         widen_below_px=0,
         uncertain_below=0.5,
-    ).spec()
+    ).spec(get_settings().models_dir)
 
 
 def agreement_on(
@@ -276,16 +276,17 @@ def main(
     limit: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the notebook's loop with Maskwatch, face by face and on labelled scenes."""
-    from common.settings import PipelineSettings
+    from common.settings import PipelineSettings, get_settings
 
     if not videos and scenes is None:
         raise click.UsageError("name videos, or --scenes, or both")
     try:
         with models_from(weights):
             loop, twin = NotebookLoop(backbone), twin_spec(backbone)
+            shipped = PipelineSettings().spec(get_settings().models_dir)
             result = {
                 "videos": on_videos(videos, loop, twin, every, limit),
-                "scenes": None if scenes is None else on_scenes(scenes, loop, twin, PipelineSettings().spec()),
+                "scenes": None if scenes is None else on_scenes(scenes, loop, twin, shipped),
                 "skipped": loop.skipped,
             }
     except MaskwatchError as error:

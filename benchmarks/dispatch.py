@@ -67,7 +67,7 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
     with deployment() as settings:
         with session_scope() as session:
             location = catalog.add_location(session, "archive", "UTC")
-            pipeline = catalog.ensure_pipeline(session, settings.pipeline.spec())
+            pipeline = catalog.ensure_pipeline(session, settings.pipeline_spec())
             source = sources.ensure(session, "s3://archive")
             for _ in range(2):
                 session.add(

@@ -138,13 +138,13 @@ def load(folder: Path, name: str, frames: Any, device: Any) -> Any:
     """The detector on the device: in half precision, on a CPU in single."""
     import torch
 
-    from common.settings import PipelineSettings
+    from common.settings import PipelineSettings, get_settings
     from workers.detection.retinaface import BACKBONES
     from workers.detection.retinaface_network import load_weights
     from workers.device.detectors import DeviceRetinaFace, folded, load_device_detector, ready
 
     precision = torch.float32 if device.type == "cpu" else torch.float16
-    spec = replace(PipelineSettings().spec(), enlarge_below_px=0, shrink_above_px=LONGER_PX)
+    spec = replace(PipelineSettings().spec(get_settings().models_dir), enlarge_below_px=0, shrink_above_px=LONGER_PX)
     if name == "centerface":
         return load_device_detector(spec, device, precision)
     path = weights_of(folder, BACKBONES[name])

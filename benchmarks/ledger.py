@@ -108,7 +108,7 @@ def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
     now = datetime(2026, 3, 2, 12, tzinfo=UTC)
     with session_scope() as session:
         location = catalog.add_location(session, "ledger", "UTC")
-        pipeline = catalog.ensure_pipeline(session, settings.pipeline.spec())
+        pipeline = catalog.ensure_pipeline(session, settings.pipeline_spec())
         session.flush()
         infos = [ObjectInfo("s3://x", f"{number:09}.jpg", "e", 1, now) for number in range(first, first + jobs)]
         seen = ObservedAt(now, ObservedAtSource.KEY_PATTERN)

@@ -147,7 +147,7 @@ def detector(backbone: str, path: Path, picture: Any, threads: int, rounds: int)
     """RetinaFace under both engines and in fdet, one picture per call as it is, for fdet knows no scaling."""
     from common.domain import ModelRef
     from common.manifest import MODELS
-    from common.settings import PipelineSettings
+    from common.settings import PipelineSettings, get_settings
     from workers.detection.fdet_package import load_fdet_retinaface
     from workers.detection.retinaface import RetinaFace
     from workers.inference import Runtime
@@ -155,7 +155,7 @@ def detector(backbone: str, path: Path, picture: Any, threads: int, rounds: int)
     runtime = Runtime(threads=threads)
     sessions = {engine: session(engine, backbone, path, runtime) for engine in ("onnx", "native")}
     score = threshold(sessions["onnx"], picture)
-    spec = replace(PipelineSettings().spec(), enlarge_below_px=0, detector_threshold=score)
+    spec = replace(PipelineSettings().spec(get_settings().models_dir), enlarge_below_px=0, detector_threshold=score)
     model = MODELS[FDET_NAMES[backbone]]
     pinned = ModelRef(model.name, str(model.sha256_with([hashlib.sha256(path.read_bytes()).hexdigest()])))
     ours = {engine: RetinaFace(spec, loaded) for engine, loaded in sessions.items()}

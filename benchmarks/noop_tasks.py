@@ -17,4 +17,4 @@ def analyze(message: Any) -> None:
     """Claim, record and finish the jobs that a message names, together, as shipped."""
     jobs = attempts.claim(decode_refs(message), "noop/1", get_settings())
     with session_scope() as session:
-        record_images(session, [Picture(job, [], job.observed_at) for job in jobs if job.observed_at], fence=True)
+        record_images(session, [Picture(job, [], job.observed_at) for job in jobs if job.observed_at])

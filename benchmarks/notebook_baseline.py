@@ -137,7 +137,8 @@ def load_fdet(backbone: Backbone, threads: int | None = None) -> Any:
     from workers.weights import cache_folder
 
     _, detector = pinned_model(DETECTORS[backbone], ModelKind.DETECTOR, cache_folder())
-    spec = PipelineSettings(detector=f"{detector.name}@{detector.sha256}", detector_threshold=THRESHOLD).spec()
+    pinned = f"{detector.name}@{detector.sha256}"
+    spec = PipelineSettings(detector=pinned, detector_threshold=THRESHOLD).spec(cache_folder())
     # What is behind our protocol: this clips boxes and switches gradients off, which the notebook doesn't.
     return load_fdet_retinaface(spec, Runtime(Engine.NATIVE, threads=threads or usable_cores()))._detector
 

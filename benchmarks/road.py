@@ -143,7 +143,7 @@ def through_a_loop(prefix: str, s3: int | None) -> dict[str, float]:
     from workers.pipeline import load_analyzer
 
     settings = get_settings()
-    analyzer = load_analyzer(settings.pipeline.spec(), Runtime(threads=1))
+    analyzer = load_analyzer(settings.pipeline_spec(), Runtime(threads=1))
     store, below = open_source(f"s3://{BUCKET}/{prefix}", settings)
     with cpu_of({"s3": [s3] if s3 else []}) as spent:
         before, started = time.process_time(), time.perf_counter()

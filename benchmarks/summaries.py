@@ -80,7 +80,7 @@ def measure(sizes: list[int], rounds: int) -> list[dict[str, float]]:
     with deployment() as settings:
         with session_scope() as session:
             catalog.add_location(session, "archive", "UTC")
-            catalog.ensure_pipeline(session, settings.pipeline.spec())
+            catalog.ensure_pipeline(session, settings.pipeline_spec())
             session.execute(text(ONE_JOB))
         stored = 0
         for size in sizes:

@@ -193,7 +193,7 @@ def pipeline(folder: Path, rounds: int, limit: int) -> dict[str, Any]:
     from workers.sampling import Grid, Sampler
 
     path = sample_video(folder)
-    analyzer = load_analyzer(get_settings().pipeline.spec(), Runtime(threads=1))
+    analyzer = load_analyzer(get_settings().pipeline_spec(), Runtime(threads=1))
     worker = get_settings().worker
 
     def alone() -> int:
@@ -253,7 +253,7 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
     path = sample_video(folder)
     with models_from(weights):
         runtime = Runtime(threads=usable_cores())
-        twin, shipped = twin_spec(), get_settings().pipeline.spec()
+        twin, shipped = twin_spec(), get_settings().pipeline_spec()
         analyzers = {"twin": load_analyzer(twin, runtime), "shipped": load_analyzer(shipped, runtime)}
         loops = {"mirrored": NotebookLoop(), "plain": NotebookLoop(mirrored=False)}
         for loop in loops.values():

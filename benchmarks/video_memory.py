@@ -20,7 +20,7 @@ def main(path: Path) -> None:
     """Analyse the whole of a video in one chunk, at one frame a second."""
     settings = get_settings()
     bucket, key = split_uri(f"file://{path.absolute()}")
-    spec = settings.pipeline.spec()
+    spec = settings.pipeline_spec()
     analyzer = load_analyzer(spec, runtime_of(settings, processes=1))
     started = time.perf_counter()
     with opened(open_bucket(bucket).stat(key), settings) as video:

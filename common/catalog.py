@@ -99,7 +99,7 @@ def configure_camera(session: Session, camera: Camera, settings: Settings, optio
     if "expects" in text_of and camera.expected_since is None:
         camera.expected_since = now
     if scheduled and camera.pipeline_id is None:
-        pipeline = ensure_pipeline(session, settings.pipeline.spec())
+        pipeline = ensure_pipeline(session, settings.pipeline_spec())
         camera.pipeline_id = pipeline.id
         location = session.get_one(Location, camera.location_id)
         if location.promoted_pipeline_id is None:

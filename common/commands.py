@@ -471,7 +471,7 @@ def promote_pipeline(location: str, pipeline_id: int | None) -> None:
         chosen = (
             session.get(Pipeline, pipeline_id)
             if pipeline_id is not None
-            else catalog.ensure_pipeline(session, settings.pipeline.spec())
+            else catalog.ensure_pipeline(session, settings.pipeline_spec())
         )
         if chosen is None:
             raise MaskwatchError(f"there is no pipeline {pipeline_id}; list them: maskwatch pipelines list")

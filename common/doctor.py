@@ -110,7 +110,7 @@ def _examine_models(settings: Settings) -> list[Check]:
     found: list[Check] = []
     configured: dict[str, ModelRef] = {}
     try:
-        spec = settings.pipeline.spec()
+        spec = settings.pipeline_spec()
         configured = {ref.name: ref for ref in (spec.detector, spec.classifier)}
         found.append(("pipeline", True, ", ".join(f"{ref.name} {ref.sha256[:12]}" for ref in configured.values())))
     except MaskwatchError as error:

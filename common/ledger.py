@@ -960,7 +960,7 @@ _CLAIMED = {
 _CLAIM = (
     "WITH wanted AS ("
     " SELECT jobs.id FROM jobs JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[]))"
-    " AS sent (id, token) ON jobs.id = sent.id {condition}"
+    " AS sent (id, token) ON jobs.id = sent.id AND jobs.token = sent.token AND jobs.state = :queued"
     " ORDER BY jobs.id FOR UPDATE OF jobs"
     "), held AS ("
     " UPDATE jobs SET state = 'running', token = gen_random_uuid(), attempt = attempt + 1, worker = :worker,"
@@ -973,20 +973,15 @@ _CLAIM = (
 )
 
 
-def claim(
-    session: Session, refs: Sequence[JobRef], *, worker: str, lease_seconds: float, fence: bool = True
-) -> list[ClaimedJob]:
+def claim(session: Session, refs: Sequence[JobRef], *, worker: str, lease_seconds: float) -> list[ClaimedJob]:
     """queued → running for those of `refs` that still stand as they were sent; the others are dropped.
-
-    `fence=False` exists for the tests that show what the fence is for: any message then runs its job.
 
     The commit does not wait for the disk. Should Postgres crash within the moment that its log takes to get there, and
     nobody else's commit has brought it there, the job stands as it was sent, and this claim is one whose work is
     refused: the message is then lost like any other, and found.
     """
-    condition = "AND jobs.token = sent.token AND jobs.state = :queued" if fence else ""
     rows = session.execute(
-        sql(_CLAIM.format(condition=condition), *_CLAIMED),
+        sql(_CLAIM, *_CLAIMED),
         {**_arrays(refs), **_QUEUED, "worker": worker, "lease": lease_seconds},
     ).all()
     return [
@@ -1050,33 +1045,32 @@ def succeed(
     *,
     reason: Reason | None = None,
     detail: str | None = None,
-    fence: bool = True,
 ) -> None:
     """running → succeeded. The caller writes the job's rows in this same transaction.
 
     `reason` and `detail` say what is missing where only a part could be analysed.
 
-    Raises `StaleJobError` when the job is no longer the caller's. `fence=False` as in `claim`.
+    Raises `StaleJobError` when the job is no longer the caller's.
     """
     if seen != job.observed_at:
         _set_observed_at(session, job.media_object_id, seen)
     assignments = "state = 'succeeded', alone = false"
-    _end(session, job.ref, assignments, AttemptOutcome.SUCCEEDED, reason, detail, fence=fence)
+    _end(session, job.ref, assignments, AttemptOutcome.SUCCEEDED, reason, detail)
     sources.answered(session, job.source_id)
 
 
-def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]], *, fence: bool = True) -> None:
+def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]) -> None:
     """running → succeeded for jobs of as many media objects; all of them, or none: raises `StaleJobError` when one is
     no longer the caller's. The rest as of `succeed`."""
     for job, seen in sorted(ended, key=lambda pair: pair[0].media_object_id):
         if seen != job.observed_at:
             _set_observed_at(session, job.media_object_id, seen)
-    guard = "AND jobs.token = mine.token AND jobs.state = :running" if fence else ""
     count = _count(
         session,
         "WITH held AS (SELECT jobs.id, attempt, worker, started_at FROM jobs"
         " JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[])) AS mine (id, token)"
-        f" ON jobs.id = mine.id {guard} ORDER BY jobs.id FOR UPDATE OF jobs"
+        " ON jobs.id = mine.id AND jobs.token = mine.token AND jobs.state = :running"
+        " ORDER BY jobs.id FOR UPDATE OF jobs"
         "), ended AS (UPDATE jobs SET state = 'succeeded', alone = false, reason = NULL, detail = NULL,"
         " finished_at = clock_timestamp(), token = gen_random_uuid(), lease_until = NULL, worker = NULL FROM held"
         " WHERE jobs.id = held.id RETURNING jobs.id, jobs.source_id"
@@ -1299,17 +1293,15 @@ def _end(
     outcome: AttemptOutcome,
     reason: Reason | None = None,
     detail: str | None = None,
-    *,
-    fence: bool = True,
     **parameters: Any,
 ) -> None:
     """End a running attempt and tell `job_attempts` how. The row before the update still names the attempt."""
-    guard = "AND token = :token AND state = :running" if fence else ""
     finish = "" if outcome in _UNFINISHED else ", finished_at = clock_timestamp()"
     ended = _count(
         session,
         "WITH held AS ("
-        f" SELECT id, attempt, worker, started_at FROM jobs WHERE id = :id {guard} FOR UPDATE"
+        " SELECT id, attempt, worker, started_at FROM jobs"
+        " WHERE id = :id AND token = :token AND state = :running FOR UPDATE"
         "), ended AS ("
         f" UPDATE jobs SET {assignments}, reason = :reason, detail = :detail{finish}, token = gen_random_uuid(),"
         " lease_until = NULL, worker = NULL FROM held WHERE jobs.id = held.id RETURNING jobs.id"

@@ -22,7 +22,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "maskwatch_producer": {
         "locations": ("SELECT", "INSERT", "UPDATE (promoted_pipeline_id)"),
         "cameras": ("SELECT", "INSERT", "UPDATE"),
-        "camera_slots": ("SELECT", "INSERT", "UPDATE"),
+        "camera_slots": ("SELECT", "INSERT", "UPDATE", "DELETE"),
         "pipelines": ("SELECT", "INSERT"),
         "sources": ("SELECT", "INSERT", "UPDATE"),
         "backfills": ("SELECT", "INSERT", "UPDATE"),

@@ -16,7 +16,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from croniter import CroniterError, croniter
-from sqlalchemy import text
+from sqlalchemy import CursorResult, text
 from sqlalchemy.orm import Session
 
 from common.domain import MaskwatchError
@@ -24,6 +24,17 @@ from common.planning import zone
 
 #: Slots noted down per camera and tick at most: after a long outage it takes a few ticks.
 SLOTS_AT_ONCE = 5000
+
+#: Slots that have ended stay this long: for people who ask when a camera was looked at, and so that nothing that is
+#: under way, not even a producer that was paused for hours, can note a slot down again after it was deleted.
+KEPT_DAYS = 7
+
+#: Slots deleted per camera and call at most. A camera has one per second at most, so this keeps up with a call every
+#: 100 s.
+PRUNED_PER_CAMERA = 100
+
+#: Slots deleted per call at most: some tens of milliseconds.
+PRUNED_AT_ONCE = 5000
 
 #: Seconds until a look that failed is tried again.
 TRY_AGAIN = 60.0
@@ -114,6 +125,56 @@ def note_slots(session: Session) -> int:
                 ).all()
             )
     return noted
+
+
+#: A camera's slots end in their order, so its oldest are those to delete; a camera whose oldest slot stays is passed
+#: over. The latest slot that has ended stays: `note_slots` counts from there, and `list_cameras` shows when it ended.
+_PRUNE = """
+WITH past AS (
+    SELECT oldest.camera_id, oldest.slot
+    FROM cameras
+    CROSS JOIN LATERAL (
+        SELECT camera_id, slot, finished_at
+        FROM camera_slots
+        WHERE camera_id = cameras.id
+        ORDER BY slot
+        LIMIT :per_camera
+    ) AS oldest
+    WHERE (
+        SELECT finished_at
+        FROM camera_slots AS first
+        WHERE first.camera_id = cameras.id
+        ORDER BY slot
+        LIMIT 1
+    ) < clock_timestamp() - make_interval(days => :days)
+    AND oldest.finished_at < clock_timestamp() - make_interval(days => :days)
+    AND EXISTS (
+        SELECT
+        FROM camera_slots AS later
+        WHERE later.camera_id = oldest.camera_id
+        AND later.slot > oldest.slot
+        AND later.finished_at IS NOT NULL
+    )
+    LIMIT :at_once
+), held AS (
+    SELECT camera_id, slot
+    FROM camera_slots
+    JOIN past USING (camera_id, slot)
+    FOR UPDATE OF camera_slots SKIP LOCKED
+)
+DELETE FROM camera_slots
+USING held
+WHERE camera_slots.camera_id = held.camera_id
+AND camera_slots.slot = held.slot
+"""
+
+
+def prune_slots(session: Session) -> int:
+    """Delete slots that ended more than `KEPT_DAYS` days ago, `PRUNED_AT_ONCE` at most; returns how many."""
+    limits = {"days": KEPT_DAYS, "per_camera": PRUNED_PER_CAMERA, "at_once": PRUNED_AT_ONCE}
+    deleted = session.execute(text(_PRUNE), limits)
+    assert isinstance(deleted, CursorResult)
+    return deleted.rowcount
 
 
 def to_look_at(session: Session) -> list[int]:

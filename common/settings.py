@@ -104,10 +104,9 @@ class PipelineSettings(BaseModel):
     sample_fps: float = Field(1.0, gt=0, le=240, description="frames looked at per second of video")
     sample: SampleMode = Field(SampleMode.FRAMES, description="frames, or keyframes: cheaper, as many as the video has")
 
-    def spec(self) -> PipelineSpec:
-        """The pipeline these settings describe, with the weights that the manifest or this machine pins."""
+    def spec(self, models_dir: Path) -> PipelineSpec:
+        """The pipeline these settings describe, with the weights that the manifest or the files in `models_dir` pin."""
         values = self.model_dump(exclude={"detector", "classifier", "detector_threshold"})
-        models_dir = get_settings().models_dir
         model, detector = pinned_model(self.detector, ModelKind.DETECTOR, models_dir)
         _, classifier = pinned_model(self.classifier, ModelKind.CLASSIFIER, models_dir)
         threshold = model.threshold if self.detector_threshold is None else self.detector_threshold
@@ -164,7 +163,6 @@ class LedgerSettings(BaseModel):
     lost_seconds: float = Field(
         3600.0, gt=0, description="a queued job older than this is lost, whatever waits in its queue"
     )
-    fence: bool = Field(True, description="off only in tests: shows that the fence is what keeps rows single")
 
     @property
     def pause_policy(self) -> PausePolicy:
@@ -220,6 +218,10 @@ class Settings(BaseSettings):
     ledger: LedgerSettings = LedgerSettings()
     dispatch: DispatchSettings = DispatchSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    def pipeline_spec(self) -> PipelineSpec:
+        """The configured pipeline, with the weights that the manifest or this machine pins."""
+        return self.pipeline.spec(self.models_dir)
 
     @classmethod
     def settings_customise_sources(

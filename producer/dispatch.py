@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from sqlalchemy.orm import Session
 
-from common import ledger, metrics
+from common import ledger, metrics, schedule
 from common.database import engine, session_scope
 from common.domain import JobKind, Lane
 from common.ledger import Dispatch, DispatchedJob, Feed, JobRef
@@ -175,7 +175,8 @@ def group(jobs: Iterable[DispatchedJob], size: int) -> Iterator[list[JobRef]]:
 
 def reconcile(settings: Settings) -> dict[str, int]:
     """Find what got lost: expired leases, messages of a Redis that was wiped, overdue ones. Begins the epoch
-    of a new Redis, and moves faces that wait for their partition. Returns what was found, by kind."""
+    of a new Redis, moves faces that wait for their partition, and deletes camera slots that ended long ago. Returns
+    what was found, by kind."""
     limits = settings.ledger
     # First what needs no Redis, so that expired leases are recovered while it is away.
     with session_scope() as session:
@@ -197,6 +198,8 @@ def reconcile(settings: Settings) -> dict[str, int]:
     found["partitions"] = len(split_default(engine()))
     if any(found.values()):
         log.warning("reconciled", **found)
+    with session_scope() as session:
+        schedule.prune_slots(session)
     return found
 
 

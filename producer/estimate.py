@@ -117,7 +117,7 @@ def estimate(
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
     inventory = open_inventory(inventory_uri, store.bucket, settings) if inventory_uri else None
-    spec = settings.pipeline.spec()
+    spec = settings.pipeline_spec()
     with session_scope() as session:
         location = catalog.get_location(session, location_name)
         pipeline_id = session.scalar(select(Pipeline.id).where(Pipeline.fingerprint == spec.fingerprint))

@@ -117,7 +117,7 @@ def submit(
     with session_scope() as session:
         location = catalog.get_location(session, location_name)
         camera = catalog.get_camera(session, location, camera_name) if camera_name else None
-        pipeline = catalog.ensure_pipeline(session, settings.pipeline.spec())
+        pipeline = catalog.ensure_pipeline(session, settings.pipeline_spec())
         session.flush()
     places = Places(location, camera, pipeline)
     where = zone(location.time_zone)

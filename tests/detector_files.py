@@ -12,7 +12,8 @@ import pytest
 
 from common import manifest
 from common.domain import ModelRef, PipelineSpec
-from common.settings import PipelineSettings, get_settings
+from common.settings import get_settings
+from tests.pipelines import default_spec
 
 #: By this the random weights of the heads are multiplied: else every score is 0 or 1 and every box as long as the
 #: picture, or no score is far from a half.
@@ -67,5 +68,5 @@ def saved(state: dict[str, Any], prefix: str = "module.") -> bytes:
 
 def spec_of(detector: ModelRef, threshold: float = 0.5, **settings: Any) -> PipelineSpec:
     """The default pipeline with another detector."""
-    spec = PipelineSettings(**settings).spec()
+    spec = default_spec(**settings)
     return replace(spec, detector=detector, detector_threshold=threshold)

@@ -25,7 +25,7 @@ def planned(key: str, *, etag: str = "e1", at: datetime = NOON, modified: dateti
 
 def register(session: Session, *objects: PlannedObject, zone: str = "UTC", lane: Lane = Lane.BACKFILL) -> Registered:
     location = catalog.add_location(session, "lobby", zone)
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
     location.promoted_pipeline_id = pipeline.id
     result = ledger.register(session, objects, location=location, camera=None, pipeline=pipeline, lane=lane)
     session.commit()
@@ -54,10 +54,8 @@ def dispatch(session: Session, limit: int = 100, *, isolated: bool = False) -> l
     return refs
 
 
-def claim(
-    session: Session, refs: list[JobRef], *, worker: str = "w/1", lease: float = 60, fence: bool = True
-) -> list[ClaimedJob]:
-    jobs = ledger.claim(session, refs, worker=worker, lease_seconds=lease, fence=fence)
+def claim(session: Session, refs: list[JobRef], *, worker: str = "w/1", lease: float = 60) -> list[ClaimedJob]:
+    jobs = ledger.claim(session, refs, worker=worker, lease_seconds=lease)
     session.commit()
     return jobs
 

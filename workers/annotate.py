@@ -347,7 +347,7 @@ def _analyzer(settings: Settings) -> PictureAnalyzer:
     from workers.pipeline import load_analyzer
 
     try:
-        return load_analyzer(settings.pipeline.spec(), runtime_of(settings, processes=1))
+        return load_analyzer(settings.pipeline_spec(), runtime_of(settings, processes=1))
     except PermanentJobError as error:
         raise MaskwatchError(error.detail) from error
 

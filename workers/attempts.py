@@ -62,9 +62,8 @@ def _loaded(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
 def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[ClaimedJob]:
     """The jobs of a message, held by this process. Jobs whose token has changed since they were sent are not ours to
     do, and are dropped."""
-    limits = settings.ledger
     with session_scope(one_statement=True) as session:
-        jobs = ledger.claim(session, refs, worker=worker, lease_seconds=limits.lease_seconds, fence=limits.fence)
+        jobs = ledger.claim(session, refs, worker=worker, lease_seconds=settings.ledger.lease_seconds)
     if len(jobs) < len(refs):
         log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))
     for job in jobs:

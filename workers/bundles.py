@@ -73,7 +73,7 @@ def _derive(status: ModelStatus) -> None:
     from workers.detection.registry import load_detector
     from workers.inference import Runtime
 
-    load_detector(PipelineSettings(detector=f"{model.name}@{model.sha256}").spec(), Runtime())
+    load_detector(PipelineSettings(detector=f"{model.name}@{model.sha256}").spec(cache_folder()), Runtime())
 
 
 def _copy_model(status: ModelStatus, bundle: Path) -> dict[str, Any]:

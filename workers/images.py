@@ -114,7 +114,7 @@ class _Recorder:
 
     def _write(self, pictures: Collection[Picture]) -> None:
         with metrics.stage(Stage.WRITE), session_scope() as session:
-            record_images(session, pictures, fence=self._settings.ledger.fence)
+            record_images(session, pictures)
 
     def _ended(self, picture: Picture, *, succeeded: bool) -> None:
         if succeeded:

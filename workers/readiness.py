@@ -13,7 +13,7 @@ from common.domain import MaskwatchError, PipelineSpec
 from common.machine import missing_for, require_device
 from common.settings import PipelineSettings, Settings
 from workers.inference import Engine, Runtime, runtime_of
-from workers.weights import require
+from workers.weights import cache_folder, require
 
 #: Of the trial on a GPU: loading CUDA's libraries from a cold disk takes most of it.
 TRIAL_SECONDS = 180.0
@@ -47,7 +47,7 @@ def require_models(spec: PipelineSpec) -> None:
 def require_ready(settings: Settings) -> None:
     """Raises `MaskwatchError` where workers with these settings could not do the jobs that the settings plan."""
     require_runtime(runtime_of(settings))
-    require_models(settings.pipeline.spec())
+    require_models(settings.pipeline_spec())
 
 
 def _try(engine: str, device: str) -> None:
@@ -56,7 +56,7 @@ def _try(engine: str, device: str) -> None:
     from workers.pipeline import load_analyzer
 
     # The pipeline of a new installation, whose models ship with it: what is configured may lie elsewhere yet.
-    analyzer = load_analyzer(PipelineSettings().spec(), Runtime(Engine(engine), device))
+    analyzer = load_analyzer(PipelineSettings().spec(cache_folder()), Runtime(Engine(engine), device))
     analyzer.analyze(np.zeros((64, 64, 3), np.uint8))
 
 

@@ -56,16 +56,16 @@ class Picture:
     seen: ObservedAt
 
 
-def record_image(session: Session, job: ClaimedJob, faces: Sequence[Face], seen: ObservedAt, *, fence: bool) -> None:
+def record_image(session: Session, job: ClaimedJob, faces: Sequence[Face], seen: ObservedAt) -> None:
     """End an image job with its faces. Raises `StaleJobError`, and writes nothing, if the job was lost;
     `PermanentJobError` if it was seen in purged time."""
-    record_images(session, [Picture(job, faces, seen)], fence=fence)
+    record_images(session, [Picture(job, faces, seen)])
 
 
-def record_images(session: Session, pictures: Collection[Picture], *, fence: bool) -> None:
+def record_images(session: Session, pictures: Collection[Picture]) -> None:
     """End image jobs with their faces, in the statements that one takes: all of them, or none. Raises as
     `record_image`, if it is so of any."""
-    ledger.succeed_all(session, [(picture.job, picture.seen) for picture in pictures], fence=fence)
+    ledger.succeed_all(session, [(picture.job, picture.seen) for picture in pictures])
     # A picture counts as one frame of no length, faces or not.
     stored = _count(session, [(picture.job, picture.seen.instant, 0.0) for picture in pictures])
     if stored < len(pictures):
@@ -83,17 +83,13 @@ def record_probe(
     info: VideoInfo,
     seen: ObservedAt,
     ranges_ms: Sequence[tuple[int, int]],
-    *,
-    fence: bool,
 ) -> None:
     """End a probe with the plan of its video. Raises `StaleJobError`, and writes nothing, if the job was lost."""
     ledger.plan_chunks(session, job, info, ranges_ms)
-    ledger.succeed(session, job, ledger.settled_start(session, job) or seen, fence=fence)
+    ledger.succeed(session, job, ledger.settled_start(session, job) or seen)
 
 
-def record_chunk(
-    session: Session, job: ClaimedJob, frames: Sequence[FrameFaces], shortfall: Shortfall | None, *, fence: bool
-) -> None:
+def record_chunk(session: Session, job: ClaimedJob, frames: Sequence[FrameFaces], shortfall: Shortfall | None) -> None:
     """End a chunk with its frames; those of purged time are left out. Raises `StaleJobError`, and writes nothing, if
     the job was lost; `PermanentJobError` if all frames were seen in purged time."""
     began = job.observed_at
@@ -113,7 +109,6 @@ def record_chunk(
         began,
         reason=shortfall.reason if shortfall else None,
         detail=shortfall.detail if shortfall else None,
-        fence=fence,
     )
     _count(session, [(job, at, frame.covers_seconds) for at, frame in placed])
     _copy(

@@ -89,7 +89,7 @@ def probe(job: ClaimedJob, settings: Settings) -> None:
     sparse = (info.duration_seconds or 0) * MIN_CHUNK_BYTES / job.size_bytes
     ranges = chunk_ranges(info.duration_seconds, max(limits.chunk_seconds, sparse))
     with metrics.stage(Stage.WRITE), session_scope() as session:
-        record_probe(session, job, info, seen, ranges, fence=settings.ledger.fence)
+        record_probe(session, job, info, seen, ranges)
 
 
 def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None] = lambda: None) -> None:
@@ -119,7 +119,7 @@ def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None]
                 _check_frames(len(frames), settings)
     shortfall = _shortfall(job, sampler, bool(frames))
     with metrics.stage(Stage.WRITE), session_scope() as session:
-        record_chunk(session, job, frames, shortfall, fence=settings.ledger.fence)
+        record_chunk(session, job, frames, shortfall)
     metrics.analysed(job.kind, [frame.faces for frame in frames])
 
 

@@ -40,9 +40,10 @@ from common.planning import PlannedObject, chunk_ranges, observed_from_file, rec
 from common.storage import ObjectInfo
 from common.tables import Location, Pipeline
 from producer.dispatch import group
-from tests.chaos.hands import DeadlockError, Hand, Hands, Rewrite, Task
+from tests.chaos.hands import DeadlockError, Hand, Hands, Task
 from tests.chaos.promises import FACES, SECONDS, BrokenPromiseError, Listed, Promises
 from tests.ledger_rows import face
+from tests.mutants import Rewrite
 from workers import aggregation
 from workers.recording import record_chunk, record_image, record_probe
 
@@ -75,7 +76,6 @@ class Plant:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     summarize: Callable[[Session, int], tuple[int, int]] | None = None
-    fence: bool = True
     published_early: bool = False
     #: The reconciler's rule for overdue messages; without it, the machine loses none.
     overdue: bool = True
@@ -311,7 +311,7 @@ class LedgerMachine(RuleBasedStateMachine):
         worker = f"w{self.processes}"
 
         def claim(session: Session) -> list[ClaimedJob]:
-            return ledger.claim(session, refs, worker=worker, lease_seconds=LONG, fence=self.plant.fence)
+            return ledger.claim(session, refs, worker=worker, lease_seconds=LONG)
 
         def done(jobs: list[ClaimedJob]) -> None:
             self.promises.claims.update(job.ref.id for job in jobs)
@@ -343,11 +343,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self._succeed(_pick([held for held in self.held if not held.busy], which), chunk_seconds, stop)
 
     def _succeed(self, held: Held, chunk_seconds: float, stop: int | None) -> None:
-        job, fence = held.job, self.plant.fence
+        job = held.job
         if job.kind is JobKind.IMAGE:
             seen = observed_from_file(job.observed_at, None, job.last_modified, zone(job.time_zone))
             faces = [face(MaskStatus.WITHOUT_MASK) for _ in range(FACES[job.etag])]
-            self._end("succeed", held, lambda session: record_image(session, job, faces, seen, fence=fence), stop)
+            self._end("succeed", held, lambda session: record_image(session, job, faces, seen), stop)
         elif job.kind is JobKind.PROBE:
             header = SECONDS[job.etag][0]
             info = VideoInfo("mp4", "h264", 640, 480, 1.0, 0, header, None)
@@ -356,14 +356,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
             def plan(session: Session) -> None:
                 try:
-                    record_probe(session, job, info, began, ranges, fence=fence)
+                    record_probe(session, job, info, began, ranges)
                 except IntegrityError as error:
                     # Its video was erased. `settle` tries to put the job off, and is refused then.
                     raise StaleJobError from error
 
             self._end("plan chunks", held, plan, stop, others=True)
         elif frames := _frames(job):
-            self._end("succeed", held, lambda session: record_chunk(session, job, frames, None, fence=fence), stop)
+            self._end("succeed", held, lambda session: record_chunk(session, job, frames, None), stop)
         else:
             self._quarantine(held, Reason.EMPTY_VIDEO, stop)
 

@@ -7,7 +7,6 @@ as it would in production. Only one of them acts at a time, so that the same tur
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,8 @@ from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
+from tests.mutants import Rewrite, rewrite_statements
+
 #: Commits needn't reach the disk: nobody pulls this plug here. Deadlocks are found by us, before the server does.
 OPTIONS = "-c synchronous_commit=off -c timezone=UTC -c deadlock_timeout=10s"
 
@@ -35,16 +36,6 @@ class KilledError(Exception):
 
 class DeadlockError(Exception):
     """Transactions wait for each other."""
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """A planted fault: this in a statement becomes that. `of` is found in the statements that are meant, or in their
-    parameters."""
-
-    of: str
-    pattern: str
-    by: str
 
 
 @dataclass
@@ -269,16 +260,7 @@ def open_hands(url: str, count: int, *, rewrites: Sequence[Rewrite] = ()) -> Ite
     """Hands on a database, whose statements are rewritten by planted faults; `Hands.fitted` says which ever fitted."""
     engine = create_engine(url, pool_size=count, connect_args={"options": OPTIONS})
     fitted = set[Rewrite]()
-
-    @event.listens_for(engine, "before_cursor_execute", retval=True)
-    def rewrite(_: Any, __: Any, statement: str, parameters: Any, *rest: Any) -> tuple[str, Any]:
-        for each in rewrites:
-            if each.of in statement or each.of in str(parameters):
-                statement, times = re.subn(each.pattern, each.by, statement)
-                if times:
-                    fitted.add(each)
-        return statement, parameters
-
+    rewrite_statements(engine, rewrites, fitted.add)
     address = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(address, autocommit=True, options=OPTIONS) as look:
         hands = Hands(engine, look, [Hand(engine) for _ in range(count)], fitted)

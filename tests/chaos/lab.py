@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from textwrap import dedent, indent
 from typing import Any
 
 import psutil
 from sqlalchemy import Engine, create_engine, text
 
 from common.local.stack import LocalStack
+from tests.mutants import injected
 from tests.photos import jpeg, portrait
 from tests.services import (
     QUICK,
@@ -190,14 +190,7 @@ class Lab:
         """The environment of processes that run this Python code at their start, and so do their children: how a fault
         or a missing mechanism gets into them."""
         self._faults += 1
-        folder = self.folder / "faults" / str(self._faults)
-        folder.mkdir(parents=True)
-        # Python imports a module of this name by itself. It may raise nothing: that would only be printed.
-        (folder / "sitecustomize.py").write_text(
-            f"import os\ntry:\n{indent(dedent(fault), '    ')}\nexcept BaseException:\n"
-            "    import traceback\n    traceback.print_exc()\n    os._exit(70)\n"
-        )
-        return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        return injected(self.folder / "faults" / str(self._faults), fault)
 
     @staticmethod
     def children(process: Any) -> list[psutil.Process]:

@@ -21,6 +21,7 @@ from tests.chaos.hands import Hands, open_hands
 from tests.chaos.lab import Experiment, Lab, Outcome, Scale
 from tests.chaos.planted import PLANTS, PUBLISHED_LATE, QUICKLY_FOUND
 from tests.chaos.promises import OPEN, BrokenPromiseError
+from tests.mutants import check_fit
 
 STEPS = 50
 #: Nobody pulls these plugs here, and a vacuum would come at another time in each run.
@@ -58,8 +59,7 @@ def explore(url: str, plant: Plant, *, examples: int, seed: int, shrink: bool = 
         hands.abandon()
         for statement in plant.after:
             hands.look.execute(statement)
-    unfit = {*plant.rewrites} - hands.fitted
-    assert not unfit, f"these statements are not the product's any more: {unfit}"
+    check_fit(plant.rewrites, hands.fitted)
     # The last is the simplest, where it was looked for.
     found = stage.broken[-1] if stage.broken else None
     stage.counts.update(hands.counts)
@@ -89,7 +89,7 @@ def _explore(stage: Stage, examples: int, seed: int, shrink: bool) -> None:
 
 def _catalog(hands: Hands) -> tuple[Location, tuple[Pipeline, Pipeline]]:
     """One location and two pipelines, for all examples."""
-    spec = get_settings().pipeline.spec()
+    spec = get_settings().pipeline_spec()
     with Session(hands.engine, expire_on_commit=False) as session:
         location = catalog.add_location(session, "lobby", ZONE)
         first = catalog.ensure_pipeline(session, spec)

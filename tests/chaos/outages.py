@@ -170,11 +170,11 @@ NO_TRANSACTION = (
 from common import ledger
 from common.database import session_scope
 
-def record_images(session, pictures, *, fence):
+def record_images(session, pictures):
     for picture in pictures:
         job, at = picture.job, picture.seen.instant
         with session_scope() as own:
-            ledger.succeed(own, job, picture.seen, fence=fence)
+            ledger.succeed(own, job, picture.seen)
         with session_scope() as own:
             recording._count(own, [(job, at, 0.0)])
         with session_scope() as own:

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from tests.chaos.actors import Plant
-from tests.chaos.hands import Rewrite
+from tests.mutants import UNFENCED, Rewrite
 from workers import aggregation
 
 _MARKED = "INSERT INTO dirty_marks"
@@ -28,7 +28,7 @@ def _summarize_flags(session: Session, limit: int) -> tuple[int, int]:
     return len(marks), len(marks)
 
 
-NO_FENCE = Plant("no fence", fence=False, by_harm=True)
+NO_FENCE = Plant("no fence", rewrites=UNFENCED, by_harm=True)
 
 #: A worker's writes compare the token only, and a withdrawn job keeps its token.
 STALE_TOKEN = Plant(

@@ -22,6 +22,7 @@ from sqlalchemy import text
 from common.queues import ensure_epoch, redis_client
 from tests.chaos import stock
 from tests.chaos.lab import ENDED, Experiment, Lab, Outcome, Scale, percentile
+from tests.mutants import UNFENCED, planted_in_processes
 from tests.photos import jpeg, portrait
 from tests.services import Bucket, wait_until
 
@@ -274,7 +275,8 @@ def paused_worker(lab: Lab, scale: Scale) -> Outcome:
         }
         held = right(figures) and figures["stale commits refused"] > 0
         with ExitStack() as crew:
-            fleet = our_fleet(lab, crew, scale, {"MASKWATCH_LEDGER__FENCE": "false"}, size=2)
+            env = crew.enter_context(planted_in_processes(lab.folder / "unfenced", *UNFENCED))
+            fleet = our_fleet(lab, crew, scale, env, size=2)
             unfenced, _ = pause_often(lab, fleet, supply, control_pauses, lambda: lab.doubled() > 0)
             lab.wait_until_done(supply.count)
         control = {"pauses": unfenced, "rows doubled": lab.doubled()}

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from skimage.data import astronaut
 
 from common.manifest import MODELS
-from common.settings import PipelineSettings
 from tests.agreement import compare, scenes
+from tests.pipelines import default_spec
 from workers.detection import centerface
 from workers.inference import Runtime
 from workers.inference.onnx_session import load_session
@@ -21,7 +21,7 @@ from workers.pipeline import load_analyzer
 
 pytestmark = pytest.mark.gpu
 
-SPEC = PipelineSettings().spec()
+SPEC = default_spec()
 #: The GPU reckons in half precision. Of faces that either way finds, the share that both do; of those, the share with
 #: the same label; pixels, and the difference of P(mask) that 99 % of them stay within.
 MATCHED, SAME_LABEL, BOX_PX, P_MASK = 0.97, 0.97, 3.0, 0.15

@@ -36,7 +36,7 @@ def analyse(session: Session, at: list[datetime], zone: str = "UTC", seed: int =
     for job in claim(session, dispatch(session, 1000)):
         assert job.observed_at is not None
         faces = [face(draw.choice(list(MaskStatus))) for _ in range(draw.randrange(4))]
-        record_image(session, job, faces, job.observed_at, fence=True)
+        record_image(session, job, faces, job.observed_at)
         session.commit()
 
 
@@ -74,7 +74,7 @@ def test_hours_with_pictures_and_no_faces_are_there(session: Session) -> None:
     register(session, planned("a.jpg"))
     (job,) = claim(session, dispatch(session))
     assert job.observed_at is not None
-    record_image(session, job, [], job.observed_at, fence=True)
+    record_image(session, job, [], job.observed_at)
     session.commit()
     summarize()
     assert rows(session, "SELECT frames, faces FROM compliance_hourly") == [(1, 0)]
@@ -97,7 +97,7 @@ def commit_picture(session: Session, key: str, faces: int) -> None:
     """What a worker does: a picture of the hour from eight, its mark in the same transaction."""
     register(session, planned(key, at=EIGHT))
     (job,) = claim(session, dispatch(session))
-    record_image(session, job, [face()] * faces, ObservedAt(EIGHT, ObservedAtSource.KEY_PATTERN), fence=True)
+    record_image(session, job, [face()] * faces, ObservedAt(EIGHT, ObservedAtSource.KEY_PATTERN))
     session.commit()
 
 

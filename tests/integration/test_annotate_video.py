@@ -30,6 +30,7 @@ from common.settings import get_settings
 from common.storage import open_bucket
 from tests.ledger_rows import dispatch, rows
 from tests.photos import jpeg, portrait
+from tests.pipelines import default_spec
 from tests.services import Bucket
 from tests.videos import index_first, make_video, number_of
 from workers import attempts, pipeline
@@ -404,7 +405,7 @@ def stored(analyzer: FakeAnalyzer, session: Session, bucket: Bucket) -> Callable
 
     def analyse(*objects: tuple[str, bytes], **spec: object) -> None:
         location = catalog.add_location(session, "lobby", "UTC")
-        used = catalog.ensure_pipeline(session, get_settings().pipeline.model_copy(update=spec).spec())
+        used = catalog.ensure_pipeline(session, default_spec(**spec))
         found = []
         for key, content in objects:
             bucket.put(key, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -20,9 +21,10 @@ from common.planning import TimePattern
 from common.schedule import LookLostError, slots
 from common.settings import get_settings
 from common.storage import ObjectInfo, S3Store
-from producer import cameras, discover
+from producer import cameras, discover, dispatch
 from producer.cameras import look_at, tick
 from tests.ledger_rows import rows, scalar, states
+from tests.mutants import Rewrite, planted
 from tests.photos import jpeg, portrait
 from tests.services import QUICK, Bucket, locate, maskwatch, running, wait_until
 
@@ -91,6 +93,69 @@ def test_slots_are_noted_once_however_many_tick(session: Session, bucket: Bucket
         session, "SELECT count(*), extract(epoch FROM max(slot) - min(slot))::int / 60 + 1 FROM camera_slots"
     )[0]
     assert counted == from_first_to_last >= 31
+
+
+def end_slots(session: Session, days_ago: float, before: datetime = NOW + timedelta(days=1)) -> None:
+    """As if the slots before an instant had ended that long ago."""
+    session.rollback()
+    session.execute(
+        text("UPDATE camera_slots SET looks = 1, finished_at = clock_timestamp() - :ago WHERE slot < :before"),
+        {"ago": timedelta(days=days_ago), "before": before},
+    )
+    session.commit()
+
+
+def prune(session: Session) -> int:
+    deleted = schedule.prune_slots(session)
+    session.commit()
+    return deleted
+
+
+SLOTS = "SELECT slot FROM camera_slots ORDER BY camera_id, slot"
+
+#: The mutant deletes every slot that has ended, also the one that the next is counted from.
+NONE_STAYS = Rewrite(of="WITH past AS", pattern=r"AND EXISTS \(\s+SELECT\s+FROM camera_slots AS later[^)]*\)", by="")
+
+
+def test_slots_that_ended_long_ago_are_deleted_in_batches(
+    session: Session, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "PRUNED_PER_CAMERA", 20)
+    monkeypatch.setattr(schedule, "PRUNED_AT_ONCE", 30)
+    locate()
+    for name in ("one", "two"):
+        add(bucket, "--every", "1h", name=name, source=f"/{name}/")
+    due(session, days=4)
+    tick(get_settings())
+    noted = [row.slot for row in rows(session, SLOTS)]
+    assert len(noted) == 2 * 97
+    # Of each camera: 40 that ended long ago, 40 that ended lately, and 17 that are open.
+    end_slots(session, 6.9, before=NOW - timedelta(hours=16, minutes=1))
+    end_slots(session, 7.1, before=NOW - timedelta(hours=56, minutes=1))
+    dispatch.reconcile(get_settings())
+    counts = [scalar(session, "SELECT count(*) FROM camera_slots")]
+    while prune(session):
+        counts.append(scalar(session, "SELECT count(*) FROM camera_slots"))
+    assert counts == [194 - deleted for deleted in (30, 60, 80)]
+    assert [row.slot for row in rows(session, SLOTS)] == [slot for slot in noted if slot >= NOW - timedelta(hours=56)]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_no_slot_is_noted_again_after_it_was_deleted_because_the_latest_stays(
+    session: Session, bucket: Bucket, stays: bool
+) -> None:
+    locate()
+    add(bucket, "--every", "1h")
+    due(session, days=3)
+    tick(get_settings())
+    end_slots(session, 8)
+    before = maskwatch("cameras", "list", "--json").stdout
+    with nullcontext() if stays else planted(NONE_STAYS):
+        assert prune(session) == (72 if stays else 73)
+    assert prune(session) == 0
+    assert tick(get_settings()) == ([] if stays else [1])
+    assert scalar(session, "SELECT count(*) FROM camera_slots WHERE finished_at IS NULL") == (0 if stays else 73)
+    assert (maskwatch("cameras", "list", "--json").stdout == before) is stays, "when it was last looked at"
 
 
 # --- looks ------------------------------------------------------------------------------------------------

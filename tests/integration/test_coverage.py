@@ -63,17 +63,17 @@ def work(session: Session, *, fail: tuple[str, ...] = ()) -> list[str]:
             if job.key in fail and job.range_start_ms in (0, 1_200_000) and job.kind.value != "probe":
                 ledger.quarantine(session, job, Reason.UNREADABLE_IMAGE, "planted")
             elif job.kind.value == "image":
-                record_image(session, job, [face()], seen, fence=True)
+                record_image(session, job, [face()], seen)
             elif job.kind.value == "probe":
                 info = VideoInfo("mp4", "h264", 64, 48, 1.0, 0, 3600.0, None)
                 ranges = [(0, 1_200_000), (1_200_000, 2_400_000), (2_400_000, 3_600_000)]
-                record_probe(session, job, info, seen, ranges, fence=True)
+                record_probe(session, job, info, seen, ranges)
             else:
                 frames = [
                     FrameFaces(second, 1.0, (), ())
                     for second in range(job.range_start_ms // 1000, job.range_end_ms // 1000)
                 ]
-                record_chunk(session, job, frames, None, fence=True)
+                record_chunk(session, job, frames, None)
             done.append(job.key)
             session.commit()
     session.commit()

@@ -6,13 +6,12 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -25,29 +24,19 @@ from common.settings import Settings
 from producer import dispatch as dispatching
 from producer.dispatch import dispatch, reconcile
 from tests.ledger_rows import NOON, claim, planned, register, register_many, rows, scalar, take
+from tests.mutants import Rewrite, planted
 from workers.recording import record_image
 
 #: Messages that all workers together take in a tick.
 TAKEN_PER_TICK = 3
 
 
-@contextmanager
-def rewritten(old: str, new: str) -> Iterator[None]:
-    """Plant a fault: every statement of this process that holds `old` says `new` instead."""
-    fitted = 0
-
-    def rewrite(_c: Any, _k: Any, statement: str, parameters: Any, *_rest: Any) -> tuple[str, Any]:
-        nonlocal fitted
-        fitted += old in statement
-        return statement.replace(old, new), parameters
-
-    made = engine()
-    event.listen(made, "before_cursor_execute", rewrite, retval=True)
-    try:
-        yield
-    finally:
-        event.remove(made, "before_cursor_execute", rewrite)
-    assert fitted, f"no statement of the product holds {old!r} any more"
+#: What lies in Redis is left there: only pending jobs overtake.
+SENT_STAYS = Rewrite("WITH sent AS", r"(state = 'queued') AND (sent_lane = )", r"\1 AND false AND \2")
+#: Whether a message is lost is judged by the lane of its job.
+LOST_BY_LANE = Rewrite("queued_at", r"coalesce\(sent_lane, lane\)", "lane")
+#: Nothing can be sent.
+FAILING_TAKE = Rewrite("WITH sent AS", r"next\.weight <= ", "1 / 0 <= ")
 
 
 def messages(lane: Lane) -> list[list[JobRef]]:
@@ -162,7 +151,7 @@ def test_a_small_backfill_starves_if_what_lies_in_redis_is_left_there(
     old = backfill(session, "old", 160)
     dispatch(settings)
     assert len(messages(Lane.BACKFILL)) == 10
-    with rewritten("state = 'queued' AND sent_lane = ", "state = 'queued' AND false AND sent_lane = "):
+    with planted(SENT_STAYS):
         workers = beside_live_footage(session, settings, 40)
     assert not any(old & {*ids} for ids in workers.ended)
 
@@ -316,7 +305,7 @@ def test_by_its_lane_it_would_be_lost_again_and_again(session: Session, configur
     """The control of the test above."""
     settings = configure(ledger__overdue_seconds=30)
     an_isolated_job_of_a_backfill_behind_live_footage(session, settings)
-    with rewritten("coalesce(sent_lane, lane)", "lane"):
+    with planted(LOST_BY_LANE):
         assert lost_over_ticks(session, settings) == 4
 
 
@@ -344,7 +333,7 @@ def test_a_job_that_succeeds_travels_with_others_again(session: Session) -> None
     lose_a_lease(session)
     (job,) = claim(session, take(session, isolated=True))
     assert job.observed_at is not None
-    record_image(session, job, [], job.observed_at, fence=True)
+    record_image(session, job, [], job.observed_at)
     session.commit()
     ledger.rerun(session, [job.ref.id], by="op")
     session.commit()
@@ -401,7 +390,7 @@ def test_waking_and_sending_are_two_transactions(session: Session, configure: Ca
     register_many(session, 3)
     session.execute(text("UPDATE jobs SET state = 'retry_wait', next_run_at = now()"))
     session.commit()
-    with pytest.raises(DBAPIError, match="division by zero"), rewritten("WHERE next.weight <= ", "WHERE 1 / 0 <= "):
+    with pytest.raises(DBAPIError, match="division by zero"), planted(FAILING_TAKE):
         dispatch(settings)
     assert rows(session, "SELECT DISTINCT state FROM jobs") == [("pending",)]
 

@@ -36,7 +36,7 @@ def analyse_all(session: Session, *, faces: int, seconds: float) -> None:
     while refs := take(session, 10):
         for job in claim(session, refs, worker=f"w@host/{refs[0].id}"):
             seen = ObservedAt(datetime(2026, 3, 2, 12, tzinfo=UTC), ObservedAtSource.LAST_MODIFIED)
-            record_image(session, job, [face()] * faces, seen, fence=True)
+            record_image(session, job, [face()] * faces, seen)
             session.commit()
         session.execute(
             text(
@@ -100,12 +100,12 @@ def test_pictures_and_videos_are_told_apart(session: Session, bucket: Bucket) ->
     refs = take(session, 100)
     *pictures, probe = sorted(claim(session, refs), key=lambda job: job.kind is JobKind.PROBE)
     seen = ObservedAt(datetime(2026, 3, 2, 12, tzinfo=UTC), ObservedAtSource.LAST_MODIFIED)
-    record_images(session, [Picture(job, [face()] * 3, seen) for job in pictures], fence=True)
-    record_probe(session, probe, VideoInfo("mp4", "h264", 64, 48, 1.0, 0, 50.0, None), seen, [(0, 60_000)], fence=True)
+    record_images(session, [Picture(job, [face()] * 3, seen) for job in pictures])
+    record_probe(session, probe, VideoInfo("mp4", "h264", 64, 48, 1.0, 0, 50.0, None), seen, [(0, 60_000)])
     session.commit()
     (chunk,) = claim(session, take(session, 9))
     frames = [FrameFaces(float(n), 1.0, (face(),) * (n < 25), (1,) * (n < 25)) for n in range(50)]
-    record_chunk(session, chunk, frames, None, fence=True)
+    record_chunk(session, chunk, frames, None)
     session.commit()
     fill(bucket, 10, first=30)
     assert dry_run(bucket).face_rows == 30

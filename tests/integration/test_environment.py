@@ -193,7 +193,7 @@ def test_without_a_free_connection_a_job_is_neither_failed_nor_lost(lab: Lab, se
     def work() -> None:
         assert job.observed_at is not None
         with session_scope() as own:
-            record_image(own, job, [face()], job.observed_at, fence=True)
+            record_image(own, job, [face()], job.observed_at)
 
     with without_a_free_connection(lab.services), pytest.raises(DatabaseDownError, match="too many clients"):
         settle(job, work, settings)
@@ -311,7 +311,7 @@ def lead_a_life(settings: Settings) -> None:
     done, failed, given_back = jobs
     assert done.observed_at is not None
     with session_scope() as session:
-        record_image(session, done, [face()], done.observed_at, fence=True)
+        record_image(session, done, [face()], done.observed_at)
     with session_scope() as session:
         ledger.retry_later(session, failed, ledger.Reason.STORAGE_UNAVAILABLE, "away", max_attempts=3, base=60, cap=60)
     with session_scope() as session:

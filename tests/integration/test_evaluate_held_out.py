@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from common import model_figures
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 
 DATA = Path(os.environ.get("MASKWATCH_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 HELD_OUT = Path(__file__).parents[2] / "workers" / "classification" / "weights" / "held_out.txt"
@@ -52,7 +52,7 @@ def test_probabilities_can_be_believed(figures):
 
 
 def test_the_kept_confusion_matrix_is_what_evaluation_finds(figures):
-    kept = model_figures.confusion_of(PipelineSettings().spec())
+    kept = model_figures.confusion_of(default_spec())
     assert kept is not None
     (configured,) = (row for row in figures["uncertain"] if row["configured"])
     for truth, called in enumerate((kept.with_mask, kept.without_mask)):

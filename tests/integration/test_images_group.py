@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import open_bucket
 from tests.ledger_rows import NOON, dispatch, face, register, rows, scalar
+from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import Bucket, wait_until
 from workers import attempts, images
 from workers.attempts import UnfitWorkerError
@@ -301,12 +303,12 @@ def test_an_unexpected_error_concerns_its_own_picture(
 
 @pytest.mark.parametrize("fence", [True, False])
 def test_a_version_that_was_replaced_meanwhile_leaves_nothing(
-    session: Session, bucket: Bucket, analyzer: FakeAnalyzer, configure: Callable[..., Settings], fence: bool
+    session: Session, bucket: Bucket, analyzer: FakeAnalyzer, fence: bool
 ) -> None:
     # Without the fence it would: what keeps the old version out is nothing else.
-    configure(ledger__fence=fence)
     analyzer.while_analyzing[1] = lambda: plan(session, bucket, 1, revision=1)
-    done = analyze(plan_group(session, bucket, 2))
+    with nullcontext() if fence else planted(UNFENCED_SUCCESS):
+        done = analyze(plan_group(session, bucket, 2))
     stored = [row.key for row in rows(session, FACES)]
     states = [(row.key, row.state) for row in rows(session, JOBS)]
     if fence:
@@ -350,7 +352,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
 
 def claimed(sizes: Sequence[int]) -> list[ClaimedJob]:
     """Jobs 1, 2, ... of objects of these sizes. Nothing of them is in the ledger."""
-    spec = get_settings().pipeline.spec()
+    spec = get_settings().pipeline_spec()
     return [
         ClaimedJob(
             ref=JobRef(number, uuid.uuid4()),

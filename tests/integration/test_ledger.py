@@ -23,6 +23,7 @@ from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import FILE_BUCKET
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states, take
+from tests.mutants import UNFENCED_CLAIM, UNFENCED_SUCCESS, planted
 from tests.services import wait_until
 from workers import attempts
 from workers.recording import record_image
@@ -65,17 +66,18 @@ def test_a_message_runs_its_job_once(session: Session) -> None:
 def test_without_the_fence_a_message_runs_its_job_again(session: Session) -> None:
     register_many(session, 2)
     refs = dispatch(session)
-    assert len(claim(session, refs, fence=False)) == 2
-    assert len(claim(session, refs, fence=False)) == 2
+    assert len(claim(session, refs)) == 2
+    with planted(UNFENCED_CLAIM):
+        assert len(claim(session, refs)) == 2
 
 
 def test_success_writes_everything_in_one_transaction(session: Session) -> None:
     register(session, planned("a.jpg"), zone="Asia/Kolkata")
     (job,) = claim(session, dispatch(session))
-    record_image(session, job, [face(), face(MaskStatus.WITHOUT_MASK)], SEEN, fence=True)
+    record_image(session, job, [face(), face(MaskStatus.WITHOUT_MASK)], SEEN)
     assert scalar(session, "SELECT count(*) FROM faces") == 0  # rolled back by the reader's helper: nothing stays
     assert states(session) == {"running": 1}
-    record_image(session, job, [face(), face(MaskStatus.WITHOUT_MASK)], SEEN, fence=True)
+    record_image(session, job, [face(), face(MaskStatus.WITHOUT_MASK)], SEEN)
     session.commit()
     assert states(session) == {"succeeded": 1}
     assert rows(session, "SELECT status, size_px FROM faces ORDER BY id") == [("with_mask", 50), ("without_mask", 50)]
@@ -88,12 +90,13 @@ def test_success_writes_everything_in_one_transaction(session: Session) -> None:
 
 def _recorded_by(session: Session, *jobs: ClaimedJob, fence: bool) -> int:
     """How many faces there are after each of these has tried to record one."""
-    for job in jobs:
-        try:
-            record_image(session, job, [face()], SEEN, fence=fence)
-            session.commit()
-        except StaleJobError:
-            session.rollback()
+    with nullcontext() if fence else planted(UNFENCED_SUCCESS):
+        for job in jobs:
+            try:
+                record_image(session, job, [face()], SEEN)
+                session.commit()
+            except StaleJobError:
+                session.rollback()
     count = scalar(session, "SELECT count(*) FROM faces")
     assert isinstance(count, int)
     return count
@@ -159,7 +162,7 @@ def test_only_claims_do_not_wait_for_the_disk(session: Session) -> None:
     (job,) = ledger.claim(session, refs, worker="w/1", lease_seconds=60)
     assert not waits()
     session.commit()
-    record_image(session, job, [], SEEN, fence=True)
+    record_image(session, job, [], SEEN)
     assert waits()
 
 
@@ -288,7 +291,7 @@ def test_lost_messages_are_sent_again(session: Session) -> None:
 def test_a_newer_version_takes_the_place_of_the_older(session: Session) -> None:
     register(session, planned("a.jpg"), planned("b.jpg"))
     for job in claim(session, dispatch(session)):
-        record_image(session, job, [face()], SEEN, fence=True)
+        record_image(session, job, [face()], SEEN)
     session.execute(ledger.text("DELETE FROM dirty_marks"))
     session.commit()
     result = register(session, planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1)))
@@ -311,7 +314,7 @@ def test_a_worker_of_a_superseded_version_cannot_commit(session: Session) -> Non
     (job,) = claim(session, dispatch(session))
     register(session, planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1)))
     with pytest.raises(StaleJobError):
-        record_image(session, job, [face()], SEEN, fence=True)
+        record_image(session, job, [face()], SEEN)
 
 
 def test_an_operator_retries_what_is_in_quarantine_and_nothing_else(session: Session) -> None:
@@ -331,7 +334,7 @@ def test_bytes_that_come_back_are_analysed_again(session: Session) -> None:
         assert register(session, planned("a.jpg", etag=etag, modified=modified)).new == 1
         (job,) = claim(session, dispatch(session))
         assert job.etag == etag
-        record_image(session, job, [face()], SEEN, fence=True)
+        record_image(session, job, [face()], SEEN)
         session.commit()
     assert rows(session, "SELECT etag, superseded_at IS NULL FROM media_objects ORDER BY id") == [
         ("e1", True),
@@ -448,7 +451,7 @@ def test_what_no_pattern_could_place_waits_for_one_that_can(session: Session) ->
     register(session, lost)
     assert ledger.retry(session, by="op") == []  # it would count under its upload time
     location = catalog.add_location(session, "tokyo", "Asia/Tokyo")
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline.spec())
+    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
     ledger.register(
         session, [planned("a.jpg")], location=location, camera=None, pipeline=pipeline, lane=Lane.BACKFILL
     )  # another location's clock must not place it
@@ -588,7 +591,7 @@ def do(worker: Session, refs: list[JobRef]) -> None:
     """Claim jobs one by one, and record that they found nothing."""
     for ref in refs:
         (job,) = claim(worker, [ref])
-        record_image(worker, job, [], SEEN, fence=True)
+        record_image(worker, job, [], SEEN)
         worker.commit()
     worker.execute(text("SELECT pg_stat_force_next_flush()"))
     worker.commit()

@@ -32,7 +32,8 @@ from common.cli import cli
 from common.domain import MaskwatchError
 from common.manifest import MODELS, Model, ModelFile, ModelKind
 from common.pins import PINS_FILE, read_pins
-from common.settings import PipelineSettings, get_settings
+from common.settings import get_settings
+from tests.pipelines import default_spec
 from tests.services import maskwatch, wait_until
 from workers import acquisition
 from workers.bundles import MANIFEST
@@ -330,14 +331,14 @@ def test_an_unpublished_hash_is_remembered_and_then_the_only_one(
     cache: Path, unpublished: None, seeded: bytes, tmp_path: Path
 ) -> None:
     with pytest.raises(MaskwatchError, match="nobody has published a hash"):
-        PipelineSettings(detector=NAME).spec()
+        default_spec(detector=NAME)
     path = tmp_path / "mine.pth"
     path.write_bytes(seeded)
     assert "say which it is, with --as NAME" in refused(cache, "import", path)
     (placed,) = done("import", path, "--as", NAME)
     assert placed["pinned_now"] and read_pins(cache) == {FILE: digest(seeded)}
     assert (cache / FILE).read_bytes() == seeded
-    assert PipelineSettings(detector=NAME).spec().detector.sha256 == digest(seeded)
+    assert default_spec(detector=NAME).detector.sha256 == digest(seeded)
     path.write_bytes(weights_of("mobilenet", 1))
     said = refused(cache, "import", path, "--as", NAME)
     assert f"expected SHA-256 {digest(seeded)}" in said and "to trust another, remove its entry" in said
@@ -594,8 +595,9 @@ from common.settings import PipelineSettings
 from workers.bundles import import_bundle
 from workers.detection.registry import load_detector
 from workers.inference import Runtime
+from workers.weights import cache_folder
 import_bundle(__import__("pathlib").Path({str(tmp_path / "bundle")!r}))
-detector = load_detector(PipelineSettings(detector={NAME!r}).spec(), Runtime())
+detector = load_detector(PipelineSettings(detector={NAME!r}).spec(cache_folder()), Runtime())
 detector.detect(np.zeros((64, 64, 3), np.uint8))
 """
     environment = {**os.environ, "MASKWATCH_MODELS_DIR": str(there)}

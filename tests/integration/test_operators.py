@@ -13,6 +13,7 @@ from common import ledger
 from common.domain import MediaKind, ObservedAt, ObservedAtSource, Reason, VideoInfo
 from common.ledger import StaleJobError
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
+from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import maskwatch
 from workers.aggregation import summarize
 from workers.recording import record_image
@@ -28,7 +29,7 @@ def test_a_cancelled_job_whose_worker_lives_on_cannot_commit(session: Session) -
     session.commit()
     assert ledger.renew(session, [job.ref], lease_seconds=60) == set()  # its heartbeat hears of it
     with pytest.raises(StaleJobError):
-        record_image(session, job, [face()], SEEN, fence=True)
+        record_image(session, job, [face()], SEEN)
     session.rollback()
     assert states(session) == {"cancelled": 1}
     assert rows(session, "SELECT outcome, reason, detail FROM job_attempts") == [
@@ -42,7 +43,8 @@ def test_without_the_fence_it_could(session: Session) -> None:
     (job,) = claim(session, dispatch(session))
     ledger.cancel(session, [job.ref.id], by="Ada")
     session.commit()
-    record_image(session, job, [face()], SEEN, fence=False)
+    with planted(UNFENCED_SUCCESS):
+        record_image(session, job, [face()], SEEN)
     session.commit()
     assert states(session) == {"succeeded": 1} and scalar(session, "SELECT count(*) FROM faces") == 1
 
@@ -50,7 +52,7 @@ def test_without_the_fence_it_could(session: Session) -> None:
 def test_every_active_state_can_be_cancelled_and_no_other(session: Session) -> None:
     register_many(session, 6)
     done, waiting, bad, running = claim(session, dispatch(session, 4))
-    record_image(session, done, [], SEEN, fence=True)
+    record_image(session, done, [], SEEN)
     ledger.retry_later(session, waiting, Reason.STORAGE_UNAVAILABLE, "", max_attempts=9, base=100, cap=100)
     ledger.quarantine(session, bad, Reason.EMPTY_FILE, "")
     session.commit()
@@ -107,7 +109,7 @@ def test_the_neighbour_of_a_cancelled_chunk_does_not_do_its_part(session: Sessio
 def test_a_rerun_starts_over_in_one_transaction(session: Session) -> None:
     register(session, planned("a.jpg"), planned("b.jpg"))
     for job in claim(session, dispatch(session)):
-        record_image(session, job, [face(), face()], SEEN, fence=True)
+        record_image(session, job, [face(), face()], SEEN)
     session.commit()
     summarize()
     first = scalar(session, "SELECT min(id) FROM jobs")
@@ -120,7 +122,7 @@ def test_a_rerun_starts_over_in_one_transaction(session: Session) -> None:
     summarize()
     assert rows(session, "SELECT frames, faces FROM compliance_hourly") == [(1, 2)]
     (again,) = claim(session, dispatch(session))
-    record_image(session, again, [face()], SEEN, fence=True)
+    record_image(session, again, [face()], SEEN)
     session.commit()
     summarize()
     assert rows(session, "SELECT frames, faces FROM compliance_hourly") == [(2, 3)]

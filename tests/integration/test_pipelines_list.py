@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from common import catalog, model_figures
 from common.cli import cli
 from common.model_figures import Confusion, keep_confusion
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 
-SPEC = PipelineSettings().spec()
+SPEC = default_spec()
 
 
 @pytest.fixture

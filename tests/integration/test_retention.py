@@ -56,7 +56,7 @@ def analyse(session: Session, *at: datetime, zone: str = "UTC") -> list[ClaimedJ
 
 def store(session: Session, job: ClaimedJob) -> None:
     assert job.observed_at is not None
-    record_image(session, job, [face(), face()], job.observed_at, fence=True)
+    record_image(session, job, [face(), face()], job.observed_at)
     session.commit()
 
 
@@ -121,7 +121,7 @@ def test_late_footage_of_purged_time_is_refused_with_a_reason(session: Session) 
     register(session, replace(planned("c.jpg"), observed_at=None))
     (unknown,) = [job for job in claim(session, dispatch(session)) if job.observed_at is None]
     with pytest.raises(PermanentJobError, match="was purged"):
-        record_image(session, unknown, [face()], ObservedAt(JANUARY, ObservedAtSource.EXIF), fence=True)
+        record_image(session, unknown, [face()], ObservedAt(JANUARY, ObservedAtSource.EXIF))
     session.rollback()
     assert scalar(session, "SELECT count(*) FROM faces") == 0
 
@@ -140,7 +140,7 @@ def chunk_from(session: Session, start: datetime) -> ClaimedJob:
 def test_of_a_chunk_over_the_border_the_rest_is_stored(session: Session) -> None:
     chunk = chunk_from(session, FEBRUARY - timedelta(seconds=2))
     purging.purge(FEBRUARY, by="Ada")
-    record_chunk(session, chunk, [FrameFaces(n, 1.0, (face(),), (1,)) for n in range(4)], None, fence=True)
+    record_chunk(session, chunk, [FrameFaces(n, 1.0, (face(),), (1,)) for n in range(4)], None)
     session.commit()
     assert scalar(session, "SELECT count(*) FROM faces") == 2
     (job,) = rows(session, "SELECT state, reason, detail FROM jobs WHERE kind = 'chunk'")
@@ -151,7 +151,7 @@ def test_a_chunk_of_purged_time_is_refused(session: Session) -> None:
     chunk = chunk_from(session, JANUARY)
     purging.purge(FEBRUARY, by="Ada")
     with pytest.raises(PermanentJobError) as refused:
-        record_chunk(session, chunk, [FrameFaces(0.0, 1.0, (face(),), (1,))], None, fence=True)
+        record_chunk(session, chunk, [FrameFaces(0.0, 1.0, (face(),), (1,))], None)
     assert refused.value.reason is Reason.PURGED
 
 
@@ -186,7 +186,7 @@ def _open_transaction(session: Session) -> Iterator[threading.Event]:
     def store_slowly() -> None:
         with Session(engine()) as worker:
             assert job.observed_at is not None
-            record_image(worker, job, [face()], job.observed_at, fence=True)
+            record_image(worker, job, [face()], job.observed_at)
             stored.set()
             commit.wait(50)
             worker.commit()

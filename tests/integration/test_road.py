@@ -19,6 +19,7 @@ from common.queues import Queue, TaskName, encode_refs, queue_length, redis_clie
 from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states
+from tests.mutants import UNFENCED, planted_in_processes
 from tests.photos import empty_jpeg, face_jpeg
 from tests.services import QUICK, Bucket, Services, forget_settings, kill_tree, locate, maskwatch, running, wait_until
 
@@ -82,14 +83,9 @@ def _enqueue(session: Session, bucket: Bucket, count: int) -> None:
     assert states(session) == {"pending": count}
 
 
-def _kill_in_mid_group(
-    session: Session, bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fence: bool
-) -> None:
+def _kill_in_mid_group(session: Session, bucket: Bucket, folder: Path) -> None:
     """Kill -9 a worker in the middle of its group; another one finishes. Then the network delivers the
     group's first message once more, as it may after a crash."""
-    if not fence:  # on is the default, and what is tested
-        monkeypatch.setenv("MASKWATCH_LEDGER__FENCE", "false")
-        forget_settings()
     count = 16
     _enqueue(session, bucket, count)
     settings = get_settings()
@@ -123,9 +119,9 @@ SELECT count(*) FILTER (WHERE pictures <> 1) FROM (
 
 
 def test_after_kill_9_every_picture_is_analysed_once(
-    quick: dict[str, str], session: Session, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: dict[str, str], session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
-    _kill_in_mid_group(session, bucket, tmp_path, monkeypatch, fence=True)
+    _kill_in_mid_group(session, bucket, tmp_path)
     assert states(session) == {"succeeded": 17}
     assert scalar(session, ONCE) == 0
     assert scalar(session, "SELECT count(*) FROM faces") == 17
@@ -137,7 +133,10 @@ def test_after_kill_9_every_picture_is_analysed_once(
 def test_without_the_fence_pictures_are_counted_twice(
     quick: dict[str, str], session: Session, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _kill_in_mid_group(session, bucket, tmp_path, monkeypatch, fence=False)
+    with planted_in_processes(tmp_path / "unfenced", *UNFENCED) as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        _kill_in_mid_group(session, bucket, tmp_path)
     assert scalar(session, ONCE) > 0
     assert scalar(session, "SELECT count(*) FROM faces") > 17
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import psycopg
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
-from common import roles
+from common import roles, schedule
 from common.tables import Base
 from tests.ledger_rows import scalar, states
 from tests.photos import face_jpeg
@@ -74,6 +75,17 @@ def test_the_road_works_with_a_role_for_each_part(
     for command in (("jobs", "cancel", "1"), ("jobs", "rerun", "3"), ("status",), ("sources", "list")):
         done = maskwatch(*command, env=as_role(logins, "producer"))
         assert "lacks a right" not in done.stderr, done.stderr
+
+
+def test_the_producer_may_delete_slots_that_ended_long_ago(logins: Mapping[str, str], session: Session) -> None:
+    engine = create_engine(logins["producer"])
+    with Session(engine) as producer:
+        assert schedule.prune_slots(producer) == 0
+        session.execute(text("REVOKE DELETE ON camera_slots FROM maskwatch_producer"))
+        session.commit()
+        with pytest.raises(ProgrammingError, match="permission denied"):
+            schedule.prune_slots(producer)
+    engine.dispose()
 
 
 def refused(url: str, statement: str) -> bool:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from common.domain import Face
 from common.manifest import MODELS, ModelKind
-from common.settings import PipelineSettings
 from tests.photos import portrait
+from tests.pipelines import default_spec
 from workers.classification.registry import load_classifier
 from workers.inference import Engine, Runtime
 from workers.pipeline import load_analyzer
@@ -60,7 +60,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_shipped_classifier_answers_the_same_in_keras(name: str, report: list[str]) -> None:
-    spec = PipelineSettings(classifier=name).spec()
+    spec = default_spec(classifier=name)
     onnx, native = (load_classifier(spec, runtime).classify(crops()) for runtime in (ONNX, NATIVE))
     assert onnx[:, 0].std() > 0.01, "equal answers to everything would agree with anything"
     difference = float(np.abs(onnx - native).max())
@@ -75,7 +75,7 @@ def corners(faces: list[Face]) -> NDArray[np.float64]:
 def test_the_whole_pipeline_finds_the_same_faces(report: list[str]) -> None:
     photo = np.asarray(portrait(512).convert("RGB"))
     crowd = np.concatenate([np.concatenate([photo, photo[:, ::-1]], 1), np.concatenate([photo // 2, photo], 1)], 0)
-    spec = PipelineSettings().spec()
+    spec = default_spec()
     onnx, native = (load_analyzer(spec, runtime).analyze(np.ascontiguousarray(crowd)) for runtime in (ONNX, NATIVE))
     assert len(onnx) == len(native) >= 4
     boxes = float(np.abs(corners(onnx) - corners(native)).max())
@@ -91,7 +91,7 @@ def test_another_rounding_of_the_weights_would_be_noticed() -> None:
     from workers.inference.keras_session import KerasSession, to_keras
     from workers.weights import read_model
 
-    spec = PipelineSettings().spec()
+    spec = default_spec()
     model = to_keras(read_model(spec.classifier), "rounded")
     model.set_weights([np.round(weights * 16) / 16 for weights in model.get_weights()])
     rounded = NetworkMaskClassifier(KerasSession(model, "/CPU:0")).classify(crops())

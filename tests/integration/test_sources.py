@@ -45,7 +45,7 @@ def test_a_denied_object_among_good_ones_is_quarantined(session: Session) -> Non
         refuse(session, 1)
         (good,) = claim(session, dispatch(session, 1))
         assert good.observed_at is not None
-        record_image(session, good, [], good.observed_at, fence=True)
+        record_image(session, good, [], good.observed_at)
         session.commit()
     assert states(session) == {"quarantined": 3, "succeeded": 3}
     assert sources.list_paused(session) == []
@@ -107,7 +107,7 @@ def test_a_paused_source_is_tried_with_one_job_at_a_time(session: Session) -> No
     assert ref.id != job.ref.id  # another object: the first may be the only bad one
     (job,) = claim(session, [ref])
     assert job.observed_at is not None
-    record_image(session, job, [], job.observed_at, fence=True)
+    record_image(session, job, [], job.observed_at)
     session.commit()
     assert sources.list_paused(session) == []
     assert len(dispatch(session)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 
@@ -19,6 +20,8 @@ from common.settings import get_settings
 from common.storage import ObjectInfo
 from common.waiting import in_words
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
+from tests.mutants import UNFENCED_SUCCESS, planted
+from tests.pipelines import default_spec
 from tests.services import forget_settings
 from workers.recording import record_chunk, record_probe
 
@@ -29,8 +32,7 @@ INFO = VideoInfo("mp4", "h264", 640, 480, 25.0, 0, 150.0, NOON)
 def plan_video(session: Session, etag: str = "e1", *, sample_fps: float = 1.0, key: str = "gate.mp4") -> None:
     """Register a video, as a backfill with this sampling does."""
     location = catalog.add_location(session, "lobby", "UTC")
-    settings = get_settings().pipeline.model_copy(update={"sample_fps": sample_fps})
-    pipeline = catalog.ensure_pipeline(session, settings.spec())
+    pipeline = catalog.ensure_pipeline(session, default_spec(sample_fps=sample_fps))
     location.promoted_pipeline_id = pipeline.id
     info = ObjectInfo("s3://footage", key, etag, 1000, NOON + timedelta(seconds=len(etag)))
     video = PlannedObject(info, MediaKind.VIDEO, None)
@@ -44,15 +46,15 @@ def next_job(session: Session) -> ClaimedJob:
 
 
 def end_probe(session: Session, job: ClaimedJob, chunk_seconds: float = 60) -> None:
-    record_probe(session, job, INFO, BEGAN, chunk_ranges(INFO.duration_seconds, chunk_seconds), fence=True)
+    record_probe(session, job, INFO, BEGAN, chunk_ranges(INFO.duration_seconds, chunk_seconds))
     session.commit()
 
 
-def end_chunk(session: Session, job: ClaimedJob, *, fence: bool = True) -> None:
+def end_chunk(session: Session, job: ClaimedJob) -> None:
     """With a face in each of two frames."""
     start = job.range_start_ms / 1000
     frames = [FrameFaces(start + at, 1.0, (face(),), (1,)) for at in (0.0, 1.0)]
-    record_chunk(session, job, frames, None, fence=fence)
+    record_chunk(session, job, frames, None)
     session.commit()
 
 
@@ -63,7 +65,7 @@ def test_a_probe_plans_the_chunks_in_the_transaction_that_ends_it(session: Sessi
     plan_video(session)
     job = next_job(session)
     assert (job.kind, job.observed_at, job.last) == (JobKind.PROBE, None, False)
-    record_probe(session, job, INFO, BEGAN, chunk_ranges(150, 60), fence=True)
+    record_probe(session, job, INFO, BEGAN, chunk_ranges(150, 60))
     session.rollback()
     assert rows(session, CHUNKS) == []
     end_probe(session, job)
@@ -172,7 +174,7 @@ def test_a_version_that_comes_back_is_probed_again_and_may_get_other_chunks(sess
         ],
         location=catalog.get_location(session, "lobby"),
         camera=None,
-        pipeline=catalog.ensure_pipeline(session, get_settings().pipeline.spec()),
+        pipeline=catalog.ensure_pipeline(session, get_settings().pipeline_spec()),
         lane=Lane.BACKFILL,
     )
     session.commit()
@@ -201,9 +203,10 @@ def test_a_chunk_that_is_recorded_twice_counts_once_because_of_the_fence(session
     plan_video(session)
     end_probe(session, next_job(session), chunk_seconds=150)
     (chunk,) = claim(session, dispatch(session))
-    end_chunk(session, chunk, fence=fence)
+    end_chunk(session, chunk)
     try:
-        end_chunk(session, chunk, fence=fence)
+        with nullcontext() if fence else planted(UNFENCED_SUCCESS):
+            end_chunk(session, chunk)
     except StaleJobError:
         session.rollback()
     faces, frames = (
@@ -217,12 +220,12 @@ def test_frames_count_in_the_hours_they_were_shown_in(session: Session) -> None:
     plan_video(session)
     probe = next_job(session)
     began = ObservedAt(NOON - timedelta(seconds=90), ObservedAtSource.CREATION_TIME)
-    record_probe(session, probe, INFO, began, [(0, 180_000)], fence=True)
+    record_probe(session, probe, INFO, began, [(0, 180_000)])
     session.commit()
     frames = [
         FrameFaces(at, 1.0, (face(),) if at == 89.5 else (), (7,) if at == 89.5 else ()) for at in (0.0, 89.5, 90.0)
     ]
-    record_chunk(session, next_job(session), frames, None, fence=True)
+    record_chunk(session, next_job(session), frames, None)
     session.commit()
     hours = rows(session, "SELECT hour, frames, seconds FROM frame_counts ORDER BY hour")
     assert hours == [(NOON - timedelta(hours=1), 2, 2.0), (NOON, 1, 1.0)]
@@ -240,7 +243,7 @@ def test_a_recording_begins_once_whatever_another_pipeline_reads_later(session: 
     plan_video(session, sample_fps=2.0)
     later = next(job for job in claim(session, dispatch(session)) if job.kind is JobKind.PROBE)
     seen = ObservedAt(NOON + timedelta(hours=2), ObservedAtSource.LAST_MODIFIED)
-    record_probe(session, later, INFO, seen, chunk_ranges(150, 60), fence=True)
+    record_probe(session, later, INFO, seen, chunk_ranges(150, 60))
     session.commit()
     for job in claim(session, dispatch(session)):
         assert job.observed_at == BEGAN

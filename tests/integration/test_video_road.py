@@ -21,6 +21,7 @@ from common.settings import get_settings
 from producer import dispatch
 from producer.submit import submit
 from tests.ledger_rows import rows, scalar, states
+from tests.mutants import UNFENCED, planted_in_processes
 from tests.photos import portrait
 from tests.services import QUICK, Bucket, Services, forget_settings, kill_tree, locate, maskwatch, running, wait_until
 from tests.videos import make_video
@@ -125,9 +126,10 @@ def test_after_kill_9_and_a_second_delivery_the_rows_are_those_of_an_undisturbed
 def test_without_the_fence_frames_are_counted_twice(
     quick: None, session: Session, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MASKWATCH_LEDGER__FENCE", "false")
-    forget_settings()
-    _killed_and_delivered_twice(session, bucket, tmp_path)
+    with planted_in_processes(tmp_path / "unfenced", *UNFENCED) as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        _killed_and_delivered_twice(session, bucket, tmp_path)
     disturbed, undisturbed = (rows(session, STORED, key=key) for key in ("a.mp4", "b.mp4"))
     assert len(disturbed) > len(undisturbed)
     assert rows(session, COUNTED, key="a.mp4")[0][1] > FPS * SECONDS

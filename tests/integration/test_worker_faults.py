@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from textwrap import dedent, indent
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from sqlalchemy.orm import Session
 from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states, take
+from tests.mutants import injected
 from tests.photos import face_jpeg
 from tests.services import QUICK, Bucket, Services, forget_settings, locate, maskwatch, running, wait_until
 from workers import attempts
@@ -91,17 +91,6 @@ def quick(services: Services, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytes
         monkeypatch.setenv(name, value)
     forget_settings()
     yield monkeypatch
-
-
-def injected(folder: Path, *faults: str) -> dict[str, str]:
-    """The environment of a worker that, with its children, runs this Python code at its start."""
-    code = dedent("\n".join(faults))
-    # Python imports a module of this name by itself. It may raise nothing: that would only be printed.
-    (folder / "sitecustomize.py").write_text(
-        f"import os\ntry:\n{indent(code, '    ')}\nexcept BaseException:\n"
-        "    import traceback\n    traceback.print_exc()\n    os._exit(70)\n"
-    )
-    return {"PYTHONPATH": str(folder)}
 
 
 @contextmanager
@@ -414,7 +403,7 @@ def test_a_picture_that_fits_no_memory_is_tried_again_and_then_kept_with_what_to
 
     quick.setenv("MASKWATCH_LEDGER__MAX_ATTEMPTS", str(tries))
     forget_settings()
-    small = Analyzer(get_settings().pipeline.spec(), Small(), None)  # type: ignore[arg-type]
+    small = Analyzer(get_settings().pipeline_spec(), Small(), None)  # type: ignore[arg-type]
     quick.setattr(attempts, "analyzer", lambda spec, runtime: small)
     enqueue(session, bucket, 1, 2, 3)
     refs = take(session, 9)

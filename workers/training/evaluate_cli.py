@@ -308,7 +308,7 @@ def _spec(settings: Settings, detector: str | None, classifier: str | None) -> P
         changed |= {"detector": detector, "detector_threshold": None}
     if classifier is not None:
         changed["classifier"] = classifier
-    return settings.pipeline.model_copy(update=changed).spec()
+    return settings.pipeline.model_copy(update=changed).spec(settings.models_dir)
 
 
 def _prepare_folder(out: Path | None) -> None:

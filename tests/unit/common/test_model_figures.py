@@ -8,9 +8,9 @@ from common import model_figures
 from common.domain import MaskwatchError
 from common.manifest import MODELS
 from common.model_figures import Confusion, confusion_of, keep_confusion, read_confusions
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 
-SPEC = PipelineSettings().spec()
+SPEC = default_spec()
 KEPT = Confusion("compact", SPEC.classifier.sha256, (90, 5, 5), (2, 78, 0), SPEC.uncertain_below, "180 faces")
 
 

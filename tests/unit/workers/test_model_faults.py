@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, ModelRef, SampleMode
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 from workers import attempts
 from workers.classification.network_classifier import MAX_BATCH, NetworkMaskClassifier
 from workers.detection import Detections
@@ -23,7 +23,7 @@ from workers.inference.faults import BrokenDeviceError, OutOfModelMemoryError, i
 from workers.inference.onnx_session import load_session
 from workers.pipeline import Analyzer, Picture, analyze_frames
 
-SPEC = PipelineSettings().spec()
+SPEC = default_spec()
 
 ShipBrightness = Callable[..., ModelRef]
 
@@ -128,12 +128,12 @@ def test_what_a_failed_pass_has_made_is_not_kept() -> None:
 REAL = """
 import resource, sys
 import numpy as np
-from common.settings import PipelineSettings
+from common.settings import get_settings
 from workers.inference import Runtime
 from workers.inference.faults import OutOfModelMemoryError
 from workers.pipeline import load_analyzer
 
-analyzer = load_analyzer(PipelineSettings().spec(), Runtime())
+analyzer = load_analyzer(get_settings().pipeline_spec(), Runtime())
 analyzer.analyze(np.zeros((200, 200, 3), np.uint8))
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 120 * 2**20

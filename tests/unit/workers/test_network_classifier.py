@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, ModelRef
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 from workers.classification.network_classifier import MAX_BATCH, NetworkMaskClassifier
 from workers.classification.registry import load_classifier
 from workers.inference import Runtime
@@ -67,10 +67,10 @@ def test_a_network_of_another_shape_is_refused() -> None:
 
 def test_a_pipeline_names_its_classifier(ship_brightness: ShipBrightness) -> None:
     ship_brightness(16)
-    spec = PipelineSettings(classifier="bright").spec()
+    spec = default_spec(classifier="bright")
     assert load_classifier(spec, Runtime()).classify([grey(0)]).shape == (1, 2)
 
 
 def test_a_detector_is_no_classifier() -> None:
     with pytest.raises(MaskwatchError, match="unknown classifier 'centerface'"):
-        PipelineSettings(classifier="centerface").spec()
+        default_spec(classifier="centerface")

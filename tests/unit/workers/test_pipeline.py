@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from skimage.data import astronaut
 
 from common.domain import MaskStatus, ModelRef
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 from workers.detection import Detections
 from workers.inference import Runtime
 from workers.pipeline import Analyzer, load_analyzer
 
-SPEC = replace(PipelineSettings().spec(), widen_below_px=50, widen_factor=2.0, uncertain_below=0.6)
+SPEC = replace(default_spec(), widen_below_px=50, widen_factor=2.0, uncertain_below=0.6)
 
 
 class FixedDetector:
@@ -96,7 +96,7 @@ def test_probabilities_are_floats_in_range_and_add_up(values: list[float]) -> No
 
 def test_the_loaded_pipeline_finds_and_judges_a_real_face(ship_brightness: Callable[..., ModelRef]) -> None:
     ship_brightness()
-    analyzer = load_analyzer(PipelineSettings(classifier="bright").spec(), Runtime())
+    analyzer = load_analyzer(default_spec(classifier="bright"), Runtime())
     photograph = np.asarray(astronaut(), np.uint8)
     (bright,) = analyzer.analyze(photograph)
     (dark,) = analyzer.analyze(photograph // 3)

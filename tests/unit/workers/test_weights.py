@@ -15,7 +15,8 @@ from common import manifest
 from common.domain import MaskwatchError
 from common.manifest import MODELS, Model, ModelFile, ModelKind, pinned_model
 from common.pins import PINS_FILE, read_pins, remember_pins
-from common.settings import PipelineSettings, get_settings
+from common.settings import PipelineSettings, Settings, get_settings
+from tests.pipelines import default_spec
 from workers.weights import State, examine, file_path, local_models, read_files, read_pieces, require
 
 CONTENTS = {"one.pt": b"one", "two.pt": b"two"}
@@ -112,19 +113,32 @@ def unpublished(pair: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
 
 def test_a_bare_name_means_what_this_machine_has_pinned(cache: Path, unpublished: Model, pair: Model) -> None:
     with pytest.raises(MaskwatchError, match="nobody has published a hash for pair: `maskwatch models pull pair`"):
-        PipelineSettings(detector="pair").spec()
+        default_spec(detector="pair")
     fill(cache)
     assert examine(local_models()["pair"]).state is State.UNPINNED
     remember_pins(cache, {"one.pt": digest(b"one")})
-    assert PipelineSettings(detector="pair").spec().detector == pair.ref
+    assert default_spec(detector="pair").detector == pair.ref
     assert examine(local_models()["pair"]).state is State.CACHED
-    assert PipelineSettings(detector=f"pair@{pair.sha256}").spec().detector == pair.ref
+    assert default_spec(detector=f"pair@{pair.sha256}").detector == pair.ref
+
+
+def test_a_pipeline_takes_its_pins_from_the_folder_of_its_own_settings(
+    cache: Path, unpublished: Model, pair: Model, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    remember_pins(other, {"one.pt": digest(b"one")})
+    settings = Settings(models_dir=other, pipeline=PipelineSettings(detector="pair"))
+    assert settings.pipeline_spec().detector == pair.ref
+    # The folder of this process's settings, where nothing is pinned.
+    with pytest.raises(MaskwatchError, match="nobody has published a hash for pair"):
+        settings.pipeline.spec(cache)
 
 
 def test_a_published_hash_is_not_overruled_by_a_pin(cache: Path, pair: Model) -> None:
     remember_pins(cache, {"one.pt": "0" * 64})
     assert local_models()["pair"] == pair
-    assert PipelineSettings(detector="pair").spec().detector == pair.ref
+    assert default_spec(detector="pair").detector == pair.ref
 
 
 @pytest.mark.parametrize("name", ["pair@", "pair@abc", f"pair@{'A' * 64}", f"pair@{'g' * 64}"])

@@ -16,7 +16,7 @@ from common.domain import MaskStatus, PermanentJobError, Reason
 from common.local import walkers
 from common.local.footage import DAYS, TIME_ZONES, make_footage, schedule
 from common.local.truth import StoredFace, TruePicture, Truth, compare_with_truth
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface
 from workers.inference import Runtime
@@ -144,7 +144,7 @@ def test_same_seed_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_detector_finds_the_faces_where_the_truth_says(footage: tuple[Path, Truth]) -> None:
     out, truth = footage
-    detector = load_centerface(PipelineSettings().spec(), Runtime(threads=2))
+    detector = load_centerface(default_spec(), Runtime(threads=2))
     stored = []
     truth = replace(truth, pictures=tuple(photographs(truth)))
     for picture in truth.pictures:

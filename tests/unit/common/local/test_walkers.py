@@ -15,7 +15,7 @@ from common.local import people, walkers
 from common.local.scenes import FILMED
 from common.local.truth import MIN_SIZE_PX, StoredFace, TruePicture, TrueVideo, Truth, compare_with_truth, iou
 from common.local.walkers import Shown, cast, film
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface
 from workers.frames import to_picture
@@ -58,7 +58,7 @@ def test_what_the_file_says_of_itself(filmed: tuple[bytes, list[Shown]]) -> None
 
 def test_the_detector_finds_the_faces_where_the_truth_says(filmed: tuple[bytes, list[Shown]]) -> None:
     content, shown = filmed
-    spec = PipelineSettings().spec()
+    spec = default_spec()
     detector = load_centerface(spec, Runtime(threads=1))
     stored, offsets = [], []
     video = VideoFile(Bytes(content), max_pixels=10**6, threads=1)
@@ -133,7 +133,7 @@ def test_cut_off_faces_are_ignored_in_what_is_seen_of_them() -> None:
 
 def test_a_frame_lies_on_whole_seconds() -> None:
     assert Fraction(walkers.FRAMES_PER_SECOND, walkers.TOLD_PER_SECOND).denominator == 1
-    assert PipelineSettings().spec().sample_fps == walkers.TOLD_PER_SECOND
+    assert default_spec().sample_fps == walkers.TOLD_PER_SECOND
 
 
 def test_the_same_generator_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

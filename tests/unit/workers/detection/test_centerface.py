@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from skimage.data import astronaut
 
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 from workers.detection._ops import iou
 from workers.detection._scaling import resize, scale_for
 from workers.detection.centerface import CenterFace, decode, load_centerface, to_input, to_labels
 from workers.inference import Engine, Runtime
 
-SPEC = PipelineSettings().spec()
+SPEC = default_spec()
 
 #: The face of the photograph, from brow to chin and ear to ear, drawn by hand.
 ASTRONAUT_FACE = np.array([[178, 72, 272, 186]], np.float32)

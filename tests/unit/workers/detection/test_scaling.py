@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.settings import PipelineSettings
+from tests.pipelines import default_spec
 from workers.detection._scaling import resize, scale_for
 
-SPEC = PipelineSettings().spec()
+SPEC = default_spec()
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from skimage.data import astronaut
 
 from common.domain import Face, MaskwatchError, ModelRef
-from common.settings import PipelineSettings
 from tests.agreement import compare, scenes
+from tests.pipelines import default_spec
 from workers.detection.retinaface import RetinaFace, to_input
 from workers.inference import Runtime, faults
 from workers.inference.torch_session import TorchSession
@@ -29,7 +29,7 @@ from workers.detection.retinaface_network import RetinaFaceNetwork  # noqa: E402
 from workers.device.analyzer import MAX_FRAMES, DeviceAnalyzer, load_device_analyzer  # noqa: E402
 from workers.device.detectors import DeviceRetinaFace, folded, ready  # noqa: E402
 
-SPEC = PipelineSettings().spec()
+SPEC = default_spec()
 CPU = torch.device("cpu")
 
 
@@ -257,7 +257,7 @@ def test_a_folded_network_is_the_same_network() -> None:
 
 
 def test_a_detector_without_a_way_on_the_device_is_refused() -> None:
-    spec = replace(SPEC, detector=PipelineSettings(detector="haar").spec().detector)
+    spec = replace(SPEC, detector=default_spec(detector="haar").detector)
     with pytest.raises(MaskwatchError, match="haar runs on the CPU only; on a GPU: centerface, retinaface-resnet50"):
         load_device_analyzer(spec, Runtime())
 
@@ -283,8 +283,8 @@ def test_a_gpu_that_is_not_there_is_an_error_and_not_a_slow_worker(monkeypatch: 
 
 def test_the_cpu_pipeline_does_not_import_torch() -> None:
     code = (
-        "import sys\nfrom common.settings import PipelineSettings\nfrom workers.inference import Runtime\n"
-        "from workers.pipeline import load_analyzer\nload_analyzer(PipelineSettings().spec(), Runtime())\n"
+        "import sys\nfrom common.settings import get_settings\nfrom workers.inference import Runtime\n"
+        "from workers.pipeline import load_analyzer\nload_analyzer(get_settings().pipeline_spec(), Runtime())\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -33,7 +33,7 @@ KEPT_DAYS = 7
 #: 100 s.
 PRUNED_PER_CAMERA = 100
 
-#: Slots deleted per call at most: some tens of milliseconds.
+#: Slots deleted per call at most, so that the transaction stays short.
 PRUNED_AT_ONCE = 5000
 
 #: Seconds until a look that failed is tried again.
@@ -134,27 +134,24 @@ WITH past AS (
     SELECT oldest.camera_id, oldest.slot
     FROM cameras
     CROSS JOIN LATERAL (
-        SELECT camera_id, slot, finished_at
-        FROM camera_slots
-        WHERE camera_id = cameras.id
-        ORDER BY slot
-        LIMIT :per_camera
+        SELECT camera_id, slot, finished_at, lead(finished_at) OVER (ORDER BY slot) AS next_finished_at
+        FROM (
+            SELECT camera_id, slot, finished_at
+            FROM camera_slots
+            WHERE camera_id = cameras.id
+            ORDER BY slot
+            LIMIT :per_camera + 1
+        ) AS first
     ) AS oldest
     WHERE (
         SELECT finished_at
-        FROM camera_slots AS first
-        WHERE first.camera_id = cameras.id
+        FROM camera_slots
+        WHERE camera_id = cameras.id
         ORDER BY slot
         LIMIT 1
     ) < clock_timestamp() - make_interval(days => :days)
     AND oldest.finished_at < clock_timestamp() - make_interval(days => :days)
-    AND EXISTS (
-        SELECT
-        FROM camera_slots AS later
-        WHERE later.camera_id = oldest.camera_id
-        AND later.slot > oldest.slot
-        AND later.finished_at IS NOT NULL
-    )
+    AND oldest.next_finished_at IS NOT NULL
     LIMIT :at_once
 ), held AS (
     SELECT camera_id, slot

@@ -59,7 +59,7 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
     from common import catalog, ledger, sources
     from common.database import engine, session_scope
     from common.deployment import deployment
-    from common.domain import Lane
+    from common.domain import JobRef, Lane
     from common.queues import Queue, list_of, redis_client
     from common.tables import Backfill
     from producer.dispatch import dispatch, reconcile
@@ -100,7 +100,7 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
                 client.delete(*(list_of(Queue.MEDIA, lane) for lane in Lane))
             with session_scope() as session:
                 refs = [
-                    ledger.JobRef(row.id, row.token)
+                    JobRef(row.id, row.token)
                     for row in session.execute(text("SELECT id, token FROM jobs WHERE state = 'queued' ORDER BY id"))
                 ]
             for start in range(0, len(refs), 16):
@@ -138,6 +138,7 @@ def used_indexes(session: Session) -> list[str]:
     from sqlalchemy import event
 
     from common import ledger
+    from common.domain import Lane
 
     seen: list[tuple[str, object]] = []
 
@@ -145,10 +146,11 @@ def used_indexes(session: Session) -> list[str]:
         seen.append((statement, parameters))
 
     event.listen(session.get_bind(), "before_cursor_execute", watch)
-    ledger.take_pending(session, limit=1000, alone=False, epoch="e", video_counts_as=16)
+    feeds = ledger.feeds_with_work(session)[Lane.BACKFILL]
+    ledger.take_pending(session, feeds, ledger.Dispatch(Lane.BACKFILL, "e", 16), lane=Lane.BACKFILL, limit=1000)
     event.remove(session.get_bind(), "before_cursor_execute", watch)
     session.rollback()
-    statement, parameters = next(entry for entry in seen if "picked" in entry[0])
+    statement, parameters = next(entry for entry in seen if "chosen AS" in entry[0])
     plan = session.connection().exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars().all()  # type: ignore[arg-type]
     assert not any("Seq Scan on jobs" in line for line in plan), "\n".join(plan)
     return sorted({line.split(" using ")[1].split(" ")[0] for line in plan if " using " in line})

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import Any
+from uuid import UUID
 
 
 class MediaKind(StrEnum):
@@ -29,7 +30,7 @@ class JobKind(StrEnum):
 
 
 class JobState(StrEnum):
-    """Where a job stands; `common/ledger.py` documents every transition."""
+    """Where a job stands; `common/ledger/states.py` lists every move."""
 
     PENDING = "pending"
     QUEUED = "queued"
@@ -56,6 +57,14 @@ class AttemptOutcome(StrEnum):
     LEASE_EXPIRED = "lease_expired"
     RELEASED = "released"
     CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRef:
+    """A job and the token its holder believes in: all that a message carries."""
+
+    id: int
+    token: UUID
 
 
 class Lane(IntEnum):

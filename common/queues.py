@@ -18,9 +18,8 @@ from common.broker import BrokerDownError as BrokerDownError
 from common.broker import broker_error, tls_options, transport_url
 from common.broker import redis_client as redis_client
 from common.celery_app import app
-from common.domain import Lane
+from common.domain import JobRef, Lane
 from common.kombu_patches import list_name
-from common.ledger import JobRef
 from common.settings import get_settings
 
 

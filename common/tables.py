@@ -270,7 +270,7 @@ _FEED = ("source_id", text("coalesce(backfill_id, 0)"), "lane", "id")
 
 
 class Job(Base):
-    """One unit of work on a media object. `common/ledger.py` is the only code that changes rows here."""
+    """One unit of work on a media object. Only `common/ledger/` changes rows here."""
 
     __tablename__ = "jobs"
     __table_args__ = (

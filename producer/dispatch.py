@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from common import ledger, metrics, schedule
 from common.database import engine, session_scope
-from common.domain import JobKind, Lane
-from common.ledger import Dispatch, DispatchedJob, Feed, JobRef
+from common.domain import JobKind, JobRef, Lane
+from common.ledger import Dispatch, DispatchedJob, Feed
 from common.partitions import split_default
 from common.queues import (
     PRIORITIES,

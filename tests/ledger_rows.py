@@ -9,8 +9,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import catalog, ledger
-from common.domain import Face, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
-from common.ledger import ClaimedJob, Dispatch, JobRef, Registered
+from common.domain import Face, JobRef, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
+from common.ledger import ClaimedJob, Dispatch, Registered
 from common.planning import PlannedObject
 from common.settings import get_settings
 from common.storage import ObjectInfo

@@ -28,19 +28,12 @@ class Rewrite:
     by: str
 
 
+_FENCE = r"jobs\.token = (sent\.token|%\(token\)s(::UUID)?) AND jobs\.state = %\(was\)s(::VARCHAR)?"
+
 #: Any message runs its job, whatever the job's token and state are.
-UNFENCED_CLAIM = Rewrite(
-    of="AS sent (id, token)",
-    pattern=r" AND jobs\.token = sent\.token AND jobs\.state = %\(queued\)s(::VARCHAR)?",
-    by="",
-)
+UNFENCED_CLAIM = Rewrite(of="SET state = 'running'", pattern=_FENCE, by="true")
 #: Any worker that once held a job ends it with its rows.
-UNFENCED_SUCCESS = Rewrite(
-    of="SET state = 'succeeded'",
-    pattern=r" AND (jobs\.)?token = (mine\.token|%\(token\)s(::UUID)?)"
-    r" AND (jobs\.)?state = %\(running\)s(::VARCHAR)?",
-    by="",
-)
+UNFENCED_SUCCESS = Rewrite(of="SET state = 'succeeded'", pattern=_FENCE, by="true")
 UNFENCED = (UNFENCED_CLAIM, UNFENCED_SUCCESS)
 
 

@@ -24,6 +24,7 @@ from common.domain import (
     ArchivedError,
     AttemptOutcome,
     JobKind,
+    JobRef,
     JobState,
     MaskwatchError,
     MediaKind,
@@ -35,7 +36,7 @@ from common.domain import (
     TransientJobError,
     first_line,
 )
-from common.ledger import ClaimedJob, JobRef, Registered, StaleJobError
+from common.ledger import ClaimedJob, Registered, StaleJobError
 from common.planning import PlannedObject
 from common.settings import Settings
 from common.storage import open_bucket

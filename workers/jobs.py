@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from common.domain import JobKind
-from common.ledger import JobRef
+from common.domain import JobKind, JobRef
 from common.settings import Settings
 from workers import attempts
 from workers.attempts import Heartbeat

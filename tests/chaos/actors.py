@@ -25,6 +25,7 @@ from common.domain import (
     Face,
     FrameFaces,
     JobKind,
+    JobRef,
     JobState,
     Lane,
     MaskStatus,
@@ -35,7 +36,7 @@ from common.domain import (
     Reason,
     VideoInfo,
 )
-from common.ledger import ClaimedJob, Dispatch, DispatchedJob, JobRef, Registered, StaleJobError
+from common.ledger import ClaimedJob, Dispatch, DispatchedJob, Registered, StaleJobError
 from common.planning import PlannedObject, chunk_ranges, observed_from_file, recording_start, zone
 from common.storage import ObjectInfo
 from common.tables import Location, Pipeline

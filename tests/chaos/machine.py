@@ -139,7 +139,7 @@ EXPERIMENTS = (
     Experiment(
         "state-machine",
         "whatever turns producers, workers, reconcilers, operators and aggregators take: every frame counts once",
-        "five planted faults",
+        "planted faults",
         _run,
     ),
 )

@@ -34,16 +34,25 @@ NO_FENCE = Plant("no fence", rewrites=UNFENCED, by_harm=True)
 STALE_TOKEN = Plant(
     "a token that outlives a cancel",
     rewrites=(
-        Rewrite("INSERT INTO job_attempts", r"(SET state = 'cancelled'), token = gen_random_uuid\(\)", r"\1"),
-        Rewrite("WITH held AS", r"(token = %\(token\)s(::UUID)?) AND state = %\(running\)s(::VARCHAR)?", r"\1"),
+        Rewrite("INSERT INTO job_attempts", r"(SET state = 'cancelled'),\s+token = gen_random_uuid\(\)", r"\1"),
+        Rewrite("WITH held AS", r"(jobs\.token = %\(token\)s(::UUID)?) AND jobs\.state = %\(was\)s(::VARCHAR)?", r"\1"),
     ),
     by_harm=True,
+)
+
+#: A job that a worker gives back keeps its token. Dispatch changes it before anybody could do harm with it, so this is
+#: found by the table of moves.
+KEPT_TOKEN = Plant(
+    "a transition that keeps the token",
+    rewrites=(Rewrite("'released'", r"(SET state = 'pending'),\s+token = gen_random_uuid\(\)", r"\1"),),
 )
 
 #: A flag per hour that is there or not, which writers set if it isn't.
 UPSERTED_MARKS = Plant(
     "upserted marks",
-    rewrites=(Rewrite(_MARKED, r"(INSERT INTO dirty_marks.*? FROM (?:counted|gone))\b", r"\1 ON CONFLICT DO NOTHING"),),
+    rewrites=(
+        Rewrite(_MARKED, r"(?s)(INSERT INTO dirty_marks.*?\sFROM (?:counted|gone))\b", r"\1 ON CONFLICT DO NOTHING"),
+    ),
     before=("CREATE UNIQUE INDEX planted ON dirty_marks (location_id, pipeline_id, hour)",),
     after=("DROP INDEX planted",),
     summarize=_summarize_flags,
@@ -68,7 +77,7 @@ PUBLISHED_EARLY = Plant("publish before commit", published_early=True, overdue=F
 #: Not a fault: without that rule, and without messages that are lost, nothing is stuck as long as commits come first.
 PUBLISHED_LATE = Plant("publish after commit", overdue=False)
 
-PLANTS = (NO_FENCE, STALE_TOKEN, UPSERTED_MARKS, NO_LOCK, PUBLISHED_EARLY)
+PLANTS = (NO_FENCE, STALE_TOKEN, KEPT_TOKEN, UPSERTED_MARKS, NO_LOCK, PUBLISHED_EARLY)
 
 #: Those for which `make test` has time.
 QUICKLY_FOUND = (NO_FENCE, PUBLISHED_EARLY)

@@ -15,8 +15,7 @@ from sqlalchemy.orm import Session
 
 from common import backfills, ledger
 from common.database import engine
-from common.domain import ArchivedError, Lane, MaskwatchError
-from common.ledger import JobRef
+from common.domain import ArchivedError, JobRef, Lane, MaskwatchError
 from common.queues import Queue, decode_refs, list_of, queue_length, redis_client
 from common.settings import Settings, get_settings
 from common.storage import ObjectInfo, S3Store, open_bucket

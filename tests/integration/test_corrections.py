@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from common import catalog, corrections, ledger, sources
 from common.domain import FrameFaces, Lane, MaskStatus, MaskwatchError, VideoInfo
-from common.ledger import ClaimedJob, StaleJobError
+from common.ledger import ClaimedJob, StaleJobError, registration
 from common.planning import TimePattern, observed_from_file, plan_object, recording_start, zone
 from common.settings import get_settings
 from common.storage import ObjectInfo
@@ -271,7 +271,7 @@ def test_what_was_planned_before_is_not_registered_after(
         lister.expunge_all()
         lister.rollback()
         if not checked:
-            monkeypatch.setattr(ledger, "check_places", lambda *_: None)
+            monkeypatch.setattr(registration, "check_places", lambda *_: None)
         corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
         session.commit()
         if checked:

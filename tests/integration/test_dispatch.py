@@ -17,8 +17,7 @@ from sqlalchemy.orm import Session
 
 from common import ledger
 from common.database import engine, session_scope
-from common.domain import Lane, Reason
-from common.ledger import JobRef
+from common.domain import JobRef, Lane, Reason
 from common.queues import Queue, decode_refs, list_of, queue_length, redis_client
 from common.settings import Settings
 from producer import dispatch as dispatching
@@ -34,7 +33,7 @@ TAKEN_PER_TICK = 3
 #: What lies in Redis is left there: only pending jobs overtake.
 SENT_STAYS = Rewrite("WITH sent AS", r"(state = 'queued') AND (sent_lane = )", r"\1 AND false AND \2")
 #: Whether a message is lost is judged by the lane of its job.
-LOST_BY_LANE = Rewrite("queued_at", r"coalesce\(sent_lane, lane\)", "lane")
+LOST_BY_LANE = Rewrite("queued_at", r"coalesce\(jobs\.sent_lane, jobs\.lane\)", "jobs.lane")
 #: Nothing can be sent.
 FAILING_TAKE = Rewrite("WITH sent AS", r"next\.weight <= ", "1 / 0 <= ")
 

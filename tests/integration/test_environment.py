@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from common import ledger
 from common.broker import BrokerDownError
 from common.database import DatabaseDownError, engine, session_scope
-from common.domain import SourceChangedError
+from common.domain import Reason, SourceChangedError
 from common.queues import Queue, queue_length, redis_client
 from common.settings import Settings, StorageSettings, get_settings
 from common.storage import open_source
@@ -313,7 +313,7 @@ def lead_a_life(settings: Settings) -> None:
     with session_scope() as session:
         record_image(session, done, [face()], done.observed_at)
     with session_scope() as session:
-        ledger.retry_later(session, failed, ledger.Reason.STORAGE_UNAVAILABLE, "away", max_attempts=3, base=60, cap=60)
+        ledger.retry_later(session, failed, Reason.STORAGE_UNAVAILABLE, "away", max_attempts=3, base=60, cap=60)
     with session_scope() as session:
         ledger.release(session, given_back)
     with session_scope() as session:

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
 from common.domain import (
     Face,
     JobKind,
+    JobRef,
     Lane,
     MaskwatchError,
     MediaKind,
@@ -32,7 +34,7 @@ from common.domain import (
     Reason,
     TransientJobError,
 )
-from common.ledger import ClaimedJob, JobRef
+from common.ledger import ClaimedJob
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import open_bucket
@@ -507,7 +509,7 @@ def test_what_can_not_be_recorded_is_told_of_each(
 
     def purge() -> None:
         session.execute(
-            ledger.text(
+            text(
                 "WITH done AS (INSERT INTO operator_actions (action, \"by\") VALUES ('purge', 'test') RETURNING id)"
                 " INSERT INTO purges (before, action_id) SELECT now(), id FROM done"
             )

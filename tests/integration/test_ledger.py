@@ -17,8 +17,9 @@ from sqlalchemy.orm import Session
 
 from common import catalog, ledger
 from common.database import engine, make_engine, session_scope, sql
-from common.domain import JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
-from common.ledger import ClaimedJob, JobRef, StaleJobError
+from common.domain import JobRef, JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
+from common.ledger import ClaimedJob, StaleJobError, transitions
+from common.ledger import attempts as attempts_of_ledger
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import FILE_BUCKET
@@ -210,7 +211,7 @@ def test_transient_errors_wait_and_end_in_quarantine_with_the_last_reason(sessio
             assert state is JobState.RETRY_WAIT
             wait = scalar(session, "SELECT extract(epoch FROM next_run_at - clock_timestamp()) FROM jobs")
             assert -1 < wait <= 50
-            session.execute(ledger.text("UPDATE jobs SET next_run_at = clock_timestamp()"))
+            session.execute(text("UPDATE jobs SET next_run_at = clock_timestamp()"))
             assert ledger.wake_retries(session, limit=100) == 1
             session.commit()
     assert rows(session, "SELECT state, reason, detail FROM jobs") == [
@@ -227,7 +228,7 @@ def test_what_is_not_due_is_not_woken(session: Session) -> None:
     register(session, planned("a.jpg"))
     (job,) = claim(session, dispatch(session))
     ledger.retry_later(session, job, Reason.STORAGE_UNAVAILABLE, "", max_attempts=3, base=1e6, cap=1e6)
-    session.execute(ledger.text("UPDATE jobs SET next_run_at = clock_timestamp() + interval '1 hour'"))
+    session.execute(text("UPDATE jobs SET next_run_at = clock_timestamp() + interval '1 hour'"))
     session.commit()
     assert ledger.wake_retries(session, limit=100) == 0
 
@@ -292,7 +293,7 @@ def test_a_newer_version_takes_the_place_of_the_older(session: Session) -> None:
     register(session, planned("a.jpg"), planned("b.jpg"))
     for job in claim(session, dispatch(session)):
         record_image(session, job, [face()], SEEN)
-    session.execute(ledger.text("DELETE FROM dirty_marks"))
+    session.execute(text("DELETE FROM dirty_marks"))
     session.commit()
     result = register(session, planned("a.jpg", etag="e2", modified=NOON + timedelta(hours=1)))
     assert (result.new, result.superseded) == (1, 1)
@@ -372,7 +373,7 @@ def test_a_commit_and_a_newer_version_do_not_deadlock(session: Session, monkeypa
     writes: list[str] = []
 
     def between_writes(name: str) -> None:
-        real = getattr(ledger, name)
+        real = getattr(attempts_of_ledger, name)
 
         def write(*args: Any, **options: Any) -> None:
             writes.append(name)
@@ -383,10 +384,10 @@ def test_a_commit_and_a_newer_version_do_not_deadlock(session: Session, monkeypa
                     wait_until(lambda: scalar(watcher, waiting), what="the newer version's wait")
             real(*args, **options)
 
-        monkeypatch.setattr(ledger, name, write)
+        monkeypatch.setattr(attempts_of_ledger, name, write)
 
     between_writes("_end")
-    between_writes("_set_observed_at")
+    between_writes("set_observed_at")
     ledger.succeed(session, job, ObservedAt(NOON - timedelta(hours=1), ObservedAtSource.EXIF))
     session.commit()
     thread.join(30)
@@ -501,14 +502,14 @@ def test_dispatch_and_recovery_read_only_what_they_are_about(session: Session) -
     dispatch(session, 20)
     # Like chunks of one long video, because only their states matter here.
     session.execute(
-        ledger.text(
+        text(
             "INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane, range_start_ms, range_end_ms,"
             " state) SELECT 1, 1, 1, 'chunk', 1, n, n + 1, 'succeeded' FROM generate_series(1, 50000) AS n"
         )
     )
-    session.execute(ledger.text("UPDATE jobs SET state = 'retry_wait', next_run_at = now() WHERE id % 5000 = 0"))
+    session.execute(text("UPDATE jobs SET state = 'retry_wait', next_run_at = now() WHERE id % 5000 = 0"))
     session.commit()
-    session.execute(ledger.text("ANALYZE jobs"))
+    session.execute(text("ANALYZE jobs"))
     session.commit()
     used = {
         "take_pending": plans(session, lambda: take(session, 16)),
@@ -525,7 +526,7 @@ def test_dispatch_and_recovery_read_only_what_they_are_about(session: Session) -
     for name, plan in used.items():
         assert "Seq Scan on jobs" not in plan, f"{name}: {plan}"
     assert "ix_jobs_pending on jobs" in used["take_pending"] and "ix_jobs_pending_alone on jobs" in used["alone"]
-    session.execute(ledger.text("DROP INDEX ix_jobs_pending"))
+    session.execute(text("DROP INDEX ix_jobs_pending"))
     without = plans(session, lambda: take(session, 16))
     assert "ix_jobs_pending on jobs" not in without, "control"
     session.rollback()
@@ -548,6 +549,11 @@ def test_a_workers_statements_are_planned_once(
     assert (anew == 0) == by_key, anew
 
 
+def spell_out(read: str, state: str) -> str:
+    """A statement with the state that a job must be in written out: claims are of queued jobs, ends of running ones."""
+    return read.replace(":was", f"'{state}'") if ("SET state = 'running'" in read) == (state == "queued") else read
+
+
 @pytest.mark.parametrize("by_id", [True, False])
 @pytest.mark.parametrize("state", ["queued", "running"])
 def test_a_workers_statements_do_not_read_all_that_is_in_a_state(
@@ -558,7 +564,7 @@ def test_a_workers_statements_do_not_read_all_that_is_in_a_state(
     session.execute(text("ANALYZE jobs"))
     refs = many_queued(session)
     if not by_id:
-        monkeypatch.setattr(ledger, "sql", lambda read, *names: sql(read.replace(f":{state}", f"'{state}'"), *names))
+        monkeypatch.setattr(transitions, "sql", lambda read, *names: sql(spell_out(read, state), *names))
     # As long as our transaction holds it, autovacuum does not bring the statistics up to date.
     session.execute(text("LOCK TABLE jobs IN SHARE UPDATE EXCLUSIVE MODE"))
     statement = f"SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'ix_jobs_{state}'"

@@ -30,7 +30,7 @@ from common.domain import (
     Reason,
     VideoInfo,
 )
-from common.ledger import ClaimedJob, StaleJobError
+from common.ledger import ClaimedJob, StaleJobError, registration
 from common.partitions import ensure_partitions
 from common.tables import Base
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, rows, scalar, states
@@ -329,8 +329,8 @@ def test_an_erasure_waits_for_a_listing_that_brings_the_object(session: Session,
         done.set()
 
     newer = planned("03-02-1200.jpg", etag="e2", modified=NOON + timedelta(hours=1))
-    ledger._keep_from_erasing(session)  # as `register` begins
-    assert ledger._not_erased(session, [newer])
+    registration.keep_from_erasing(session)  # as `register` begins
+    assert registration._not_erased(session, [newer])
     thread = threading.Thread(target=erase)
     thread.start()
     wait_until(waiting, what="the erasure's wait")
@@ -385,7 +385,7 @@ def _analyse_elsewhere(session: Session, bucket: Bucket, folder: Path, before: s
     (ref,) = dispatch(session)
     session.rollback()
     code = (
-        f"{before}\nimport uuid\nfrom common.ledger import JobRef\nfrom common.settings import get_settings\n"
+        f"{before}\nimport uuid\nfrom common.domain import JobRef\nfrom common.settings import get_settings\n"
         "from workers.jobs import run_jobs\n"
         f"run_jobs([JobRef({ref.id}, uuid.UUID('{ref.token}'))], worker='w/1', settings=get_settings())"
     )

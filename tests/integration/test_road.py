@@ -91,7 +91,7 @@ def _kill_in_mid_group(session: Session, bucket: Bucket, folder: Path) -> None:
     settings = get_settings()
     dispatch.reconcile(settings)  # begins the epoch
     assert dispatch.dispatch(settings) == count
-    from common.ledger import JobRef
+    from common.domain import JobRef
 
     message = encode_refs(
         [JobRef(row.id, row.token) for row in rows(session, "SELECT id, token FROM jobs ORDER BY id")]

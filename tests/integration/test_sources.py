@@ -10,8 +10,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger, sources
-from common.domain import MaskwatchError, PausePolicy, Reason
-from common.ledger import JobRef, StaleJobError
+from common.domain import JobRef, MaskwatchError, PausePolicy, Reason
+from common.ledger import StaleJobError
 from common.settings import Settings, get_settings
 from common.waiting import wait_for
 from producer import dispatch as dispatching

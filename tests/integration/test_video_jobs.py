@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from common import catalog, ledger, metrics
-from common.domain import Face, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
-from common.ledger import JobRef
+from common.domain import Face, JobRef, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage import open_bucket

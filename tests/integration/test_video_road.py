@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from sqlalchemy.orm import Session
 
-from common.ledger import JobRef
+from common.domain import JobRef
 from common.queues import TaskName, encode_refs, send
 from common.settings import get_settings
 from producer import dispatch

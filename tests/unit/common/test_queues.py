@@ -14,7 +14,7 @@ import producer.tasks
 import workers.jobs
 import workers.tasks
 from common.celery_app import app
-from common.ledger import JobRef
+from common.domain import JobRef
 from common.queues import ROUTES, Queue, TaskName, decode_refs, encode_refs
 from common.settings import Settings
 from producer.dispatch import group

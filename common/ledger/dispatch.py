@@ -1,0 +1,327 @@
+"""Which pending jobs are sent, and in which order: feeds take turns, what is held up is sent anew.
+
+A feed is what is dispatched in the order of its ids and paused together: the jobs of a source that belong to one
+backfill, or to none. How much may wait in Redis is for `producer/dispatch.py` to say, which sends the messages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from common import sources
+from common.database import sql
+from common.domain import JobKind, JobRef, JobState, Lane, PausePolicy
+from common.ledger.transitions import Transition, move, transition
+
+#: The halves of the pending jobs, each with an index: literals and not parameters, so that every plan can use it.
+#: `jobs.alone` is set for jobs that are isolated: sent in a message of their own.
+_HALVES = {False: "NOT jobs.alone", True: "jobs.alone"}
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchedJob:
+    """A job that is queued now, to be sent behind the commit."""
+
+    ref: JobRef
+    kind: JobKind
+    pipeline_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The jobs of a source that belong to one backfill, or to none (0)."""
+
+    source_id: int
+    backfill_id: int
+
+
+#: The feeds of each lane that have pending jobs, found by one look into the index for each: a statement that went
+#: through all sources and backfills would read 100,000 finished ones to find the three that have work.
+FEEDS = """
+WITH RECURSIVE feeds AS (
+    (SELECT source_id, coalesce(backfill_id, 0) AS backfill_id, lane
+     FROM jobs
+     WHERE state = 'pending' AND {half}
+     ORDER BY source_id, coalesce(backfill_id, 0), lane
+     LIMIT 1)
+    UNION ALL
+    SELECT next.*
+    FROM feeds
+    CROSS JOIN LATERAL (
+        SELECT source_id, coalesce(backfill_id, 0), lane
+        FROM jobs
+        WHERE state = 'pending' AND {half}
+          AND (source_id, coalesce(backfill_id, 0), lane) > (feeds.source_id, feeds.backfill_id, feeds.lane)
+        ORDER BY source_id, coalesce(backfill_id, 0), lane
+        LIMIT 1
+    ) AS next
+)"""
+
+_SENDABLE = """
+SELECT feeds.source_id, feeds.backfill_id, feeds.lane
+FROM feeds
+JOIN sources ON sources.id = feeds.source_id
+LEFT JOIN backfills ON backfills.id = feeds.backfill_id
+WHERE sources.paused_at IS NULL AND backfills.paused_at IS NULL
+"""
+
+_SENDABLE_FEEDS = {isolated: FEEDS.format(half=half) + _SENDABLE for isolated, half in _HALVES.items()}
+
+
+def feeds_with_work(session: Session, *, isolated: bool = False) -> dict[Lane, list[Feed]]:
+    """The feeds of each lane that have jobs to be sent, and are not paused. `isolated` selects the jobs that are sent
+    in a message of their own."""
+    found: dict[Lane, list[Feed]] = {lane: [] for lane in Lane}
+    for row in session.execute(sql(_SENDABLE_FEEDS[isolated])):
+        found[Lane(row.lane)].append(Feed(row.source_id, row.backfill_id))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """How jobs are put into Redis. `lane`: whose list their messages go to. `epoch`: of this Redis. `message_size`:
+    how many images fill a message; a job of a video fills one by itself."""
+
+    lane: Lane
+    epoch: str
+    message_size: int
+
+
+def take_pending(
+    session: Session,
+    feeds: Sequence[Feed],
+    to: Dispatch,
+    *,
+    lane: Lane,
+    limit: int,
+    isolated: bool = False,
+    from_list: Lane | None = None,
+) -> list[DispatchedJob]:
+    """pending → queued for at most `limit` images of a lane; a job of a video counts as a whole message of them.
+    Publish only after the commit. The jobs come in the order in which they should be sent: the feeds take turns, a
+    message each. Where there is no room for a message of each, the first feeds get one.
+
+    `from_list` also takes jobs whose message still waits in that lane's list, and gives them a new token: the old
+    message is dropped when a worker reads it. They are sent before what is pending of their feed.
+
+    SKIP LOCKED: two dispatchers share the work instead of waiting for each other.
+    """
+    taken: dict[Feed, list[Any]] = {}
+    left, waiting = limit, list(feeds)
+    while waiting and left > 0:
+        waiting = waiting[: math.ceil(left / to.message_size)]
+        share = min(left, max(to.message_size, left // len(waiting)))
+        rows = _take(session, waiting, share, to, lane=lane, isolated=isolated, from_list=from_list)
+        by_feed: dict[Feed, list[Any]] = defaultdict(list)
+        for row in rows:
+            by_feed[Feed(row.source_id, row.backfill_id)].append(row)
+        for feed, found in by_feed.items():
+            taken.setdefault(feed, []).extend(found)
+        left -= _weigh(rows, to.message_size)
+        # The others had less than their share: what they left is for those that have more.
+        full = share - to.message_size
+        waiting = [feed for feed in waiting if _weigh(by_feed[feed], to.message_size) > full] if rows else []
+    return [_dispatched(row) for row in _in_turns(list(taken.values()), to.message_size)]
+
+
+def _dispatched(row: Any) -> DispatchedJob:
+    return DispatchedJob(JobRef(row.id, row.token), JobKind(row.kind), row.pipeline_id)
+
+
+def _weight(kind: str, message_size: int) -> int:
+    return 1 if kind == JobKind.IMAGE.value else message_size
+
+
+def _weigh(rows: Iterable[Any], message_size: int) -> int:
+    return sum(_weight(row.kind, message_size) for row in rows)
+
+
+def _in_turns(feeds: Sequence[Sequence[Any]], message_size: int) -> Iterator[Any]:
+    """The jobs of all feeds, a message of each in turn; within a feed by their ids."""
+    messages: list[tuple[int, int, Any]] = []
+    for number, rows in enumerate(feeds):
+        filled = 0
+        for row in sorted(rows, key=lambda row: row.id):
+            messages.append((filled // message_size, number, row))
+            filled += _weight(row.kind, message_size)
+    return (row for _, _, row in sorted(messages, key=lambda entry: (entry[0], entry[1], entry[2].id)))
+
+
+def _taking(half: str) -> Transition:
+    """Feed by feed, as many as fit its share. What is chosen is locked by its keys, so that no more rows are locked
+    than are sent; an array of keys is read by the primary key, however many Postgres expects there to be."""
+    return transition(
+        (JobState.PENDING, JobState.QUEUED),
+        JobState.QUEUED,
+        """
+        FROM jobs
+        WHERE jobs.id = ANY (ARRAY(SELECT id FROM chosen))
+          AND (jobs.state = 'pending' OR (jobs.sent_lane = :from_list AND jobs.epoch = :epoch))
+        """,
+        sets={"queued_at": "clock_timestamp()", "epoch": ":epoch", "sent_lane": ":to_list"},
+        skip_locked=True,
+        before=f"""
+sent AS MATERIALIZED (
+    SELECT id, kind, source_id, coalesce(backfill_id, 0) AS backfill_id
+    FROM jobs
+    WHERE state = 'queued' AND sent_lane = :from_list AND lane = :lane AND epoch = :epoch AND {half}
+      AND queued_at < transaction_timestamp()  -- not what this tick has just sent
+), chosen AS (
+    SELECT next.id
+    FROM unnest(CAST(:sources AS integer[]), CAST(:backfills AS bigint[])) AS feed (source_id, backfill_id)
+    CROSS JOIN LATERAL (
+        SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :message_size END) OVER (ORDER BY id) AS weight
+        FROM (
+            (SELECT id, kind
+             FROM sent
+             WHERE sent.source_id = feed.source_id AND sent.backfill_id = feed.backfill_id
+             ORDER BY id
+             LIMIT :share)
+            UNION ALL
+            (SELECT id, kind
+             FROM jobs
+             WHERE source_id = feed.source_id AND coalesce(backfill_id, 0) = feed.backfill_id
+               AND lane = :lane AND state = 'pending' AND {half}
+             ORDER BY id
+             LIMIT :share)
+        ) AS waiting
+    ) AS next
+    WHERE next.weight <= :share
+)""",
+        select="SELECT id, token, kind, pipeline_id, source_id, coalesce(backfill_id, 0) AS backfill_id FROM moved",
+    )
+
+
+_TAKE = {isolated: _taking(half) for isolated, half in _HALVES.items()}
+
+
+def _take(
+    session: Session,
+    feeds: Sequence[Feed],
+    share: int,
+    to: Dispatch,
+    *,
+    lane: Lane,
+    isolated: bool,
+    from_list: Lane | None,
+) -> Sequence[Any]:
+    return move(
+        session,
+        _TAKE[isolated],
+        {
+            "sources": [feed.source_id for feed in feeds],
+            "backfills": [feed.backfill_id for feed in feeds],
+            "lane": lane,
+            "share": share,
+            "from_list": from_list,
+            "to_list": to.lane,
+            "epoch": to.epoch,
+            "message_size": to.message_size,
+        },
+    )
+
+
+def take_trials(session: Session, *, epoch: str, policy: PausePolicy) -> list[DispatchedJob]:
+    """pending → queued for one job of each paused source whose trial is due; each is sent in a message of its own, in
+    the live lane's list."""
+    taken: list[DispatchedJob] = []
+    for source_id in sources.take_due_trials(session, policy):
+        rows = move(session, _TAKE_TRIAL, {"source": source_id, "epoch": epoch, "live": Lane.LIVE})
+        taken += map(_dispatched, rows)
+    return taken
+
+
+_TAKE_TRIAL = transition(
+    (JobState.PENDING,),
+    JobState.QUEUED,
+    """
+    FROM jobs
+    WHERE jobs.source_id = :source
+      AND NOT EXISTS (SELECT FROM backfills b WHERE b.id = jobs.backfill_id AND b.paused_at IS NOT NULL)
+    """,
+    sets={"queued_at": "clock_timestamp()", "epoch": ":epoch", "sent_lane": ":live"},
+    limit=" LIMIT 1",
+    skip_locked=True,
+    select="SELECT id, token, kind, pipeline_id FROM moved",
+)
+
+
+def recall(session: Session, *, lane: Lane, epoch: str) -> int:
+    """queued → pending for all jobs that wait in their own lane's list, but those in a message of their own: to be sent
+    again in another order. Their messages are dropped when a worker reads them."""
+    return len(move(session, _RECALL, {"lane": lane, "epoch": epoch}))
+
+
+_RECALL = transition(
+    (JobState.QUEUED,),
+    JobState.PENDING,
+    """
+    FROM jobs
+    WHERE jobs.sent_lane = :lane AND jobs.lane = :lane AND jobs.epoch = :epoch AND NOT jobs.alone
+    """,
+    skip_locked=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SentFeed:
+    """What waits of a feed in the list of its own lane, by the ledger."""
+
+    #: Filled ones; less than one where a few images wait.
+    messages: float
+    #: How long the first of them has waited.
+    oldest_seconds: float
+
+
+def sent_feeds(session: Session, *, epoch: str, message_size: int) -> dict[Lane, dict[Feed, SentFeed]]:
+    """What waits in each lane's list of the feeds that are not paused, without jobs that are sent in a message of their
+    own."""
+    found: dict[Lane, dict[Feed, SentFeed]] = {lane: {} for lane in Lane}
+    for row in session.execute(sql(_SENT_FEEDS), {"epoch": epoch, "message_size": message_size}):
+        waits = SentFeed(float(row.images) / message_size, row.oldest_seconds)
+        found[Lane(row.lane)][Feed(row.source_id, row.backfill_id)] = waits
+    return found
+
+
+_SENT_FEEDS = """
+SELECT lane, jobs.source_id, coalesce(backfill_id, 0) AS backfill_id,
+       sum(CASE kind WHEN 'image' THEN 1 ELSE :message_size END) AS images,
+       extract(epoch FROM clock_timestamp() - min(queued_at))::float AS oldest_seconds
+FROM jobs
+JOIN sources ON sources.id = jobs.source_id
+LEFT JOIN backfills ON backfills.id = jobs.backfill_id
+WHERE state = 'queued' AND sent_lane = lane AND epoch = :epoch AND NOT alone
+  AND sources.paused_at IS NULL AND backfills.paused_at IS NULL
+GROUP BY 1, 2, 3
+"""
+
+
+def wake_retries(session: Session, *, limit: int) -> int:
+    """retry_wait → pending for at most `limit` jobs that are due, the longest due first."""
+    return len(move(session, _WAKE, {"limit": limit}))
+
+
+#: Chosen by the index of what is due, then locked in the order that all lock in.
+_WAKE = transition(
+    (JobState.RETRY_WAIT,),
+    JobState.PENDING,
+    """
+    FROM jobs
+    WHERE jobs.id = ANY (ARRAY(SELECT id FROM due)) AND jobs.next_run_at <= clock_timestamp()
+    """,
+    skip_locked=True,
+    before="""
+due AS (
+    SELECT id
+    FROM jobs
+    WHERE state = 'retry_wait' AND next_run_at <= clock_timestamp()
+    ORDER BY next_run_at
+    LIMIT :limit
+)""",
+)

@@ -1,0 +1,118 @@
+"""The states of a job and the moves between them, as data. `transitions` builds a statement for a move of this table
+and for no other; docs/ledger.md is made from it (`python -m common.ledger`).
+
+The states themselves are `domain.JobState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.domain import ACTIVE_STATES, JobState
+
+#: What each state means to a person who looks at a job.
+MEANING: Mapping[JobState, str] = {
+    JobState.PENDING: "to be sent",
+    JobState.QUEUED: "a message with the job's id and token is on its way to a worker",
+    JobState.RUNNING: "a worker holds the lease and the token",
+    JobState.RETRY_WAIT: "a transient error, or an archived object that was asked for; pending again at `next_run_at`",
+    JobState.SUCCEEDED: "final: its faces, frame counts and dirty marks were written in the same transaction",
+    JobState.QUARANTINED: "needs a person; `reason` and `detail` say why",
+    JobState.SOURCE_CHANGED: "the object was replaced after it was planned; the new version has a job of its own",
+    JobState.CANCELLED: "an operator's wish, or a newer version of the key took its place",
+}
+
+#: States that a job leaves only by an operator, by other bytes, or by a correction.
+FINAL_STATES = frozenset(set(JobState) - set(ACTIVE_STATES))
+
+#: The columns that are filled while a job is in a state, and only then. A move clears those of the state it leaves.
+HOLDS: Mapping[JobState, tuple[str, ...]] = {
+    JobState.PENDING: (),
+    JobState.QUEUED: ("epoch", "sent_lane"),
+    JobState.RUNNING: ("lease_until", "worker"),
+    JobState.RETRY_WAIT: ("next_run_at",),
+    **dict.fromkeys(FINAL_STATES, ("finished_at",)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A pair of states that a job may go through, and who moves it when."""
+
+    old: JobState
+    new: JobState
+    when: str
+
+
+def _moves(old: JobState, **moves: str) -> tuple[Move, ...]:
+    return tuple(Move(old, JobState(new), when) for new, when in moves.items())
+
+
+_WITHDRAWN = "a newer version of the key is registered, or a correction begins its plan anew"
+_ANEW = "bytes that were replaced are back, or a pattern places at last what none could"
+
+MOVES: tuple[Move, ...] = (
+    *_moves(
+        JobState.PENDING,
+        queued="the dispatcher sends it; published after the commit",
+        cancelled=f"an operator cancels it or its backfill; {_WITHDRAWN}",
+    ),
+    *_moves(
+        JobState.QUEUED,
+        queued="the dispatcher sends it anew, ahead of live footage: the first message is dropped when it is read",
+        pending="its message is lost (another epoch, overdue beside an empty list, older than any should get); the"
+        " dispatcher recalls it, so that feeds take turns; its location or camera is corrected",
+        running="a worker claims it: compare-and-set on id, token and state",
+        cancelled=f"an operator cancels it or its backfill; {_WITHDRAWN}",
+    ),
+    *_moves(
+        JobState.RUNNING,
+        succeeded="its worker commits its rows in the same transaction",
+        retry_wait="a transient error, a source that refuses everything, or an archived object that was asked for",
+        quarantined="a permanent error; transient ones, crashes or lost leases are used up",
+        source_changed="the object is no longer the one that was planned",
+        pending="its worker gives it back; its process died; its lease ran out; its location or camera is corrected",
+        cancelled=f"an operator cancels it or its backfill; {_WITHDRAWN}",
+    ),
+    *_moves(
+        JobState.RETRY_WAIT,
+        pending="it is due; the archived object that it waits for is listed as restored",
+        cancelled=f"an operator cancels it or its backfill; {_WITHDRAWN}",
+    ),
+    *_moves(
+        JobState.SUCCEEDED,
+        pending="an operator's rerun, or a correction that would tear its hours apart: its rows are deleted",
+        cancelled=f"{_WITHDRAWN}: its rows are deleted",
+    ),
+    *_moves(
+        JobState.QUARANTINED,
+        pending="an operator retries it; what it lacked is there: a time, or an object out of the archive",
+        retry_wait="its source was found to refuse everything, and has paused; S3 was asked to restore the object",
+        cancelled=_WITHDRAWN,
+    ),
+    *_moves(
+        JobState.SOURCE_CHANGED,
+        pending=f"{_ANEW}; a video is planned anew",
+    ),
+    *_moves(
+        JobState.CANCELLED,
+        pending=f"an operator retries it; another backfill comes upon it; {_ANEW}; a video is planned anew",
+        quarantined="a correction leaves its object without a time",
+        cancelled="a newer version takes the place of what an operator had cancelled: its own reason stands then",
+    ),
+)
+
+#: What `transitions` builds statements for.
+LISTED = frozenset((move.old, move.new) for move in MOVES)
+
+
+def as_markdown() -> str:
+    """The tables of docs/ledger.md."""
+    lines = ["| state | meaning | columns that are filled in it |", "|---|---|---|"]
+    for state, meaning in MEANING.items():
+        held = ", ".join(f"`{column}`" for column in HOLDS[state])
+        lines.append(f"| `{state}` | {meaning} | {held} |")
+    lines += ["", "| from | to | when |", "|---|---|---|"]
+    lines += [f"| `{move.old}` | `{move.new}` | {move.when} |" for move in MOVES]
+    return "\n".join(lines) + "\n"

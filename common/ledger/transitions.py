@@ -1,0 +1,200 @@
+"""The one builder of the statements that move jobs. Nothing else writes a job's state, token or attempt.
+
+A transition is one statement, for any number of jobs: it locks those that stand in a state it begins from, in the order
+of their ids, moves them, clears what their old state held (`states.HOLDS`), and tells in `job_attempts` how an attempt
+ended. It always changes the token. Building one for a move that `states.MOVES` does not list is an error at import.
+
+`RENEW` is the one write that keeps the token: a heartbeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from textwrap import dedent, indent
+from typing import Any
+
+from sqlalchemy import Row
+from sqlalchemy.orm import Session
+
+from common.database import sql
+from common.domain import AttemptOutcome, JobRef, JobState
+from common.ledger.states import FINAL_STATES, HOLDS, LISTED
+
+
+class StaleJobError(Exception):
+    """The job is no longer this worker's: its token or state has changed. Nothing may be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A statement that moves jobs. `columns` are those of its result, where they are named; `parameters` are bound in
+    each execution."""
+
+    statement: str
+    columns: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Unless:
+    """Where this SQL condition holds, a job goes to another state."""
+
+    condition: str
+    new: JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """How an attempt that a transition ends is told. `reason` and `detail` are SQL."""
+
+    outcome: AttemptOutcome
+    reason: str = "NULL"
+    detail: str = "NULL"
+
+
+#: Back to the start, as if the job had never been tried.
+ANEW: Mapping[str, str] = {
+    "failures": "0",
+    "crashes": "0",
+    "lost_leases": "0",
+    "alone": "false",
+    "reason": "NULL",
+    "detail": "NULL",
+}
+
+#: Why a job stands where it stands, as parameters.
+SAID: Mapping[str, str] = {"reason": ":reason", "detail": ":detail"}
+
+
+def transition(
+    old: Collection[JobState],
+    new: JobState,
+    chosen: str,
+    *,
+    sets: Mapping[str, str] | None = None,
+    unless: Unless | None = None,
+    attempt: Attempt | None = None,
+    before: str = "",
+    keep: Sequence[str] = (),
+    skip_locked: bool = False,
+    by_key: bool = False,
+    limit: str = "",
+    after: str = "",
+    select: str = "SELECT id FROM moved ORDER BY id",
+    columns: Sequence[str] = (),
+) -> Transition:
+    """The statement that moves the chosen jobs from one of the old states to the new one.
+
+    chosen: `FROM jobs ... WHERE ...`; the states are added to it. before, after: common table expressions in front of
+    it, and behind `moved`, which has all columns of the jobs that were moved. sets: columns and what they become, in
+    SQL. keep: columns of `chosen` that `sets` and `select` find in `held`. attempt: how it is told that a running
+    attempt has ended. skip_locked: pass over what another transaction holds. by_key: the state is a parameter, so that
+    no plan goes by way of the index of all that are in it (ADR 11). limit: a clause, as ` LIMIT 1`.
+    """
+    new_states = {new} | ({unless.new} if unless else set())
+    _check(old, new_states, attempt)
+    names = ", ".join(f"'{state}'" for state in sorted(old))
+    states = "jobs.state = :was" if by_key else f"jobs.state IN ({names})"
+    kept = "".join(f", {column}" for column in keep)
+    expressions = [
+        _clean(before),
+        f"held AS (\n"
+        f"    SELECT jobs.id, jobs.state, jobs.attempt, jobs.worker, jobs.started_at{kept}\n"
+        f"{indent(_clean(chosen), '    ')} AND {states}\n"
+        f"    ORDER BY jobs.id{limit}\n"
+        f"    FOR UPDATE OF jobs{' SKIP LOCKED' if skip_locked else ''}\n"
+        f")",
+        f"moved AS (\n"
+        f"    UPDATE jobs\n"
+        f"    SET {assignments(old, new, sets or {}, unless)}\n"
+        f"    FROM held\n"
+        f"    WHERE jobs.id = held.id\n"
+        f"    RETURNING jobs.*\n"
+        f")",
+        _told(attempt) if attempt else "",
+        _clean(after),
+    ]
+    statement = "WITH " + ", ".join(part for part in expressions if part) + "\n" + _clean(select)
+    if not by_key:
+        return Transition(statement, tuple(columns))
+    (was,) = old
+    return Transition(statement, tuple(columns), {"was": was.value})
+
+
+def _check(old: Collection[JobState], new: Collection[JobState], attempt: Attempt | None) -> None:
+    unlisted = {(before, after) for before in old for after in new} - LISTED
+    if unlisted:
+        pairs = ", ".join(f"{before} to {after}" for before, after in sorted(unlisted))
+        raise ValueError(f"no job may go from {pairs}: see states.MOVES")
+    if (JobState.RUNNING in old) != (attempt is not None):
+        raise ValueError("what ends a running attempt says how, and nothing else does")
+
+
+def assignments(old: Collection[JobState], new: JobState, sets: Mapping[str, str], unless: Unless | None = None) -> str:
+    """What `UPDATE jobs SET` says: the new state and token, what the old states held cleared, and `sets`."""
+    values = {"state": f"'{new}'", "token": "gen_random_uuid()"}
+    if unless:
+        values["state"] = f"CASE WHEN {unless.condition} THEN '{unless.new}' ELSE '{new}' END"
+    values |= {column: "NULL" for state in sorted(old) for column in HOLDS[state]}
+    if new in FINAL_STATES:
+        values["finished_at"] = "clock_timestamp()"
+    elif unless and unless.new in FINAL_STATES:
+        values["finished_at"] = f"CASE WHEN {unless.condition} THEN clock_timestamp() END"
+    values |= sets
+    return ",\n        ".join(f"{column} = {value}" for column, value in values.items())
+
+
+def _told(attempt: Attempt) -> str:
+    return (
+        "told AS (\n"
+        "    INSERT INTO job_attempts (job_id, attempt, outcome, worker, started_at, reason, detail)\n"
+        f"    SELECT held.id, held.attempt, '{attempt.outcome}', held.worker, held.started_at,"
+        f" {attempt.reason}, {attempt.detail}\n"
+        "    FROM held\n"
+        "    JOIN moved ON moved.id = held.id\n"
+        f"    WHERE held.state = '{JobState.RUNNING}'\n"
+        ")"
+    )
+
+
+def _clean(part: str) -> str:
+    return dedent(part).strip()
+
+
+def move(session: Session, what: Transition, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+    """Execute a transition; returns what it selects, by default the ids of the jobs that moved."""
+    return session.execute(sql(what.statement, *what.columns), {**parameters, **what.parameters}).all()
+
+
+#: The ids of jobs and the tokens that a message or a worker believes in, as `held_refs` gives them.
+SENT = """
+FROM jobs
+JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[])) AS sent (id, token) ON jobs.id = sent.id
+WHERE jobs.token = sent.token
+"""
+
+
+def held_refs(refs: Sequence[JobRef]) -> dict[str, str]:
+    """The parameters of `SENT`."""
+    # As Postgres writes arrays: psycopg looks at each element of a list to find its type.
+    return {
+        "ids": f"{{{','.join(str(ref.id) for ref in refs)}}}",
+        "tokens": f"{{{','.join(str(ref.token) for ref in refs)}}}",
+    }
+
+
+#: A heartbeat: the lease of jobs that still are their worker's. Keeps the token, because nothing moves.
+RENEW = f"""
+WITH held AS (
+    SELECT jobs.id
+    {indent(_clean(SENT), "    ").strip()} AND jobs.state = :running
+    ORDER BY jobs.id
+    FOR UPDATE OF jobs
+)
+UPDATE jobs
+SET lease_until = clock_timestamp() + make_interval(secs => :lease)
+FROM held
+WHERE jobs.id = held.id
+RETURNING jobs.id
+"""

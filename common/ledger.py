@@ -117,7 +117,8 @@ class ClaimedJob:
     pipeline_id: int
     backfill_id: int | None
     lane: Lane
-    spec: PipelineSpec
+    #: The pipeline's, as it is stored; `spec` reads it.
+    stored_spec: dict[str, Any]
     #: Half-open range of a chunk, in ms of the file's own time; 0 and 0 for others.
     range_start_ms: int = 0
     range_end_ms: int = 0
@@ -127,6 +128,11 @@ class ClaimedJob:
     duration_seconds: float | None = None
     #: From its being sent to its being claimed.
     queued_seconds: float = 0.0
+
+    @property
+    def spec(self) -> PipelineSpec:
+        """Raises `UnknownSpecError` where a newer version has made the pipeline: the job is to be given back."""
+        return PipelineSpec.from_dict(self.stored_spec)
 
     @property
     def uri(self) -> str:
@@ -768,7 +774,7 @@ def claim(
             pipeline_id=row.pipeline_id,
             backfill_id=row.backfill_id,
             lane=Lane(row.lane),
-            spec=PipelineSpec.from_dict(row.spec),
+            stored_spec=row.spec,
             range_start_ms=row.range_start_ms,
             range_end_ms=row.range_end_ms,
             last=row.last,
@@ -960,15 +966,15 @@ def await_restore(
         {"media": job.media_object_id, "wait": wait_seconds},
     )
     if asked:
-        _end(session, job.ref, _RESTORING, AttemptOutcome.RETRIED, Reason.ARCHIVED, detail, check=check_seconds)
+        _end(session, job.ref, _TRIED_AGAIN, AttemptOutcome.RETRIED, Reason.ARCHIVED, detail, check=check_seconds)
         return JobState.RETRY_WAIT
     late = " (it was asked for, and has not come back)" if asked is False else ""
     _end(session, job.ref, "state = 'quarantined'", AttemptOutcome.QUARANTINED, Reason.ARCHIVED, detail + late)
     return JobState.QUARANTINED
 
 
-#: Spread, so that what was asked for together is not tried together.
-_RESTORING = (
+#: Tried again after a while. Spread, so that what was put off together is not tried together.
+_TRIED_AGAIN = (
     "state = 'retry_wait', next_run_at = clock_timestamp() + make_interval(secs => (0.5 + random() / 2) * :check)"
 )
 
@@ -988,7 +994,7 @@ def restore_requested(session: Session, bucket: str, keys: Sequence[str], *, che
         "WITH asked AS (SELECT jobs.id FROM jobs JOIN media_objects m ON m.id = jobs.media_object_id"
         " WHERE m.bucket = :bucket AND m.key = ANY(:keys) AND m.superseded_at IS NULL"
         " AND jobs.state = 'quarantined' AND jobs.reason = 'archived' ORDER BY jobs.id FOR UPDATE OF jobs)"
-        f" UPDATE jobs SET {_RESTORING}, token = gen_random_uuid(), finished_at = NULL FROM asked"
+        f" UPDATE jobs SET {_TRIED_AGAIN}, token = gen_random_uuid(), finished_at = NULL FROM asked"
         " WHERE jobs.id = asked.id",
         {"bucket": bucket, "keys": list(keys), "check": check_seconds},
     )
@@ -1044,6 +1050,19 @@ def source_changed(session: Session, job: ClaimedJob, detail: str) -> None:
 def release(session: Session, job: ClaimedJob) -> None:
     """running → pending, the attempt refunded: the worker is asked to stop and has not done this job."""
     _end(session, job.ref, "state = 'pending', attempt = jobs.attempt - 1", AttemptOutcome.RELEASED)
+
+
+def give_back(session: Session, job: ClaimedJob, detail: str, *, check_seconds: float) -> None:
+    """running → retry_wait, the attempt refunded: this worker can't do the job, and another one may. It is sent again
+    after `check_seconds` or a little less."""
+    _end(
+        session,
+        job.ref,
+        f"{_TRIED_AGAIN}, attempt = jobs.attempt - 1",
+        AttemptOutcome.RELEASED,
+        detail=detail,
+        check=check_seconds,
+    )
 
 
 #: Attempts that end without ending the job.

@@ -62,6 +62,16 @@ def _created_at() -> Mapped[datetime]:
     return mapped_column(server_default=func.clock_timestamp())
 
 
+class OldestVersion(Base):
+    """The oldest version of a part of Maskwatch that may work on this schema (`common/versions.py`)."""
+
+    __tablename__ = "oldest_versions"
+    __table_args__ = (CheckConstraint(r"version ~ '^\d+\.\d+\.\d+$'", name="version"),)
+
+    part: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str]
+
+
 class Location(Base):
     """A place compliance is reported for. Its time zone decides what an hour and a day are."""
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -14,26 +13,12 @@ import psycopg
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, text
 
 import migrations
 from common.database import SCHEMA_REVISION
 from common.partitions import ensure_partitions, month_of, next_month, split_default
 from tests.services import Services, maskwatch
-
-
-@pytest.fixture
-def empty_database(services: Services) -> Iterator[str]:
-    """The URL of a database with nothing in it."""
-    name = f"test_{uuid.uuid4().hex[:8]}"
-    server = create_engine(services.endpoints.database_url, isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    url = make_url(services.endpoints.database_url).set(database=name).render_as_string(hide_password=False)
-    yield url
-    with server.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    server.dispose()
 
 
 @pytest.fixture
@@ -47,6 +32,12 @@ def test_migrations_make_what_the_tables_say(engine: Engine) -> None:
     migrations.upgrade(engine)
     command.check(migrations.config(engine))  # raises if a table or column differs
     assert ScriptDirectory.from_config(migrations.config()).get_heads() == [SCHEMA_REVISION]
+
+
+def test_revisions_are_numbers_that_go_up_by_one() -> None:
+    """By which a program knows a newer schema from an older one."""
+    scripts = reversed(list(ScriptDirectory.from_config(migrations.config()).walk_revisions()))
+    assert [script.revision for script in scripts] == [f"{n + 1:04}" for n in range(int(SCHEMA_REVISION))]
 
 
 def test_the_comparison_notices_a_difference(engine: Engine) -> None:

@@ -3,7 +3,7 @@
     pending         to be sent. From: registration, a due retry, a lost lease or message, an operator's retry or rerun
     queued          a message with this job's id and token is on its way to a worker
     running         a worker holds the lease and the token
-    retry_wait      a transient error; pending again at `next_run_at`
+    retry_wait      a transient error, or only a newer version can do it; pending again at `next_run_at`
     succeeded       final: its faces, frame counts and dirty marks were written in the same transaction. Only an
                     operator's rerun, which removes them again, and a newer version of the key lead out of it
     quarantined     needs a person; `reason` and `detail` say why

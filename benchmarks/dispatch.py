@@ -27,8 +27,8 @@ WITH objects AS (
     SELECT 's3://archive', to_char(n, 'FM000000000') || '.jpg', 'e', 'e', 1, now(), 'image', 1, now(), 'key_pattern'
     FROM generate_series(CAST(:first AS bigint), CAST(:last AS bigint)) AS n RETURNING id
 )
-INSERT INTO jobs (media_object_id, source_id, pipeline_id, backfill_id, kind, lane, state)
-SELECT id, 1, 1, :backfill, 'image', 1, :state FROM objects
+INSERT INTO jobs (media_object_id, source_id, pipeline_id, backfill_id, kind, lane, state, finished_at)
+SELECT id, 1, 1, :backfill, 'image', 1, :state, now() FROM objects
 """
 
 

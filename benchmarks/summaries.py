@@ -41,8 +41,8 @@ WITH source AS (INSERT INTO sources (bucket) VALUES ('s3://archive') RETURNING i
     INSERT INTO media_objects (bucket, key, revision, etag, size_bytes, last_modified, kind, location_id)
     VALUES ('s3://archive', 'a.jpg', 'e', 'e', 1, now(), 'image', 1) RETURNING id
 )
-INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane, state)
-SELECT object.id, source.id, 1, 'image', 1, 'succeeded' FROM object, source
+INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane, state, finished_at)
+SELECT object.id, source.id, 1, 'image', 1, 'succeeded', now() FROM object, source
 """
 
 

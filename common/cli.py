@@ -11,6 +11,7 @@ from types import FrameType
 
 import click
 
+from common import __version__
 from common.domain import MaskwatchError, PermanentJobError
 
 #: Command name → where it lives and the line that `maskwatch --help` shows, in the order people need them.
@@ -73,7 +74,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="maskwatch")
+@click.version_option(__version__)
 def cli() -> None:
     """Maskwatch: where, when and how well are faces covered?
 

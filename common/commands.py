@@ -14,6 +14,7 @@ from common.console import json_option, note, percent, print_json, print_table
 from common.domain import JobState, MaskwatchError
 
 if TYPE_CHECKING:
+    from common.model_figures import Confusion
     from common.tables import Camera, Job
 
 #: What the ledger's ids can be.
@@ -29,6 +30,8 @@ def db() -> None:
 def upgrade() -> None:
     """Bring the schema up to date; make the partitions of this month and the next.
 
+    Changes nothing where a newer version has migrated the database; exits with 1 if this version may not work on it.
+
     \b
     Example:
       maskwatch db upgrade
@@ -36,18 +39,27 @@ def upgrade() -> None:
     from datetime import UTC, datetime, timedelta
 
     import migrations
-    from common import roles
+    from common import __version__, roles, versions
     from common.database import engine, explained, session_scope
     from common.partitions import ensure_partitions
 
-    with explained():
-        migrations.upgrade(engine())
-        now = datetime.now(UTC)
-        made = ensure_partitions(engine(), [now, now + timedelta(days=31)])
-    with session_scope() as session:
-        granted = not roles.missing(session)
-        if granted:  # also for what this version has added
-            roles.grant(session)
+    try:
+        with explained():
+            migrations.upgrade(engine())
+            now = datetime.now(UTC)
+            made = ensure_partitions(engine(), [now, now + timedelta(days=31)])
+        with session_scope() as session:
+            versions.hold_schema(session)
+            granted = not roles.missing(session)
+            if granted:  # also for what this version has added
+                roles.grant(session)
+    except versions.NewerSchemaError as error:
+        # No failure, as long as this version may work on the newer schema: who goes back to an earlier version of the
+        # programs starts with its `db upgrade`.
+        with session_scope() as session:
+            versions.check_all_parts(session, because=error)
+        note(f"{error}; version {__version__} may go on with it")
+        return
     note(
         f"the database is up to date{'; new partitions: ' + ', '.join(made) if made else ''}"
         f"{'; rights granted' if granted else ''}"
@@ -66,11 +78,12 @@ def grant_rights(only_print: bool) -> None:
       maskwatch db grant
       psql -c "CREATE ROLE worker_1 LOGIN PASSWORD '...' IN ROLE maskwatch_worker"
     """
-    from common import roles
+    from common import roles, versions
     from common.database import session_scope
     from common.deployment import deployment
 
     with deployment(), session_scope() as session:
+        versions.hold_schema(session)
         if only_print:
             click.echo("".join(f"CREATE ROLE {role} NOLOGIN;\n" for role in roles.missing(session)), nl=False)
             click.echo(";\n".join(roles.statements("public")) + ";")
@@ -412,8 +425,6 @@ def list_pipelines(as_json: bool) -> None:
 
     from common.database import session_scope
     from common.deployment import deployment
-    from common.domain import PipelineSpec
-    from common.model_figures import confusion_of
     from common.tables import Location, Pipeline
 
     with deployment(), session_scope() as session:
@@ -424,7 +435,7 @@ def list_pipelines(as_json: bool) -> None:
             {"id": row.id, "created_at": row.created_at, "shown_by": shown.get(row.id, []), "spec": row.spec}
             for row in session.scalars(select(Pipeline).order_by(Pipeline.id))
         ]
-    kept = [confusion_of(PipelineSpec.from_dict(row["spec"])) for row in rows]
+    kept = [_confusion_of(row["spec"]) for row in rows]
     if as_json:
         confusions = [None if confusion is None else asdict(confusion) for confusion in kept]
         print_json([{**row, "classifier_confusion": known} for row, known in zip(rows, confusions, strict=True)])
@@ -442,6 +453,16 @@ def list_pipelines(as_json: bool) -> None:
     ]
     columns = ["id", "created", "detector", "classifier", "held out: right with / without mask", "shown by"]
     print_table("Pipelines", columns, table)
+
+
+def _confusion_of(stored_spec: dict[str, Any]) -> Confusion | None:
+    from common.domain import PipelineSpec, UnknownSpecError
+    from common.model_figures import confusion_of
+
+    try:
+        return confusion_of(PipelineSpec.from_dict(stored_spec))
+    except UnknownSpecError:  # a newer version's pipeline: listed all the same
+        return None
 
 
 @pipelines.command("promote")
@@ -800,14 +821,15 @@ def status(watch: bool, as_json: bool) -> None:
 
 
 def _show_status(as_json: bool) -> None:
-    from common import ledger
+    from common import __version__, ledger, versions
     from common import sources as pauses
-    from common.database import session_scope
+    from common.database import schema_revision, session_scope
     from common.deployment import deployment
     from common.queues import BrokerDownError, Queue, queue_length, redis_client
 
     with deployment():
         with session_scope() as session:
+            schema = {"revision": schema_revision(session), "oldest_versions": versions.oldest_versions(session)}
             states = ledger.counts_by_state(session)
             dirty = ledger.unsummarized(session)
             paused = pauses.list_paused(session)
@@ -827,6 +849,8 @@ def _show_status(as_json: bool) -> None:
                 "unsummarized": dirty,
                 "paused_sources": [asdict(source) for source in paused],
                 "problem": problem,
+                "version": __version__,
+                "schema": schema,
             }
         )
     else:

@@ -3,6 +3,7 @@ receives a `session`; only those open one."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from common.settings import DatabaseSettings, get_settings
 
 T = TypeVar("T")
 
-#: The newest migration. A test compares it with migrations/versions.
-SCHEMA_REVISION = "0007"
+#: The newest migration that this version knows. Revisions are four digits and go up by one: tests hold that.
+SCHEMA_REVISION = "0010"
 
 #: A connection that was used within this many seconds is taken to be there still.
 ALIVE_SECONDS = 1.0
@@ -41,6 +42,8 @@ _BY_KEY = "".join(
         "jit=off",
     )
 )
+
+_REVISION = re.compile(r"\d{4}")
 
 NOT_MIGRATED = "the database is not migrated (found {found}, need {need}): run `maskwatch db upgrade`"
 
@@ -165,8 +168,13 @@ def explained() -> Iterator[None]:
     try:
         yield
     except ProgrammingError as error:
+        if isinstance(error.orig, _MISSING) and (found := _revision_now()) is not None and is_newer(found):
+            raise MaskwatchError(
+                f"the database is newer (schema {found}) than this version knows (schema {SCHEMA_REVISION}), and "
+                f"refused: {first_line(error)}; install a newer Maskwatch"
+            ) from error
         if isinstance(error.orig, psycopg.errors.UndefinedTable):
-            raise MaskwatchError(NOT_MIGRATED.format(found="no tables", need=SCHEMA_REVISION)) from error
+            raise NotMigratedError(NOT_MIGRATED.format(found="no tables", need=SCHEMA_REVISION)) from error
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise MissingRightError(
                 f"{_role()} lacks a right ({first_line(error)}): the owner of the tables gives each role its rights "
@@ -177,6 +185,28 @@ def explained() -> Iterator[None]:
         if is_lost(error):
             raise _down(error) from error
         raise
+
+
+#: What a statement is refused with that needs what a newer schema has dropped.
+_MISSING = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.InsufficientPrivilege,
+)
+
+
+def _revision_now() -> str | None:
+    """The schema's revision, read beside a transaction that has failed; None where it can't be read."""
+    try:
+        with Session(engine()) as session:
+            return schema_revision(session)
+    except (DBAPIError, MaskwatchError):
+        return None
+
+
+class NotMigratedError(MaskwatchError):
+    """The schema lacks what this version needs: it is older, or there is none."""
 
 
 class DatabaseDownError(MaskwatchError):
@@ -234,9 +264,13 @@ def schema_revision(session: Session) -> str | None:
     return None if found is None else str(found)
 
 
-def check_schema() -> None:
-    """Raise a `MaskwatchError` unless the database stands at this version's schema."""
-    with session_scope() as session:
-        found = schema_revision(session)
-    if found != SCHEMA_REVISION:
-        raise MaskwatchError(NOT_MIGRATED.format(found=found or "no schema", need=SCHEMA_REVISION))
+def is_newer(revision: str) -> bool:
+    """Whether a revision of the schema is of a later version of Maskwatch than this one.
+
+    Raises `MaskwatchError` for a revision that no version of Maskwatch has.
+    """
+    if not _REVISION.fullmatch(revision):
+        raise MaskwatchError(
+            f"the database stands at a schema {revision!r}, which is none of Maskwatch's: check MASKWATCH_DATABASE__URL"
+        )
+    return int(revision) > int(SCHEMA_REVISION)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.database import check_schema, engine
+from common.database import NotMigratedError, engine
 from common.domain import MaskwatchError
 from common.settings import Settings, get_settings
+from common.versions import Part, check_schema, wait_for_permission
 
 
 def uses_embedded_stack(settings: Settings) -> bool:
@@ -52,15 +53,17 @@ def has_aws_configuration(settings: Settings) -> bool:
 
 
 @contextmanager
-def deployment(*, keep: bool = False) -> Iterator[Settings]:
-    """Use the deployment: yields its settings, with the schema checked.
+def deployment(*, keep: bool = False, part: Part = Part.COMMAND) -> Iterator[Settings]:
+    """Use the deployment: yields its settings once this version may work on the database as this part.
+
+    A version that may not is an error for a command, and reason to wait for a program that runs until SIGTERM.
 
     The embedded stack is started where it isn't running, migrated, and stopped again at the end if this
     was its last user (`keep` leaves it running). Raises `MaskwatchError` for what a person has to put right.
     """
     settings = get_settings()
     if not uses_embedded_stack(settings):
-        check_schema()
+        _check(part)
         yield settings
         return
     try:
@@ -80,7 +83,7 @@ def deployment(*, keep: bool = False) -> Iterator[Settings]:
         os.environ.update(chosen)
         _forget()
         try:
-            migrate_embedded()
+            migrate_embedded(part)
             yield get_settings()
         finally:
             _forget()
@@ -91,15 +94,22 @@ def deployment(*, keep: bool = False) -> Iterator[Settings]:
                     os.environ[name] = value
 
 
-def migrate_embedded() -> None:
+def migrate_embedded(part: Part) -> None:
     """Bring the embedded database up to date; nobody else looks after it."""
     try:
-        check_schema()
-    except MaskwatchError:
+        _check(part)
+    except NotMigratedError:
         import migrations
 
         migrations.upgrade(engine())
-        check_schema()
+        _check(part)
+
+
+def _check(part: Part) -> None:
+    if part is Part.COMMAND:
+        check_schema(part)
+    else:
+        wait_for_permission(part)
 
 
 def _forget() -> None:

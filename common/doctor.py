@@ -56,6 +56,7 @@ def _examine() -> list[Check]:
         found.append(("database", None, where))
         with deployment() as used:
             found.append(("database reachable, migrated", True, ""))
+            found.append(_examine_versions())
             found += _examine_broker(used, embedded)
     except MaskwatchError as error:
         found.append(("database reachable, migrated", False, str(error)))
@@ -70,6 +71,19 @@ def _examine() -> list[Check]:
     free = shutil.disk_usage(settings.state_dir if settings.state_dir.exists() else ".").free
     found.append(("disk", free > 2**30, f"{free / 2**30:.1f} GiB free"))
     return found
+
+
+def _examine_versions() -> Check:
+    """Whether every part of this version may work on the database."""
+    from common import __version__, versions
+    from common.database import schema_revision, session_scope
+
+    with session_scope() as session:
+        revision, oldest = schema_revision(session), versions.oldest_versions(session)
+    outdated = [part for part, version in oldest.items() if versions.parse(__version__) < versions.parse(version)]
+    named = ", ".join(f"{part} {version}" for part, version in oldest.items())
+    detail = f"this is {__version__}; schema {revision} takes, or newer: {named}"
+    return ("versions", not outdated, detail + (f"; too old here: {', '.join(outdated)}" if outdated else ""))
 
 
 def _examine_broker(settings: Settings, embedded: bool) -> list[Check]:

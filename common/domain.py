@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
@@ -226,6 +227,14 @@ class TimeRange:
         return (self.start is None or instant >= self.start) and (self.end is None or instant < self.end)
 
 
+class UnknownSpecError(MaskwatchError):
+    """A pipeline's spec says something that this version does not know: only a newer one can do its jobs."""
+
+    def __init__(self, unknown: Sequence[str]) -> None:
+        super().__init__(f"its spec has what this version doesn't know: {', '.join(unknown)}; a newer version does")
+        self.unknown = tuple(unknown)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRef:
     """A model file, pinned: its name in `common/manifest.py` and the SHA-256 of its bytes."""
@@ -233,6 +242,9 @@ class ModelRef:
     name: str
     sha256: str
 
+
+#: The newest `PipelineSpec.revision` that this version can analyse as it was meant.
+NEWEST_REVISION = 1
 
 #: How videos are sampled where a spec says nothing of it, as those planned before there were videos.
 DEFAULT_SAMPLING = {"sample": SampleMode.FRAMES, "sample_fps": 1.0}
@@ -272,6 +284,9 @@ class PipelineSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PipelineSpec:
+        """The spec that `as_dict` wrote, also an earlier version's. Raises `UnknownSpecError` for a newer one's."""
+        if unknown := _unknown_in(values):
+            raise UnknownSpecError(unknown)
         values = dict(values)
         return cls(
             detector=ModelRef(**values.pop("detector")),
@@ -285,6 +300,18 @@ class PipelineSpec:
         """SHA-256 of the canonical JSON of the spec: the identity of a pipeline."""
         canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _unknown_in(spec: dict[str, Any]) -> list[str]:
+    """What a stored spec says that this version does not know, sorted: names of fields, and values of known ones."""
+    unknown = spec.keys() - PipelineSpec.__dataclass_fields__.keys()
+    for model in ("detector", "classifier"):
+        unknown |= {f"{model}.{name}" for name in spec[model].keys() - ModelRef.__dataclass_fields__.keys()}
+    if (sample := spec.get("sample", SampleMode.FRAMES)) not in list(SampleMode):
+        unknown.add(f"sample {sample}")
+    if (revision := spec.get("revision", 1)) > NEWEST_REVISION:
+        unknown.add(f"revision {revision}")
+    return sorted(unknown)
 
 
 @dataclass(frozen=True, slots=True)

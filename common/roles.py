@@ -20,6 +20,7 @@ from common.domain import MaskwatchError
 RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     # Discovers, plans, dispatches and recovers; also for those who give the operator's commands.
     "maskwatch_producer": {
+        "oldest_versions": ("SELECT",),
         "locations": ("SELECT", "INSERT", "UPDATE (promoted_pipeline_id)"),
         "cameras": ("SELECT", "INSERT", "UPDATE"),
         "camera_slots": ("SELECT", "INSERT", "UPDATE", "DELETE"),
@@ -43,6 +44,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     # Does jobs, and plans the new version of an object that it finds replaced.
     "maskwatch_worker": {
+        "oldest_versions": ("SELECT",),
         "locations": ("SELECT",),
         "cameras": ("SELECT",),
         "pipelines": ("SELECT",),
@@ -57,6 +59,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "erased_objects": ("SELECT",),
     },
     "maskwatch_aggregator": {
+        "oldest_versions": ("SELECT",),
         "locations": ("SELECT",),
         "frame_counts": ("SELECT",),
         "faces": ("SELECT (location_id, pipeline_id, observed_at, status)",),
@@ -89,6 +92,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
                 "operator_actions",
                 "operator_action_jobs",
                 "purges",
+                "oldest_versions",
             ),
             ("SELECT",),
         ),

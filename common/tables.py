@@ -62,6 +62,16 @@ def _created_at() -> Mapped[datetime]:
     return mapped_column(server_default=func.clock_timestamp())
 
 
+class OldestVersion(Base):
+    """The oldest version of a part of Maskwatch that may work on this schema (`common/versions.py`)."""
+
+    __tablename__ = "oldest_versions"
+    __table_args__ = (CheckConstraint(r"version ~ '^\d+\.\d+\.\d+$'", name="version"),)
+
+    part: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str]
+
+
 class Location(Base):
     """A place compliance is reported for. Its time zone decides what an hour and a day are."""
 
@@ -277,6 +287,14 @@ class Job(Base):
         # A media object is planned once per pipeline and range.
         UniqueConstraint("media_object_id", "pipeline_id", "kind", "range_start_ms", "range_end_ms"),
         CheckConstraint("range_start_ms >= 0 AND range_end_ms >= range_start_ms", name="range"),
+        CheckConstraint(
+            "state <> 'running' OR (lease_until IS NOT NULL AND worker IS NOT NULL)",
+            name="running",
+        ),
+        CheckConstraint(
+            "state NOT IN ('succeeded', 'quarantined', 'source_changed', 'cancelled') OR finished_at IS NOT NULL",
+            name="finished",
+        ),
         Index("ix_jobs_pending", *_FEED, postgresql_where=text("state = 'pending' AND NOT alone")),
         Index("ix_jobs_pending_alone", *_FEED, postgresql_where=text("state = 'pending' AND alone")),
         Index("ix_jobs_retry_wait", "next_run_at", postgresql_where=text("state = 'retry_wait'")),

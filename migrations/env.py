@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from alembic import context
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
-from common.database import make_engine
+from common.database import make_engine, schema_revision
 from common.settings import get_settings
 from common.tables import Base
-
-#: Any constant will do, as long as nothing else locks it: "maskwatch migrations".
-MIGRATION_LOCK = 0x6D77_6D69
+from common.versions import MIGRATION_LOCK, check_not_newer
 
 
 def is_ours(name: str | None, kind: str, _parents: object) -> bool:
@@ -28,6 +27,9 @@ def run() -> None:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
         connection.commit()
         try:
+            # Behind the lock: an earlier version's `db upgrade` may have waited for a newer one's.
+            with Session(connection) as session:
+                check_not_newer(schema_revision(session))
             context.configure(
                 connection=connection,
                 target_metadata=Base.metadata,

@@ -446,8 +446,9 @@ def producer() -> None:
     """
     from common.deployment import deployment
     from common.metrics import Role, serving
+    from common.versions import Part
 
-    with deployment() as settings, serving(Role.PRODUCER, settings.metrics, _gauges):
+    with deployment(part=Part.PRODUCER) as settings, serving(Role.PRODUCER, settings.metrics, _gauges):
         from celery.beat import EmbeddedService, Scheduler
 
         from common.celery_app import app, serve

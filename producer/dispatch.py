@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from sqlalchemy.orm import Session
 
@@ -57,10 +57,13 @@ def dispatch(settings: Settings) -> int:
         waiting = {lane: queue_length(client, Queue.MEDIA, lane) for lane in Lane}
     if all(length >= settings.dispatch.queue_cap for length in waiting.values()):
         return 0
+    # Each in a transaction of its own: one that moves a job twice would lock its media object behind it.
     with session_scope() as session:
         ledger.wake_retries(session, limit=WOKEN_AT_ONCE)
     with session_scope() as session:
-        tick = _Tick(session, settings, epoch, waiting)
+        recalled = _Tick(session, settings, epoch, waiting).recall()
+    with session_scope() as session:
+        tick = _Tick(session, settings, epoch, waiting, recalled)
         isolated = tick.isolated()
         live = tick.lane(Lane.LIVE, used=len(isolated))
         ahead = [[job.ref] for job in isolated] + list(group(live, tick.size))
@@ -82,14 +85,30 @@ def dispatch(settings: Settings) -> int:
 
 
 class _Tick:
-    """What one tick sends, in one transaction. `waiting`: messages in each lane's list when it began."""
+    """What one tick sends, in one transaction. `waiting`: messages in each lane's list when it began. `recalled`: lanes
+    whose messages have been replaced, and count no longer."""
 
-    def __init__(self, session: Session, settings: Settings, epoch: str, waiting: Mapping[Lane, int]) -> None:
-        self.session, self.epoch, self.waiting = session, epoch, waiting
+    def __init__(
+        self,
+        session: Session,
+        settings: Settings,
+        epoch: str,
+        waiting: Mapping[Lane, int],
+        recalled: Collection[Lane] = (),
+    ) -> None:
+        self.session, self.epoch, self.waiting, self.recalled = session, epoch, waiting, recalled
         self.cap, self.size = settings.dispatch.queue_cap, settings.worker.group_size
         self.policy = settings.ledger.pause_policy
         self.pending = ledger.feeds_with_work(session)
         self.sent = ledger.sent_feeds(session, epoch=epoch, message_size=self.size)
+
+    def recall(self) -> list[Lane]:
+        """Take back what waits in the lists in which a feed would wait behind another's messages, to be sent anew, in
+        turns; returns the lanes."""
+        held_up = [lane for lane in Lane if self._holds_up(lane)]
+        for lane in held_up:
+            ledger.recall(self.session, lane=lane, epoch=self.epoch)
+        return held_up
 
     def isolated(self) -> list[DispatchedJob]:
         """Jobs that are sent in a message of their own, in the live lane: they have been held up long enough. At most
@@ -102,21 +121,16 @@ class _Tick:
         return jobs + ledger.take_trials(self.session, epoch=self.epoch, policy=self.policy)
 
     def lane(self, lane: Lane, *, used: int = 0) -> list[DispatchedJob]:
-        """Jobs of a lane for its own list, in which `used` messages have been given away. Normally what is pending, as
-        far as there is room; where a feed would wait behind another's messages, all are sent anew, in turns.
-        """
-        room = self.cap - used - self.waiting[lane]
-        if self._holds_up(lane):
-            ledger.recall(self.session, lane=lane, epoch=self.epoch)
-            self.pending[lane] = self._feeds(lane)
-            self.sent[lane] = {}
-            room = self.cap - used
+        """Pending jobs of a lane for its own list, as far as there is room in it; `used` messages of that have been
+        given away."""
+        room = self.cap - used - (0 if lane in self.recalled else self.waiting[lane])
         return self._take(lane, self._in_order(lane, self.pending[lane]), lane, room)
 
     def overtaking(self, messages: int) -> list[DispatchedJob]:
         """Jobs of backfills for the live lane's list, first those that wait in their own list, which no worker reads
         from now."""
-        return self._take(Lane.BACKFILL, self._feeds(Lane.BACKFILL), Lane.LIVE, messages, from_list=Lane.BACKFILL)
+        feeds = self._in_order(Lane.BACKFILL, {*self.pending[Lane.BACKFILL], *self.sent[Lane.BACKFILL]})
+        return self._take(Lane.BACKFILL, feeds, Lane.LIVE, messages, from_list=Lane.BACKFILL)
 
     def _take(
         self, lane: Lane, feeds: Sequence[Feed], to: Lane, messages: int, *, from_list: Lane | None = None
@@ -124,10 +138,6 @@ class _Tick:
         into = Dispatch(to, self.epoch, self.size)
         limit = messages * self.size
         return ledger.take_pending(self.session, feeds, into, lane=lane, limit=limit, from_list=from_list)
-
-    def _feeds(self, lane: Lane) -> list[Feed]:
-        """Feeds with anything to send or to send anew."""
-        return self._in_order(lane, {*self.pending[lane], *self.sent[lane]})
 
     def _in_order(self, lane: Lane, feeds: Iterable[Feed]) -> list[Feed]:
         """Those with the least in Redis first: where there is no room for all, each gets its turn."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
 from common.settings import Settings, get_settings
@@ -62,6 +62,20 @@ def configure(services: Services, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 def database_url(services: Services) -> str:
     """A migrated, empty database, which the settings name, too."""
     return services.environment["MASKWATCH_DATABASE__URL"]
+
+
+@pytest.fixture
+def empty_database(services: Services) -> Iterator[str]:
+    """The URL of a database with nothing in it."""
+    name = f"test_{uuid.uuid4().hex[:8]}"
+    server = create_engine(services.endpoints.database_url, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    url = make_url(services.endpoints.database_url).set(database=name).render_as_string(hide_password=False)
+    yield url
+    with server.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
 
 
 @pytest.fixture

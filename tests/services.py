@@ -45,7 +45,8 @@ class Services:
     def empty(self) -> None:
         """Forget everything: rows, partitions, messages. (Buckets are made anew by each test.)"""
         engine = create_engine(self.endpoints.database_url)
-        names = ", ".join(table.name for table in Base.metadata.sorted_tables)
+        # What the migrations have written stays.
+        names = ", ".join({table.name for table in Base.metadata.sorted_tables} - {"oldest_versions"})
         with engine.begin() as connection:
             partitions = connection.execute(
                 text("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'faces'::regclass")

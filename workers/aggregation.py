@@ -17,9 +17,7 @@ from sqlalchemy.orm import Session
 from common import metrics
 from common.database import session_scope
 from common.retention import frozen_before
-
-#: Any constant that nothing else locks: "maskwatch aggregation".
-AGGREGATION_LOCK = 0x6D77_6167
+from common.versions import AGGREGATION_LOCK, Part, check_part
 
 #: Marks taken per transaction.
 BATCH = 5000
@@ -86,9 +84,15 @@ def summarize() -> int:
 
 
 def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
-    """Take at most `limit` marks and recompute their hours; returns how many of each."""
+    """Take at most `limit` marks and recompute their hours; returns how many of each.
+
+    Raises `OutdatedProgramError`, with nothing taken, if an aggregator of this version may not go on.
+    """
     # A statement of its own: under READ COMMITTED the next one sees what was committed before the lock was ours.
     session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": AGGREGATION_LOCK})
+    # Behind the lock, which a migration holds from before it says who may go on until it commits: so what is read here
+    # holds until this transaction has ended.
+    check_part(session, Part.AGGREGATOR)
     marks = session.execute(
         text(
             "DELETE FROM dirty_marks WHERE id IN (SELECT id FROM dirty_marks ORDER BY id LIMIT :limit)"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from types import TracebackType
@@ -17,7 +18,7 @@ import psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from common import ledger, metrics
+from common import ledger, metrics, versions
 from common.database import DatabaseDownError, is_lost, session_scope, transact
 from common.domain import (
     REFUSALS,
@@ -34,6 +35,7 @@ from common.domain import (
     SampleMode,
     SourceChangedError,
     TransientJobError,
+    UnknownSpecError,
     first_line,
 )
 from common.ledger import ClaimedJob, Registered, StaleJobError
@@ -72,6 +74,51 @@ def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[Claim
     return jobs
 
 
+@lru_cache(maxsize=1)
+def check_version() -> None:
+    """Raise `OutdatedProgramError` if the database takes no worker of this version any more. Asked once per process:
+    the worker was started before that was written, its children are replaced now and then."""
+    with session_scope() as session:
+        versions.check_part(session, versions.Part.WORKER)
+
+
+def require_version(jobs: Sequence[ClaimedJob]) -> None:
+    """Raise `UnfitWorkerError`, with the jobs given back, if this version may not do any."""
+    try:
+        check_version()
+    except versions.OutdatedProgramError as error:
+        release(jobs)
+        raise UnfitWorkerError(str(error)) from error
+
+
+def give_back_unknown(jobs: Sequence[ClaimedJob], settings: Settings) -> list[ClaimedJob]:
+    """Give back the jobs whose pipeline only a newer version knows; returns the others.
+
+    They wait for a while before they are sent again, because the next worker may be of this version, too.
+    """
+    known = []
+    for job in jobs:
+        try:
+            job.spec  # noqa: B018 - reads it, or raises
+        except UnknownSpecError as error:
+            detail = f"pipeline {job.pipeline_id}: {error}"
+            _tell_once(detail)
+            _give_back(job, detail, settings)
+        else:
+            known.append(job)
+    return known
+
+
+@lru_cache(maxsize=256)
+def _tell_once(detail: str) -> None:
+    log.warning("its jobs are given back", detail=detail)
+
+
+def _give_back(job: ClaimedJob, detail: str, settings: Settings) -> None:
+    with _released(job), session_scope() as session:
+        ledger.give_back(session, job, detail, check_seconds=settings.ledger.retry_cap_seconds)
+
+
 def load_models(jobs: Sequence[ClaimedJob], settings: Settings) -> None:
     """Load what these jobs need; to be called under their heartbeat, since it may take longer than a lease.
 
@@ -89,14 +136,20 @@ def load_models(jobs: Sequence[ClaimedJob], settings: Settings) -> None:
 def release(jobs: Iterable[ClaimedJob]) -> None:
     """Give jobs back that were not done, their attempts refunded."""
     for job in jobs:
-        try:
-            with session_scope() as session:
-                ledger.release(session, job)
-        except StaleJobError:
-            log.info("lost before release", job=job.ref.id)
-            metrics.count(metrics.LEASE_LOSSES, cause="refused")
-        else:
-            _ended(job, AttemptOutcome.RELEASED)
+        with _released(job), session_scope() as session:
+            ledger.release(session, job)
+
+
+@contextmanager
+def _released(job: ClaimedJob) -> Iterator[None]:
+    """Count a job that is given back, unless it is no longer ours."""
+    try:
+        yield
+    except StaleJobError:
+        log.info("lost before release", job=job.ref.id)
+        metrics.count(metrics.LEASE_LOSSES, cause="refused")
+    else:
+        _ended(job, AttemptOutcome.RELEASED)
 
 
 def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings, *, ends: bool = True) -> bool:
@@ -269,6 +322,10 @@ def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
 
 class UnfitWorkerError(Exception):
     """This worker can't load what its jobs are pinned to; others may. It must stop, not fail them one by one."""
+
+
+class UnknownPipelineError(Exception):
+    """All jobs of a message were of pipelines that only a newer version knows, and were given back."""
 
 
 class DrainedError(Exception):

@@ -15,6 +15,7 @@ from workers.annotate import annotate
 
 if TYPE_CHECKING:
     from common.metrics import Role
+    from common.versions import Part
 
 __all__ = ["aggregator", "annotate", "erase", "purge", "summarize", "worker"]
 
@@ -45,6 +46,7 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
     from common.metrics import Role
     from common.queues import Queue
     from common.settings import get_settings
+    from common.versions import Part
     from workers.inference import runtime_of
     from workers.readiness import require_runtime
 
@@ -54,7 +56,7 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
     require_runtime(runtime_of(get_settings()))
     if (warning := oversubscribed(settings.processes, settings.threads)) is not None:
         note(f"warning: {warning}")
-    _serve(Queue.MEDIA, name or f"worker-{os.getpid()}", pool="prefork", role=Role.WORKER)
+    _serve(Queue.MEDIA, name or f"worker-{os.getpid()}", pool="prefork", role=Role.WORKER, part=Part.WORKER)
 
 
 @click.command()
@@ -68,17 +70,24 @@ def aggregator(name: str | None) -> None:
     """
     from common.metrics import Role
     from common.queues import Queue
+    from common.versions import Part
 
     # solo: one task at a time, in this process; the database bounds its statements' time.
-    _serve(Queue.AGGREGATION, name or f"aggregator-{os.getpid()}", pool="solo", role=Role.AGGREGATOR)
+    _serve(
+        Queue.AGGREGATION,
+        name or f"aggregator-{os.getpid()}",
+        pool="solo",
+        role=Role.AGGREGATOR,
+        part=Part.AGGREGATOR,
+    )
 
 
-def _serve(queue: str, name: str, *, pool: str, role: Role) -> None:
+def _serve(queue: str, name: str, *, pool: str, role: Role, part: Part) -> None:
     from common.deployment import deployment
     from common.metrics import serving
 
     # Metrics before anything of Celery: their folder must be known to the children.
-    with deployment() as settings, serving(role, settings.metrics):
+    with deployment(part=part) as settings, serving(role, settings.metrics):
         from common.celery_app import serve
         from workers.lifecycle import prepare_drain
 

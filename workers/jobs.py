@@ -18,9 +18,14 @@ def run_jobs(
 ) -> int:
     """Claim these jobs and end each of them; returns how many succeeded.
 
-    Raises `workers.attempts.UnfitWorkerError`, with the jobs given back, where their models can't be loaded.
+    Raises, with the jobs given back: `workers.attempts.UnfitWorkerError` where this version may do no jobs or their
+    models can't be loaded, `workers.attempts.UnknownPipelineError` where only a newer version can do them.
     """
-    jobs = attempts.claim(refs, worker, settings)
+    claimed = attempts.claim(refs, worker, settings)
+    attempts.require_version(claimed)
+    jobs = attempts.give_back_unknown(claimed, settings)
+    if claimed and not jobs:
+        raise attempts.UnknownPipelineError
     images = [job for job in jobs if job.kind is JobKind.IMAGE]
     succeeded = 0
     with Heartbeat(jobs, settings) as heartbeat:

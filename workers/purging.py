@@ -22,7 +22,8 @@ from common.database import session_scope
 from common.domain import MaskwatchError
 from common.partitions import month_of, partition_name
 from common.tables import Purge
-from workers.aggregation import AGGREGATION_LOCK, summarize
+from common.versions import AGGREGATION_LOCK
+from workers.aggregation import summarize
 
 #: Rows that one DELETE takes, to stay within the statement timeout.
 BATCH = 20_000

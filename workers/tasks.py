@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from common.celery_app import app
@@ -11,6 +12,7 @@ from common.database import DatabaseDownError
 from common.queues import TaskName, decode_refs
 from common.settings import get_settings
 from common.telemetry import get_logger
+from common.versions import OutdatedProgramError
 from workers import aggregation
 from workers.lifecycle import draining, end_process, stop_worker, worker_name
 
@@ -19,12 +21,16 @@ log = get_logger(__name__)
 #: How long a worker leaves messages alone after the database was away, or had no room for what it recorded.
 PAUSE_SECONDS = 5.0
 
+#: How long a worker leaves messages alone after one of which it knew no pipeline. Short, because the next message may
+#: be of one that it knows.
+UNKNOWN_PAUSE_SECONDS = 1.0
+
 
 @app.task(name=TaskName.ANALYZE.value, bind=True)
 def analyze(self: Any, message: Any) -> None:
     """Do the jobs that a message names: pictures, the probe of a video, a chunk of one."""
     # Imported here: a worker that only aggregates loads neither decoders nor a model runtime.
-    from workers.attempts import UnfitWorkerError
+    from workers.attempts import UnfitWorkerError, UnknownPipelineError
     from workers.inference.faults import device_is_broken
     from workers.jobs import run_jobs
 
@@ -43,16 +49,19 @@ def analyze(self: Any, message: Any) -> None:
     except UnfitWorkerError as error:
         log.critical("this worker can't do its jobs and stops; the jobs were given back", detail=str(error))
         stop_worker()
+    except UnknownPipelineError:
+        # Told already. Without a pause a backfill of such jobs would go round as quickly as it can be claimed.
+        _pause(UNKNOWN_PAUSE_SECONDS, must_stop)
     except DatabaseDownError as error:
         log.error("this worker waits for the database", detail=str(error), seconds=PAUSE_SECONDS)
-        _pause(must_stop)
+        _pause(PAUSE_SECONDS, must_stop)
     finally:
         if device_is_broken():
             end_process()
 
 
-def _pause(must_stop: Callable[[], bool]) -> None:
-    until = time.monotonic() + PAUSE_SECONDS
+def _pause(seconds: float, must_stop: Callable[[], bool]) -> None:
+    until = time.monotonic() + seconds
     while time.monotonic() < until and not must_stop():
         time.sleep(0.1)
 
@@ -62,6 +71,14 @@ def summarize() -> None:
     """Bring the hourly summaries up to date."""
     try:
         aggregation.summarize()
+    # In both cases the marks are still there, and the producer asks again.
+    except OutdatedProgramError as error:
+        _tell_once(str(error))
     except DatabaseDownError as error:
-        # The marks are still there, and the producer asks again.
         log.error("not summarized", detail=str(error))
+
+
+@lru_cache(maxsize=1)
+def _tell_once(detail: str) -> None:
+    """Not each time that the producer asks."""
+    log.error("this aggregator may not go on, and waits", detail=detail)

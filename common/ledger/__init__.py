@@ -7,13 +7,16 @@ probes), `dispatch`, `attempts` (workers), `recovery` (the reconciler), `operato
 
 Every function receives a session and leaves the commit to its caller. Locks are taken in one order, so that no two
 transactions deadlock: media objects before their jobs, jobs before their sources, and rows of one table in the order of
-their ids; what is registered goes in, in the order of its keys, behind all of these.
+their ids; what is registered goes in, in the order of its keys, behind all of these. A transaction that has not locked
+a media object moves its job once: at the second move Postgres checks the foreign keys of the row anew, and would lock
+the media object behind the job.
 """
 
 from common.domain import JobRef as JobRef
 from common.ledger.attempts import ClaimedJob as ClaimedJob
 from common.ledger.attempts import await_restore as await_restore
 from common.ledger.attempts import claim as claim
+from common.ledger.attempts import give_back as give_back
 from common.ledger.attempts import plan_chunks as plan_chunks
 from common.ledger.attempts import quarantine as quarantine
 from common.ledger.attempts import refuse as refuse

@@ -66,7 +66,8 @@ class ClaimedJob:
     pipeline_id: int
     backfill_id: int | None
     lane: Lane
-    spec: PipelineSpec
+    #: The pipeline's, as it is stored; `spec` reads it.
+    stored_spec: dict[str, Any]
     #: Half-open range of a chunk, in ms of the file's own time; 0 and 0 for others.
     range_start_ms: int = 0
     range_end_ms: int = 0
@@ -76,6 +77,11 @@ class ClaimedJob:
     duration_seconds: float | None = None
     #: From its being sent to its being claimed.
     queued_seconds: float = 0.0
+
+    @property
+    def spec(self) -> PipelineSpec:
+        """Raises `UnknownSpecError` where a newer version has made the pipeline: the job is to be given back."""
+        return PipelineSpec.from_dict(self.stored_spec)
 
     @property
     def uri(self) -> str:
@@ -172,7 +178,7 @@ def claim(session: Session, refs: Sequence[JobRef], *, worker: str, lease_second
             pipeline_id=row.pipeline_id,
             backfill_id=row.backfill_id,
             lane=Lane(row.lane),
-            spec=PipelineSpec.from_dict(row.spec),
+            stored_spec=row.spec,
             range_start_ms=row.range_start_ms,
             range_end_ms=row.range_end_ms,
             last=row.last,
@@ -231,8 +237,9 @@ _RETRY_LATER = _ends(
     failures="jobs.failures + 1",
     next_run_at="clock_timestamp() + make_interval(secs => random() * least(:cap, :base * power(2, jobs.failures)))",
 )
-#: Spread, so that what was asked for together is not tried together.
+#: Spread, so that what was put off together is not tried together.
 AFTER_A_CHECK = "clock_timestamp() + make_interval(secs => (0.5 + random() / 2) * :check)"
+_GIVE_BACK = _ends(JobState.RETRY_WAIT, AttemptOutcome.RELEASED, attempt="jobs.attempt - 1", next_run_at=AFTER_A_CHECK)
 _AWAIT = _ends(JobState.RETRY_WAIT, AttemptOutcome.RETRIED, next_run_at=AFTER_A_CHECK)
 
 
@@ -392,6 +399,12 @@ def source_changed(session: Session, job: ClaimedJob, detail: str) -> None:
 def release(session: Session, job: ClaimedJob) -> None:
     """running → pending, the attempt refunded: the worker is asked to stop and has not done this job."""
     _end(session, job.ref, _RELEASE)
+
+
+def give_back(session: Session, job: ClaimedJob, detail: str, *, check_seconds: float) -> None:
+    """running → retry_wait, the attempt refunded: this worker can't do the job, and another one may. It is sent again
+    after `check_seconds` or a little less."""
+    _end(session, job.ref, _GIVE_BACK, detail=detail, check=check_seconds)
 
 
 # --- probes -----------------------------------------------------------------------------------------------

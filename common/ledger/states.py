@@ -16,7 +16,8 @@ MEANING: Mapping[JobState, str] = {
     JobState.PENDING: "to be sent",
     JobState.QUEUED: "a message with the job's id and token is on its way to a worker",
     JobState.RUNNING: "a worker holds the lease and the token",
-    JobState.RETRY_WAIT: "a transient error, or an archived object that was asked for; pending again at `next_run_at`",
+    JobState.RETRY_WAIT: "a transient error, an archived object that was asked for, or work for a newer version only;"
+    " pending again at `next_run_at`",
     JobState.SUCCEEDED: "final: its faces, frame counts and dirty marks were written in the same transaction",
     JobState.QUARANTINED: "needs a person; `reason` and `detail` say why",
     JobState.SOURCE_CHANGED: "the object was replaced after it was planned; the new version has a job of its own",
@@ -69,7 +70,8 @@ MOVES: tuple[Move, ...] = (
     *_moves(
         JobState.RUNNING,
         succeeded="its worker commits its rows in the same transaction",
-        retry_wait="a transient error, a source that refuses everything, or an archived object that was asked for",
+        retry_wait="a transient error, a source that refuses everything, an archived object that was asked for, or a"
+        " pipeline that only a newer version knows",
         quarantined="a permanent error; transient ones, crashes or lost leases are used up",
         source_changed="the object is no longer the one that was planned",
         pending="its worker gives it back; its process died; its lease ran out; its location or camera is corrected",

@@ -10,7 +10,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,6 +17,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 from sqlalchemy.orm import Session
 
+from common import __version__
 from common.console import percent
 from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
@@ -99,7 +99,7 @@ def render(session: Session, pictures: Sequence[Picture]) -> str:
         hours_to_summarize=hours_to_summarize(session),
         max_quarantined=MAX_QUARANTINED,
         made_at=datetime.now(UTC),
-        version=version("maskwatch"),
+        version=__version__,
     )
 
 

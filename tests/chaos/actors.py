@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -40,6 +41,7 @@ from common.ledger import ClaimedJob, Dispatch, DispatchedJob, Registered, Stale
 from common.planning import PlannedObject, chunk_ranges, observed_from_file, recording_start, zone
 from common.storage import ObjectInfo
 from common.tables import Location, Pipeline
+from common.versions import Part, check_part
 from producer.dispatch import group
 from tests.chaos.hands import DeadlockError, Hand, Hands, Task
 from tests.chaos.promises import FACES, SECONDS, BrokenPromiseError, Listed, Promises
@@ -262,21 +264,17 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @turn(
         14,
-        lambda self: self.epoch and _some_job("pending", "queued", "retry_wait")(self),
+        lambda self: self.epoch and _some_job("pending", "queued")(self),
         limit=st.sampled_from([6, 3, 2]),
         published=st.integers(0, 9).map(lambda drawn: 9 - drawn),
-        recalled=st.integers(0, 5).map(lambda drawn: drawn == 5),
         stop=_stop,
     )
-    def dispatch(self, limit: int, published: int, recalled: bool, stop: int | None) -> None:
+    def dispatch(self, limit: int, published: int, stop: int | None) -> None:
         """Pending jobs are sent, unless the dispatcher dies between its commit and the publishing."""
         epoch = self.epoch
         assert epoch is not None
 
         def work(session: Session) -> list[tuple[JobRef, ...]]:
-            ledger.wake_retries(session, limit=limit)
-            if recalled:
-                ledger.recall(session, lane=Lane.BACKFILL, epoch=epoch)
             isolated, others = (self._take(session, limit, epoch, isolated=isolated) for isolated in (True, False))
             isolated += ledger.take_trials(session, epoch=epoch, policy=PAUSES)
             messages = [(job.ref,) for job in isolated] + [tuple(refs) for refs in group(others, 2)]
@@ -289,6 +287,18 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.redis += messages
 
         self._act(Task("dispatch", work, done=publish), stop)
+
+    @turn(4, _some_job("retry_wait"), limit=st.sampled_from([6, 3, 2]), stop=_stop)
+    def wake(self, limit: int, stop: int | None) -> None:
+        """Due retries are pending again."""
+        self._act(Task("wake", lambda session: ledger.wake_retries(session, limit=limit)), stop)
+
+    @turn(2, lambda self: self.epoch and _some_job("queued")(self), lane=st.sampled_from(Lane), stop=_stop)
+    def recall(self, lane: Lane, stop: int | None) -> None:
+        """What waits in a lane's list is taken back, to be sent in another order."""
+        epoch = self.epoch
+        assert epoch is not None
+        self._act(Task("recall", lambda session: ledger.recall(session, lane=lane, epoch=epoch)), stop)
 
     def _take(self, session: Session, limit: int, epoch: str, *, isolated: bool) -> list[DispatchedJob]:
         """pending → queued, live first. Backfills' messages that wait in Redis are sent anew, as a tick does that lets
@@ -549,6 +559,18 @@ class LedgerMachine(RuleBasedStateMachine):
     def _summarize_batch(self, session: Session, limit: int) -> tuple[int, int]:
         return (self.plant.summarize or aggregation.summarize_batch)(session, limit)
 
+    @turn(2, lambda self: self.promises.marks and _can_begin(self), stop=_stop)
+    def summarize_outdated(self, stop: int | None) -> None:
+        """An aggregator of a version that may not go on. It knows nothing of faces without a mask."""
+
+        def work(session: Session) -> None:
+            session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": aggregation.AGGREGATION_LOCK})
+            check_part(session, Part.AGGREGATOR, version="0.1.0")
+            aggregation.summarize_batch(session, 50)
+            session.execute(text("UPDATE compliance_hourly SET faces = faces - without_mask, without_mask = 0"))
+
+        self._act(Task("summarize", work), stop, "by an outdated version")
+
     @turn(5, lambda self: self.promises.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]))
     def summarize_slowly(self, limit: int) -> None:
         """An aggregator whose recompute takes long after it has seen what to count."""
@@ -650,7 +672,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self._pass_time(what)
         self.reconcile_leases(None)
         self._reconcile_messages(None)
-        self.dispatch(6, 1, False, None)
+        self.wake(6, None)
+        self.dispatch(6, 1, None)
         while self.redis:
             self.deliver(0, False, None)
 

@@ -156,8 +156,8 @@ class Hands:
     fitted: set[Rewrite]
     #: Called after each commit, with the task.
     committed: Callable[[Task], None] = lambda task: None
-    #: The error by which the product refuses an actor, and rolls its transaction back.
-    refusal: type[Exception] = KilledError
+    #: The errors by which the product refuses an actor, and rolls its transaction back.
+    refusal: type[Exception] | tuple[type[Exception], ...] = KilledError
     counts: Counter[str] = field(default_factory=Counter)
 
     def idle(self) -> Hand | None:

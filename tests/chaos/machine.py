@@ -16,6 +16,7 @@ from common import catalog
 from common.ledger import StaleJobError
 from common.settings import get_settings
 from common.tables import Location, Pipeline
+from common.versions import OutdatedProgramError
 from tests.chaos.actors import RESET, SLOW, ZONE, LedgerMachine, Plant, Stage
 from tests.chaos.hands import Hands, open_hands
 from tests.chaos.lab import Experiment, Lab, Outcome, Scale
@@ -50,7 +51,7 @@ def explore(url: str, plant: Plant, *, examples: int, seed: int, shrink: bool = 
     used up."""
     began = time.monotonic()
     with open_hands(url, HANDS, rewrites=(SLOW, *plant.rewrites)) as hands:
-        hands.refusal = StaleJobError
+        hands.refusal = (StaleJobError, OutdatedProgramError)
         for statement in (*QUICK_DATABASE, RESET, *plant.before):
             hands.look.execute(statement)
         stage = Stage(hands, *_catalog(hands), plant)

@@ -42,7 +42,9 @@ WITHDRAWS = ("register", "source changed")
 #: The table of DESIGN: which task may make which transition.
 MOVES = {
     "register": _REGISTER,
-    "dispatch": _moves("pending queued", "retry_wait pending", "retry_wait queued"),
+    "dispatch": _moves("pending queued"),
+    "wake": _moves("retry_wait pending"),
+    "recall": _moves("queued pending"),
     "claim": _moves("queued running"),
     "renew": _moves(),
     "succeed": _moves("running succeeded"),

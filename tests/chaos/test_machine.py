@@ -9,13 +9,22 @@ import pytest
 from tests.chaos.actors import Plant
 from tests.chaos.lab import open_lab
 from tests.chaos.machine import explore
-from tests.chaos.planted import KEPT_TOKEN, NO_LOCK, PLANTS, PUBLISHED_LATE, QUICKLY_FOUND, STALE_TOKEN, UPSERTED_MARKS
+from tests.chaos.planted import (
+    KEPT_TOKEN,
+    NO_LOCK,
+    OUTDATED_AGGREGATOR,
+    PLANTS,
+    PUBLISHED_LATE,
+    QUICKLY_FOUND,
+    STALE_TOKEN,
+    UPSERTED_MARKS,
+)
 
 pytestmark = pytest.mark.chaos
 
 #: Each with a seed by which it is found in few examples. (How many it takes differs a little from run to run: see
 #: `machine.explore`.)
-SEEDS = {STALE_TOKEN: 1, KEPT_TOKEN: 1, UPSERTED_MARKS: 1, NO_LOCK: 1}
+SEEDS = {STALE_TOKEN: 1, KEPT_TOKEN: 1, OUTDATED_AGGREGATOR: 1, UPSERTED_MARKS: 1, NO_LOCK: 1}
 
 
 @pytest.fixture(scope="module")

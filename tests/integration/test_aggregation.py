@@ -14,9 +14,10 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.orm import Session
 
 from common.domain import MaskStatus, ObservedAt, ObservedAtSource
+from common.versions import AGGREGATION_LOCK
 from tests.ledger_rows import claim, dispatch, face, planned, register, rows, scalar
 from tests.services import wait_until
-from workers.aggregation import AGGREGATION_LOCK, recompute, summarize, summarize_batch
+from workers.aggregation import recompute, summarize, summarize_batch
 from workers.recording import record_image
 
 #: Summed by an analyst's GROUP BY over the faces, and by the aggregator.

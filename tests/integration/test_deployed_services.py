@@ -190,7 +190,7 @@ def test_the_scaler_asks_for_what_is_to_be_done(deployed: Deployed) -> None:
         session.execute(text("UPDATE sources SET paused_at = now(), next_trial_at = now()"))
         session.commit()
         assert asked() == 8  # what waits for a paused source needs no worker
-        session.execute(text("UPDATE jobs SET state = 'succeeded'"))
+        session.execute(text("UPDATE jobs SET state = 'succeeded', finished_at = now()"))
         session.commit()
         assert asked() == 0
     engine.dispose()
@@ -203,8 +203,9 @@ def test_the_scaler_does_not_read_what_has_ended(deployed: Deployed) -> None:
         session.execute(
             text(
                 "INSERT INTO jobs"
-                " (media_object_id, source_id, pipeline_id, kind, lane, state, range_start_ms, range_end_ms)"
-                " SELECT media_object_id, source_id, pipeline_id, 'chunk', 1, 'succeeded', n, n + 1"
+                " (media_object_id, source_id, pipeline_id, kind, lane, state, range_start_ms, range_end_ms,"
+                " finished_at)"
+                " SELECT media_object_id, source_id, pipeline_id, 'chunk', 1, 'succeeded', n, n + 1, now()"
                 " FROM jobs, generate_series(1, 20000) n"
             )
         )

@@ -228,9 +228,9 @@ def test_every_feed_gets_its_turn_where_there_is_no_room_for_all(
 ) -> None:
     settings = configure(dispatch__queue_cap=4)
     reconcile(settings)
-    feeds = [backfill(session, f"{number}-", 64) for number in range(10)]
+    feeds = [backfill(session, f"{number}-", 200) for number in range(10)]
     workers = Workers()
-    for _ in range(15):
+    for _ in range(40):
         dispatch(settings)
         workers.work(2)
     served = {number for number, ids in enumerate(feeds) if any(ids & {*ended} for ended in workers.ended)}

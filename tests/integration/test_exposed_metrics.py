@@ -105,8 +105,9 @@ def many(session: Session, count: int, state: str) -> None:
     session.execute(
         text(
             "INSERT INTO jobs"
-            " (media_object_id, source_id, pipeline_id, kind, lane, state, range_start_ms, range_end_ms)"
-            " SELECT j.media_object_id, j.source_id, j.pipeline_id, 'chunk', 1, :state, n, n + 1"
+            " (media_object_id, source_id, pipeline_id, kind, lane, state, range_start_ms, range_end_ms,"
+            " finished_at, lease_until, worker)"
+            " SELECT j.media_object_id, j.source_id, j.pipeline_id, 'chunk', 1, :state, n, n + 1, now(), now(), 'w/1'"
             " FROM (SELECT * FROM jobs LIMIT 1) j, generate_series(1, :count) n"
         ),
         {"state": state, "count": count},
@@ -120,7 +121,7 @@ def many(session: Session, count: int, state: str) -> None:
 @pytest.mark.parametrize("state", ["pending", "quarantined"])
 def test_more_jobs_than_the_limit_read_as_the_limit(session: Session, state: str) -> None:
     many(session, COUNT_LIMIT + 50, state)
-    session.execute(text("UPDATE jobs SET state = 'cancelled' WHERE kind = 'image'"))
+    session.execute(text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE kind = 'image'"))
     session.commit()
     assert collected(LedgerGauges())["maskwatch_jobs", (("lane", "backfill"), ("state", state))] == COUNT_LIMIT
 

@@ -374,7 +374,7 @@ def claimed(sizes: Sequence[int]) -> list[ClaimedJob]:
             pipeline_id=1,
             backfill_id=None,
             lane=Lane.BACKFILL,
-            spec=spec,
+            stored_spec=spec.as_dict(),
         )
         for number, size in enumerate(sizes, start=1)
     ]

@@ -504,7 +504,8 @@ def test_dispatch_and_recovery_read_only_what_they_are_about(session: Session) -
     session.execute(
         text(
             "INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane, range_start_ms, range_end_ms,"
-            " state) SELECT 1, 1, 1, 'chunk', 1, n, n + 1, 'succeeded' FROM generate_series(1, 50000) AS n"
+            " state, finished_at) SELECT 1, 1, 1, 'chunk', 1, n, n + 1, 'succeeded', now()"
+            " FROM generate_series(1, 50000) AS n"
         )
     )
     session.execute(text("UPDATE jobs SET state = 'retry_wait', next_run_at = now() WHERE id % 5000 = 0"))

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-import uuid
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -14,26 +14,13 @@ import psycopg
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, text
 
 import migrations
 from common.database import SCHEMA_REVISION
+from common.domain import MaskwatchError
 from common.partitions import ensure_partitions, month_of, split_default
 from tests.services import Services, maskwatch
-
-
-@pytest.fixture
-def empty_database(services: Services) -> Iterator[str]:
-    """The URL of a database with nothing in it."""
-    name = f"test_{uuid.uuid4().hex[:8]}"
-    server = create_engine(services.endpoints.database_url, isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    url = make_url(services.endpoints.database_url).set(database=name).render_as_string(hide_password=False)
-    yield url
-    with server.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    server.dispose()
 
 
 @pytest.fixture
@@ -47,6 +34,12 @@ def test_migrations_make_what_the_tables_say(engine: Engine) -> None:
     migrations.upgrade(engine)
     command.check(migrations.config(engine))  # raises if a table or column differs
     assert ScriptDirectory.from_config(migrations.config()).get_heads() == [SCHEMA_REVISION]
+
+
+def test_revisions_are_numbers_that_go_up_by_one() -> None:
+    """By which a program knows a newer schema from an older one."""
+    scripts = reversed(list(ScriptDirectory.from_config(migrations.config()).walk_revisions()))
+    assert [script.revision for script in scripts] == [f"{n + 1:04}" for n in range(int(SCHEMA_REVISION))]
 
 
 def test_the_comparison_notices_a_difference(engine: Engine) -> None:
@@ -129,3 +122,105 @@ def test_the_summary_refuses_sums_that_do_not_add_up(database_url: str) -> None:
             "INSERT INTO compliance_hourly (location_id, pipeline_id, hour, frames, seconds, faces, with_mask,"
             " without_mask, uncertain) VALUES (1, 1, now(), 1, 0, 5, 1, 1, 1)"
         )
+
+
+# --- constraints of jobs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def before_constraints(engine: Engine) -> Engine:
+    """A ledger of the time before 0009, with a job in each state that the constraints are about."""
+    command.upgrade(migrations.config(engine), "0008")
+    with engine.begin() as connection:
+        for statement in (
+            "INSERT INTO pipelines (fingerprint, detector, classifier, spec) VALUES ('f', 'd', 'c', '{}')",
+            "INSERT INTO locations (name, time_zone) VALUES ('lobby', 'UTC')",
+            "INSERT INTO sources (bucket) VALUES ('s3://footage')",
+            "INSERT INTO media_objects (bucket, key, revision, etag, size_bytes, last_modified, kind, location_id)"
+            " SELECT 's3://footage', n, 'e', 'e', 1, now(), 'image', 1 FROM generate_series(1, 5) AS n",
+            "INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane) SELECT n, 1, 1, 'image', 1"
+            " FROM generate_series(1, 5) AS n",
+            "UPDATE jobs SET state = 'running', attempt = 1 WHERE id = 1",
+            "UPDATE jobs SET state = 'succeeded', attempt = 1 WHERE id = 2",
+            "INSERT INTO job_attempts (job_id, attempt, outcome, ended_at) VALUES (2, 1, 'succeeded', '2026-03-02')",
+            "UPDATE jobs SET state = 'quarantined', reason = 'future_time' WHERE id = 3",
+        ):
+            connection.execute(text(statement))
+    return engine
+
+
+def revision_of(engine: Engine) -> str:
+    with engine.connect() as connection:
+        return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+
+
+def test_rows_with_one_right_value_are_repaired(before_constraints: Engine) -> None:
+    migrations.upgrade(before_constraints)
+    with before_constraints.connect() as connection:
+        lost, done, refused = connection.execute(
+            text(
+                "SELECT worker, lease_until <= now() AS out, finished_at, created_at FROM jobs WHERE id <= 3"
+                " ORDER BY id"
+            )
+        ).all()
+        unchecked = "SELECT count(*) FROM pg_constraint WHERE conrelid = 'jobs'::regclass AND NOT convalidated"
+        assert connection.scalar(text(unchecked)) == 0
+    assert (lost.worker, lost.out) == ("unknown", True)
+    assert done.finished_at == datetime(2026, 3, 2, tzinfo=UTC)
+    assert refused.finished_at == refused.created_at
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE jobs SET state = 'running', worker = 'w/1'", "UPDATE jobs SET state = 'succeeded'"],
+)
+def test_the_schema_refuses_what_the_ledger_relies_on(before_constraints: Engine, statement: str) -> None:
+    """The control: before, it took it."""
+    with before_constraints.begin() as connection:
+        connection.execute(text(f"{statement} WHERE id = 5"))
+        connection.rollback()
+    migrations.upgrade(before_constraints)
+    with pytest.raises(Exception, match="ck_jobs_"), before_constraints.begin() as connection:
+        connection.execute(text(f"{statement} WHERE id = 5"))
+
+
+def test_a_row_without_a_right_value_is_named_and_nothing_is_changed(before_constraints: Engine) -> None:
+    with before_constraints.begin() as connection:
+        connection.execute(text("UPDATE jobs SET state = 'cancelled' WHERE id IN (4, 5)"))
+    with pytest.raises(MaskwatchError, match=r"2 job\(s\) have ended.*: 4 \(cancelled\), 5 \(cancelled\)\. Set their"):
+        migrations.upgrade(before_constraints)
+    assert revision_of(before_constraints) == "0008"
+    with before_constraints.begin() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM jobs WHERE worker IS NULL AND finished_at IS NULL")) == 5
+        connection.execute(text("UPDATE jobs SET finished_at = now() WHERE id IN (4, 5)"))
+    migrations.upgrade(before_constraints)
+    assert revision_of(before_constraints) == SCHEMA_REVISION
+
+
+def test_a_migration_that_was_killed_in_its_repairs_is_done_again(before_constraints: Engine) -> None:
+    """The constraints stand by then, and its number is not written yet."""
+    migrations.upgrade(before_constraints)
+    with before_constraints.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0008'"))
+    migrations.upgrade(before_constraints)
+    assert revision_of(before_constraints) == SCHEMA_REVISION
+
+
+def test_the_migration_waits_for_no_long_transaction_with_everybody_behind_it(before_constraints: Engine) -> None:
+    """A claim that comes while the migration asks for its lock does not queue behind it."""
+    with before_constraints.connect() as holder, before_constraints.connect() as claimer:
+        holder.execute(text("SELECT FROM jobs"))
+        thread = threading.Thread(target=migrations.upgrade, args=(before_constraints,))
+        thread.start()
+        waits = []
+        for _ in range(20):
+            began = time.monotonic()
+            claimer.execute(text("SELECT id FROM jobs WHERE id = 5 FOR UPDATE"))
+            waits.append(time.monotonic() - began)
+            claimer.rollback()
+            time.sleep(0.05)
+        assert thread.is_alive() and revision_of(before_constraints) == "0008"
+        holder.rollback()
+    thread.join(60)
+    assert revision_of(before_constraints) == SCHEMA_REVISION
+    assert max(waits) < 0.5, waits

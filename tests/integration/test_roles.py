@@ -103,6 +103,7 @@ def refused(url: str, statement: str) -> bool:
 #: What nobody but the owner may do.
 NOBODY = (
     "DROP TABLE faces_default",
+    "UPDATE oldest_versions SET version = '0.0.1'",
     "CREATE TABLE mine (id integer)",
     "ALTER TABLE faces ADD COLUMN mine text",
     "TRUNCATE faces",
@@ -214,7 +215,7 @@ def test_who_may_not_make_roles_is_told_what_to_do(services: Services, logins: M
 def test_roles_that_are_missing_are_named(services: Services, session: Session) -> None:
     url = make_url(services.environment["MASKWATCH_DATABASE__URL"])
     session.execute(text("CREATE ROLE test_plain LOGIN PASSWORD 'plain'"))
-    session.execute(text("GRANT SELECT ON alembic_version TO test_plain"))
+    session.execute(text("GRANT SELECT ON alembic_version, oldest_versions TO test_plain"))
     session.commit()
     plain = url.set(username="test_plain", password="plain").render_as_string(hide_password=False)
     done = maskwatch("db", "grant", env={"MASKWATCH_DATABASE__URL": plain})

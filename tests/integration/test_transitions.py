@@ -104,7 +104,7 @@ class Fired:
     def job(self) -> ClaimedJob:
         return ClaimedJob(
             self.ref, JobKind.IMAGE, 1, 1, 1, "s3://footage", "a.jpg", "e1", 1, NOON, SEEN, 1, "UTC", None, 1, 1,
-            Lane.BACKFILL, default_spec(),
+            Lane.BACKFILL, default_spec().as_dict(),
         )  # fmt: skip
 
 
@@ -187,6 +187,7 @@ OPERATIONS: dict[str, Callable[[Fired], object]] = {
     "await restore": lambda f: ledger.await_restore(f.session, f.job, "", check_seconds=1, wait_seconds=1),
     "source changed": lambda f: ledger.source_changed(f.session, f.job, ""),
     "release": lambda f: ledger.release(f.session, f.job),
+    "give back": lambda f: ledger.give_back(f.session, f.job, "", check_seconds=1),
     "crash": lambda f: ledger.report_crash(f.session, "w/1", max_crashes=3),
     "crash again": lambda f: ledger.report_crash(f.session, "w/1", max_crashes=1),
     "expire": lambda f: ledger.recover_expired(f.session, max_lost_leases=3),

@@ -139,7 +139,7 @@ def test_redis_holds_a_bounded_number_of_messages_of_videos_too(
     # Pictures still share their messages, behind the chunks.
     with redis_client() as client:
         client.delete(*(list_of(Queue.MEDIA, lane) for lane in Lane))
-    session.execute(text("UPDATE jobs SET state = 'cancelled' WHERE kind = 'chunk'"))
+    session.execute(text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE kind = 'chunk'"))
     session.commit()
     assert producer.dispatch.dispatch(get_settings()) == 40
 

@@ -169,7 +169,7 @@ def queue_of(command: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
     served: list[str] = []
 
     @contextmanager
-    def deployment() -> Any:
+    def deployment(**_: Any) -> Any:
         yield Settings()
 
     with monkeypatch.context() as patched:

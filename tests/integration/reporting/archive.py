@@ -8,10 +8,12 @@ from datetime import datetime
 from typing import TypeVar
 from zoneinfo import ZoneInfo
 
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import sources
 from common.domain import JobKind, JobState, Lane, MaskStatus, MediaKind, ObservedAtSource
+from common.ledger.states import FINAL_STATES
 from common.tables import Camera, ComplianceHour, FaceRow, FrameCount, Job, Location, MediaObject, Pipeline
 
 Statuses = tuple[int, int, int]
@@ -58,6 +60,7 @@ class Archive:
                 kind=JobKind.IMAGE,
                 lane=Lane.BACKFILL,
                 state=state,
+                finished_at=self.session.scalar(text("SELECT now()")) if state in FINAL_STATES else None,
                 **values,
             )
         )

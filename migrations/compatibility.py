@@ -1,0 +1,45 @@
+"""What every migration says first: which versions of Maskwatch may work on the schema that it makes."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+from common.versions import AGGREGATION_LOCK, Part
+
+#: An aggregator's transaction may take as long as a statement of its may. Who waits meanwhile are other aggregators
+#: only, so this wait may be longer than that for a table.
+_LOCK = f"""
+DO $$
+DECLARE
+    before CONSTANT text := current_setting('lock_timeout');
+BEGIN
+    PERFORM set_config('lock_timeout', '2min', true);
+    PERFORM pg_advisory_xact_lock({AGGREGATION_LOCK});
+    PERFORM set_config('lock_timeout', before, true);
+END $$
+"""
+
+_WRITE = """
+INSERT INTO oldest_versions (part, version)
+VALUES (:part, :version)
+ON CONFLICT (part) DO UPDATE
+SET version = excluded.version
+"""
+
+
+def set_oldest(*, producer: str, worker: str, aggregator: str, command: str) -> None:
+    """Write the oldest version of each part that may work on the schema from this migration on.
+
+    The first statement of a migration, before it locks any table: an aggregator's transaction that has begun ends
+    first, and the next one sees what is written here. (A migration that commits in between has said it by then.)
+    """
+    op.execute(_LOCK)
+    oldest = {
+        Part.PRODUCER: producer,
+        Part.WORKER: worker,
+        Part.AGGREGATOR: aggregator,
+        Part.COMMAND: command,
+    }
+    for part, version in oldest.items():
+        op.execute(sa.text(_WRITE).bindparams(part=part.value, version=version))

@@ -44,18 +44,21 @@ def derive(model: Model) -> None:
 
 
 def _retinaface_resnet50(model: Model, contents: Sequence[bytes]) -> None:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.retinaface_network import load_weights
 
     load_weights(contents[0], "resnet50", model.files[0].name)
 
 
 def _retinaface_mobilenet(model: Model, contents: Sequence[bytes]) -> None:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.retinaface_network import load_weights
 
     load_weights(contents[0], "mobilenet", model.files[0].name)
 
 
 def _mtcnn(model: Model, contents: Sequence[bytes]) -> None:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.mtcnn_network import load_weights
 
     for file, content in zip(model.files, contents, strict=True):

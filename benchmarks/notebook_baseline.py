@@ -256,13 +256,14 @@ def models_from(folder: Path | None) -> Iterator[None]:
         return
     from common.settings import get_settings
     from workers.acquisition import import_files, known_files
+    from workers.structure import check_fits
 
     before = os.environ.get("MASKWATCH_MODELS_DIR")
     with tempfile.TemporaryDirectory(prefix="maskwatch-bench-") as cache:
         os.environ["MASKWATCH_MODELS_DIR"] = cache
         get_settings.cache_clear()
         try:
-            import_files(known_files(folder))
+            import_files(known_files(folder), check_fits)
             yield
         finally:
             del os.environ["MASKWATCH_MODELS_DIR"]

@@ -15,6 +15,9 @@ from pathlib import Path
 from common.domain import MaskwatchError, ModelRef
 from common.pins import is_sha256, read_pins
 
+#: The package of files that Maskwatch itself ships: they lie among the workers, who alone read them.
+OWN_PACKAGE = "maskwatch"
+
 
 class ModelKind(StrEnum):
     DETECTOR = "detector"
@@ -31,7 +34,7 @@ class ModelFile:
     #: None where nobody has published a hash: whoever uses such a file pins what they have, as `name@sha256`.
     sha256: str | None
     size: int | None = None
-    #: The package that ships it, and its path inside that package.
+    #: The package that ships it, and its path inside that package; of `OWN_PACKAGE`, below workers/.
     package: str | None = None
     path: str | None = None
     #: Where `maskwatch models pull` gets it. None: ships in a package, or must be imported by hand.
@@ -224,8 +227,8 @@ MODELS: dict[str, Model] = {
                     "compact.onnx",
                     "6a0d8cebcb5bbf7086ee64bbb2db4a54522ee03cd6a268e295400f315981d9fa",
                     1_028_737,
-                    package="workers.classification",
-                    path="weights/compact.onnx",
+                    package=OWN_PACKAGE,
+                    path="classification/weights/compact.onnx",
                 ),
             ),
             licence="Apache-2.0",
@@ -239,8 +242,8 @@ MODELS: dict[str, Model] = {
                     "efficientnet-lite0.onnx",
                     "375bbbaff67ff6b216115ce4f1236bf135e8ca755ae3a827bac996dfe977beeb",
                     6_745_845,
-                    package="workers.classification",
-                    path="weights/efficientnet-lite0.onnx",
+                    package=OWN_PACKAGE,
+                    path="classification/weights/efficientnet-lite0.onnx",
                 ),
             ),
             licence="Apache-2.0",
@@ -254,8 +257,8 @@ MODELS: dict[str, Model] = {
                     "xception.onnx",
                     "83f8f3a063cee2770c464b7fa7349263e2c6aba83c8ef792797462af3f7c8bdb",
                     45_814_578,
-                    package="workers.classification",
-                    path="weights/xception.onnx",
+                    package=OWN_PACKAGE,
+                    path="classification/weights/xception.onnx",
                 ),
             ),
             licence="Apache-2.0",

@@ -23,13 +23,16 @@ from common.domain import MaskwatchError, first_line
 from common.files import PART, LockHeldError, hold, remove_parts
 from common.manifest import MODELS, Model, ModelFile
 from common.pins import PINS_FILE, read_pins, remember_pins
-from workers.structure import check_fits
 from workers.weights import PIECE_BYTES, USABLE, State, cache_folder, examine, local_models, read_pieces, sha256_of
 
 #: Of a file whose size nobody has published. The largest known one, RetinaFace with ResNet50, has about 110 MB.
 MAX_BYTES = 512 * 2**20
 #: A server that is silent for so long has gone.
 TIMEOUT_SECONDS = 30.0
+
+#: Raises `MaskwatchError` where the contents of a model's files, in their order, are weights of another network.
+#: Handed in, because only the networks can tell: `workers.structure.check_fits`.
+Fits = Callable[[Model, Sequence[bytes]], None]
 
 #: Called with the bytes received so far and those expected (None where nobody knows).
 OnProgress = Callable[[int, int | None], None]
@@ -51,6 +54,7 @@ class Staging:
     """Files on their way into the cache folder, which is held alone until the end of the block (`staging`)."""
 
     folder: Path
+    fits: Fits
     #: Where a file will lie, relative to the folder → its `.part`.
     _parts: dict[str, Path] = field(default_factory=dict)
     #: The models that files were received for, and the hash of each received file by its name.
@@ -107,7 +111,7 @@ class Staging:
         for model in self._models.values():
             missing = [file.name for file in model.files if self._path(file.name) is None]
             if not missing:
-                check_fits(model, [path.read_bytes() for f in model.files if (path := self._path(f.name)) is not None])
+                self.fits(model, [path.read_bytes() for f in model.files if (path := self._path(f.name)) is not None])
             elif model.sha256 is None:
                 raise MaskwatchError(
                     f"{model.name} can only be checked whole: import {', '.join(missing)} together with the others"
@@ -145,7 +149,7 @@ class Staging:
 
 
 @contextmanager
-def staging() -> Iterator[Staging]:
+def staging(fits: Fits) -> Iterator[Staging]:
     """Hold the cache folder alone. What was received and not installed at the end of the block is removed.
 
     Raises `MaskwatchError` if another command holds it or it can't be written to.
@@ -161,7 +165,7 @@ def staging() -> Iterator[Staging]:
             except LockHeldError:
                 raise MaskwatchError(f"another command is changing {folder}; wait until it has ended") from None
             remove_parts(folder)
-        stage = Staging(folder)
+        stage = Staging(folder, fits)
         held.callback(stage.discard)
         yield stage
 
@@ -175,7 +179,12 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def pull(
-    name: str, *, url: str | None = None, sha256: str | None = None, on_progress: OnProgress = lambda *_: None
+    name: str,
+    fits: Fits,
+    *,
+    url: str | None = None,
+    sha256: str | None = None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> list[Placed]:
     """Bring the files of a model into the cache, from where the manifest says, or from a mirror.
 
@@ -186,7 +195,7 @@ def pull(
     here = with_files(name)
     model = here if sha256 is None else _trusting(here, sha256)
     placed: list[Placed] = []
-    with staging() as stage:
+    with staging(fits) as stage:
         for status, file in zip(examine(here).files, model.files, strict=True):
             if status.state in USABLE:
                 assert status.path is not None and status.sha256 is not None
@@ -307,14 +316,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def import_files(paths: Sequence[Path], as_name: str | None = None) -> list[Placed]:
+def import_files(paths: Sequence[Path], fits: Fits, as_name: str | None = None) -> list[Placed]:
     """Bring weights files into the cache: known by their hash, else by their name, else as the file of `as_name`.
 
     All of them or none. Raises `MaskwatchError` for a file that is no model's, another one than the pinned one, or
     of another network.
     """
     placed: list[Placed] = []
-    with staging() as stage:
+    with staging(fits) as stage:
         for path in paths:
             model, file = _recognise(path, as_name)
             found = stage.receive(model, file, read_pieces(path), str(path))

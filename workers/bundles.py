@@ -8,20 +8,18 @@ knows, files with the names it gives them, with the hashes it has. How files get
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.domain import MaskwatchError, first_line
 from common.files import new_folder
-from common.manifest import Model, ModelFile, ModelKind
+from common.manifest import Model, ModelFile
 from common.pins import is_sha256
-from common.settings import PipelineSettings
-from workers.acquisition import MAX_BYTES, Placed, Staging, staging, with_files
+from workers.acquisition import MAX_BYTES, Fits, Placed, Staging, staging, with_files
 from workers.weights import USABLE, ModelStatus, State, cache_folder, examine, local_models, read_pieces, sha256_of
 
 MANIFEST = "manifest.json"
@@ -34,11 +32,13 @@ DERIVED = "derived"
 _DERIVED_NAME = re.compile(r"([0-9a-f]{64})-[A-Za-z0-9_][A-Za-z0-9._-]{0,80}")
 
 
-def export_bundle(folder: Path, names: Sequence[str] = ()) -> list[ModelStatus]:
+def export_bundle(folder: Path, names: Sequence[str], derive: Callable[[Model], None]) -> list[ModelStatus]:
     """Copy models and what was derived from them into a new folder, and write its manifest; returns what was copied.
 
-    names: of the models; none means all that are here. Raises `MaskwatchError` for a folder that holds something, and
-    for a named model that isn't here or isn't the pinned one. The folder is made whole or not at all.
+    names: of the models; none means all that are here. derive: makes what ONNX Runtime needs of a model in the cache,
+    as `workers.structure.derive`, because torch may be missing on the other machine. Raises `MaskwatchError` for a
+    folder that holds something, and for a named model that isn't here or isn't the pinned one. The folder is made whole
+    or not at all.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MaskwatchError(f"{folder} holds something already; name a new folder")
@@ -52,7 +52,7 @@ def export_bundle(folder: Path, names: Sequence[str] = ()) -> list[ModelStatus]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as bundle:
-            entries = [_copy_model(status, bundle) for status in statuses]
+            entries = [_copy_model(status, bundle, derive) for status in statuses]
             text = json.dumps({"maskwatch_models": FORM, "models": entries}, indent=2, ensure_ascii=False)
             (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -64,21 +64,10 @@ def _is_here(status: ModelStatus) -> bool:
     return bool(status.files) and all(file.state in USABLE for file in status.files)
 
 
-def _derive(status: ModelStatus) -> None:
-    """Have what ONNX Runtime needs of a torch model made here, where torch is: there, torch may not be."""
+def _copy_model(status: ModelStatus, bundle: Path, derive: Callable[[Model], None]) -> dict[str, Any]:
     model = status.model
-    derives = model.kind is ModelKind.DETECTOR and status.state is State.CACHED and model.requirement is None
-    if not derives or any(importlib.util.find_spec(name) is None for name in ("torch", "onnxruntime")):
-        return
-    from workers.detection.registry import load_detector
-    from workers.inference import Runtime
-
-    load_detector(PipelineSettings(detector=f"{model.name}@{model.sha256}").spec(cache_folder()), Runtime())
-
-
-def _copy_model(status: ModelStatus, bundle: Path) -> dict[str, Any]:
-    model = status.model
-    _derive(status)
+    if status.state is State.CACHED:
+        derive(model)
     files = []
     for entry in status.files:
         assert entry.path is not None and entry.sha256 is not None
@@ -123,7 +112,7 @@ class _Entry:
     sha256: str
 
 
-def import_bundle(folder: Path) -> list[Placed]:
+def import_bundle(folder: Path, fits: Fits) -> list[Placed]:
     """Bring the models of a bundle into the cache: all or none.
 
     Raises `MaskwatchError` for a manifest that names anything but plain files of known models, and for a file that is
@@ -131,7 +120,7 @@ def import_bundle(folder: Path) -> list[Placed]:
     bundle: it is worth as much as whoever made it. The same holds for derived networks.
     """
     placed: list[Placed] = []
-    with staging() as stage:
+    with staging(fits) as stage:
         for name, files, derived in _read_manifest(folder):
             placed += _receive(stage, folder, name, files)
             # With the hashes of the bundle, which `_receive` has held against those of the manifest.

@@ -130,13 +130,14 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
     if sha256 is not None and (len(names) != 1 or not is_sha256(sha256)):
         raise MaskwatchError("--sha256 belongs to one model, and is 64 characters of 0-9 and a-f")
     from workers import acquisition
+    from workers.structure import check_fits
 
     placed: list[Placed] = []
     failed: list[str] = []
     for name in dict.fromkeys(names) if names else _pullable(url):
         try:
             with _progress(name) as on_progress:
-                done = acquisition.pull(name, url=url, sha256=sha256, on_progress=on_progress)
+                done = acquisition.pull(name, check_fits, url=url, sha256=sha256, on_progress=on_progress)
         except MaskwatchError as error:
             if not everything:
                 raise
@@ -210,8 +211,9 @@ def export(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
       maskwatch models export bundle/ retinaface-mobilenet mtcnn
     """
     from workers.bundles import export_bundle
+    from workers.structure import derive
 
-    statuses = export_bundle(folder, names)
+    statuses = export_bundle(folder, names, derive)
     if as_json:
         console.print_json({"folder": str(folder), "models": [_as_dict(status) for status in statuses]})
     else:
@@ -241,14 +243,15 @@ def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -
     """
     from workers.acquisition import import_files, known_files
     from workers.bundles import MANIFEST, import_bundle
+    from workers.structure import check_fits
 
     folders = [path for path in paths if path.is_dir()]
     if folders and (len(paths) > 1 or as_name is not None):
         raise MaskwatchError("import one folder, which says itself what it holds, or files")
     if folders and (folders[0] / MANIFEST).exists():
-        placed = import_bundle(folders[0])
+        placed = import_bundle(folders[0], check_fits)
     else:
-        placed = import_files(known_files(folders[0]) if folders else paths, as_name)
+        placed = import_files(known_files(folders[0]) if folders else paths, check_fits, as_name)
     _tell(placed)
     if as_json:
         console.print_json([_placed_as_dict(entry) for entry in placed])

@@ -141,9 +141,11 @@ def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
     from workers.detection.registry import load_detector
 
     if runtime.device != "cpu":
+        # Imported here: torch is not installed everywhere.
         from workers.inference.torch_session import torch_device
 
         torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
+        # Imported here: torch is not installed everywhere.
         from workers.device.analyzer import load_device_analyzer
 
         return load_device_analyzer(spec, runtime)

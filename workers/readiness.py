@@ -53,6 +53,7 @@ def require_ready(settings: Settings) -> None:
 def _try(engine: str, device: str) -> None:
     import numpy as np
 
+    # Imported here: only the process that tries the device loads decoders and models.
     from workers.pipeline import load_analyzer
 
     # The pipeline of a new installation, whose models ship with it: what is configured may lie elsewhere yet.

@@ -1,4 +1,4 @@
-"""Whether weights fit the network of their model: found by loading them into it, strictly.
+"""What only the networks know of weights: whether they fit, found by loading them strictly, and what derives from them.
 
 The networks themselves, and how their files are read without executing anything, are the detectors' business.
 """
@@ -9,7 +9,8 @@ import importlib.util
 from collections.abc import Callable, Sequence
 
 from common.domain import MaskwatchError
-from common.manifest import Model
+from common.manifest import Model, ModelKind
+from common.settings import PipelineSettings
 
 
 def check_fits(model: Model, contents: Sequence[bytes]) -> None:
@@ -29,19 +30,35 @@ def check_fits(model: Model, contents: Sequence[bytes]) -> None:
     check(model, contents)
 
 
+def derive(model: Model) -> None:
+    """Have what ONNX Runtime needs of a torch model made in the cache, where torch is installed; nothing elsewhere."""
+    derives = model.kind is ModelKind.DETECTOR and model.requirement is None
+    if not derives or any(importlib.util.find_spec(name) is None for name in ("torch", "onnxruntime")):
+        return
+    # Imported here, as below: whoever only lists models loads no model runtime.
+    from workers.detection.registry import load_detector
+    from workers.inference import Runtime
+    from workers.weights import cache_folder
+
+    load_detector(PipelineSettings(detector=f"{model.name}@{model.sha256}").spec(cache_folder()), Runtime())
+
+
 def _retinaface_resnet50(model: Model, contents: Sequence[bytes]) -> None:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.retinaface_network import load_weights
 
     load_weights(contents[0], "resnet50", model.files[0].name)
 
 
 def _retinaface_mobilenet(model: Model, contents: Sequence[bytes]) -> None:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.retinaface_network import load_weights
 
     load_weights(contents[0], "mobilenet", model.files[0].name)
 
 
 def _mtcnn(model: Model, contents: Sequence[bytes]) -> None:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.mtcnn_network import load_weights
 
     for file, content in zip(model.files, contents, strict=True):

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from common.domain import MaskwatchError, ModelRef, PermanentJobError, Reason, first_line
-from common.manifest import MODELS, Model, ModelFile
+from common.manifest import MODELS, OWN_PACKAGE, Model, ModelFile
 from common.pins import read_pins
 from common.settings import get_settings
 
@@ -185,7 +185,7 @@ def _shipped(file: ModelFile) -> Path | None:
     if file.package is None:
         return None
     try:
-        package = importlib.util.find_spec(file.package)
+        package = importlib.util.find_spec("workers" if file.package == OWN_PACKAGE else file.package)
     except ModuleNotFoundError:
         return None
     if package is None or not package.submodule_search_locations:

@@ -595,8 +595,9 @@ from common.settings import PipelineSettings
 from workers.bundles import import_bundle
 from workers.detection.registry import load_detector
 from workers.inference import Runtime
+from workers.structure import check_fits
 from workers.weights import cache_folder
-import_bundle(__import__("pathlib").Path({str(tmp_path / "bundle")!r}))
+import_bundle(__import__("pathlib").Path({str(tmp_path / "bundle")!r}), check_fits)
 detector = load_detector(PipelineSettings(detector={NAME!r}).spec(cache_folder()), Runtime())
 detector.detect(np.zeros((64, 64, 3), np.uint8))
 """

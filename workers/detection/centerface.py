@@ -66,9 +66,11 @@ def load_centerface(spec: PipelineSpec, runtime: Runtime) -> CenterFace:
 @lru_cache(maxsize=2)
 def _torch_session(model: ModelRef, runtime: Runtime) -> Session:
     """The network in torch. Nobody has published CenterFace as anything but ONNX, so it is read from that."""
+    # Imported here: torch is not installed everywhere.
     from workers.inference.torch_session import TorchSession, torch_device
 
     torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
+    # Imported here: torch is not installed everywhere.
     from workers.inference.onnx_in_torch import to_torch
 
     module = to_torch(with_free_size(read_model(model), OUTPUTS))

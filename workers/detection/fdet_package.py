@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, ModelRef, PipelineSpec
 from workers.detection import Detections
-from workers.detection._ops import MIN_SIDE_PX, clip, has_area
+from workers.detection._ops import MIN_SIDE_PX, clip, has_area, nms
 from workers.inference import Runtime
 from workers.inference.torch_session import torch_device
 from workers.weights import read_files, read_model
@@ -77,6 +77,7 @@ def load_fdet_mtcnn(spec: PipelineSpec, runtime: Runtime) -> Fdet:
 @lru_cache(maxsize=2)
 def _retinaface(model: ModelRef, threshold: float, runtime: Runtime) -> Any:
     options = _options(runtime)
+    # Imported here: torch is not installed everywhere.
     from workers.inference.torch_weights import fill, read_state
 
     what = f"the file of {model.name}"
@@ -93,6 +94,7 @@ def _retinaface(model: ModelRef, threshold: float, runtime: Runtime) -> Any:
 @lru_cache(maxsize=2)
 def _mtcnn(model: ModelRef, threshold: float, runtime: Runtime) -> Any:
     options = _options(runtime)
+    # Imported here: torch is not installed everywhere.
     from workers.inference.torch_weights import fill, read_state
 
     nets = ("pnet", "rnet", "onet")
@@ -210,6 +212,7 @@ def _resnet50(pretrained: bool) -> Any:
     """The residual network's parts in their order, without weights: fdet loads those of its own file over them."""
     from torch import nn
 
+    # Imported here: torch is not installed everywhere.
     from workers.detection.retinaface_network import ResNet50
 
     body = ResNet50()
@@ -242,8 +245,6 @@ def _layer_getter(network: Any, return_layers: Mapping[str, Any]) -> Any:
 def _batched_nms(boxes: Any, scores: Any, groups: Any, iou_threshold: float) -> Any:
     """Indices of the boxes to keep, best first, each group by itself: boxes (n, 4), scores (n,), groups (n,)."""
     import torch
-
-    from workers.detection._ops import nms
 
     device = boxes.device
     boxes, scores, groups = (values.detach().cpu() for values in (boxes, scores, groups))  # once: each copy waits

@@ -114,9 +114,11 @@ def _session(model: ModelRef, runtime: Runtime, name: str) -> Session:
     if runtime.engine is Engine.ONNX:
         content = derived_onnx(model, f"{name}-{EXPORT_VERSION}", lambda: _exported(model, name))
         return make_session(content, runtime)
+    # Imported here: torch is not installed everywhere.
     from workers.inference.torch_session import TorchSession, torch_device
 
     torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
+    # Imported here: torch is not installed everywhere.
     from workers.detection.mtcnn_network import NETWORKS
 
     side = NETWORKS[name][1]
@@ -124,12 +126,14 @@ def _session(model: ModelRef, runtime: Runtime, name: str) -> Session:
 
 
 def _network(model: ModelRef, name: str) -> Any:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.mtcnn_network import load_weights
 
     return load_weights(read_files(model)[NAMES.index(name)], name)
 
 
 def _exported(model: ModelRef, name: str) -> bytes:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.mtcnn_network import NETWORKS, export_onnx
 
     return export_onnx(_network(model, name), NETWORKS[name][1])

@@ -69,6 +69,7 @@ def load_retinaface(spec: PipelineSpec, runtime: Runtime) -> RetinaFace:
 def _session(model: ModelRef, runtime: Runtime) -> Session:
     if runtime.engine is Engine.ONNX:
         return make_session(derived_onnx(model, EXPORT_VERSION, lambda: _exported(model)), runtime)
+    # Imported here: torch is not installed everywhere.
     from workers.inference.torch_session import TorchSession, torch_device
 
     torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
@@ -103,12 +104,14 @@ def find(
 
 
 def _network(model: ModelRef) -> Any:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.retinaface_network import load_weights
 
     return load_weights(read_model(model), BACKBONES[model.name], what=f"the file of {model.name}")
 
 
 def _exported(model: ModelRef) -> bytes:
+    # Imported here: torch is not installed everywhere.
     from workers.detection.retinaface_network import export_onnx
 
     return export_onnx(_network(model))

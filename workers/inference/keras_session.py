@@ -63,6 +63,7 @@ def to_keras(content: bytes, name: str) -> Any:
     import onnx
     from onnx import numpy_helper
 
+    # Imported here: the networks load TensorFlow.
     from workers.classification import networks
 
     file = onnx.load_from_string(content)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console import json_option, note, print_json, progress
+from common.cli.console import json_option, note, print_json, progress
+from common.cli.options import runtime_options
 from common.domain import (
     Face,
     MaskStatus,
@@ -28,7 +29,6 @@ from common.domain import (
     SourceChangedError,
     TransientJobError,
 )
-from common.options import runtime_options
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -100,10 +100,10 @@ def test_the_pipeline_knows_neither_queue_nor_database(start: str) -> None:
 @pytest.mark.parametrize(
     "modules",
     [
-        "producer.cli producer.tasks producer.submit producer.dispatch",
-        "workers.cli workers.tasks workers.aggregation workers.lifecycle",
-        "workers.models_cli workers.weights workers.acquisition workers.bundles workers.structure",
-        "common.commands common.doctor common.reporting.cli common.reporting.report common.local.run",
+        "producer.cli.backfill producer.tasks producer.submit producer.dispatch",
+        "workers.cli.worker workers.tasks workers.aggregation workers.lifecycle",
+        "workers.cli.models workers.weights workers.acquisition workers.bundles workers.structure",
+        "common.cli.jobs common.cli.doctor common.cli.summary common.reporting.report common.cli.run",
     ],
 )
 def test_producer_aggregator_and_analyst_load_no_model_runtime(modules: str) -> None:

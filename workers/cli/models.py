@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common import console
+from common.cli import console
 from common.domain import MaskwatchError
 from common.pins import is_sha256
 

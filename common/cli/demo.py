@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common import console
-from common.console import json_option, note, print_json, print_table
+from common.cli import console
+from common.cli.console import json_option, note, print_json, print_table
 from common.domain import MaskwatchError
 
 if TYPE_CHECKING:
@@ -90,15 +90,15 @@ def _clear(out_dir: Path, stack: Any) -> None:
 
 def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     from common import ledger
+    from common.cli.summary import print_compliance
+    from common.cli.waiting import wait_for
     from common.database import session_scope
     from common.deployment import deployment
     from common.local.crew import call, crew
     from common.local.footage import make_footage
     from common.local.truth import compare_with_truth, stored_faces, stored_visits
     from common.reporting import queries
-    from common.reporting.cli import print_compliance
     from common.reporting.report import write_report
-    from common.waiting import wait_for
 
     note("1/5  making sample footage with known truth")
     truth = make_footage(out_dir / "footage")

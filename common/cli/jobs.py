@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.console import json_option, note, percent, print_json, print_table
+from common.cli.console import json_option, note, percent, print_json, print_table
 from common.domain import JobState, MaskwatchError
 
 if TYPE_CHECKING:

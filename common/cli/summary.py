@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from common.console import json_option, note, percent, print_json, print_table
+from common.cli.console import json_option, note, percent, print_json, print_table
 from common.domain import MaskwatchError
 from common.reporting.coverage import CoverageHour
 from common.reporting.queries import ComplianceRow, Period

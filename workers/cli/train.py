@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common import console
+from common.cli import console
 from common.domain import MaskwatchError
 
 if TYPE_CHECKING:

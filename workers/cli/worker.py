@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.console import json_option, note, print_json
+from common.cli.console import json_option, note, print_json
+from common.cli.options import runtime_options
 from common.domain import MaskwatchError
-from common.options import runtime_options
 from workers.annotate import annotate
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from common import backfills, ledger, sources
-from common.console import note, progress
+from common.cli.console import note, progress
 from common.database import session_scope
 from common.queues import BrokerDownError, TaskName, send
 from common.settings import Settings

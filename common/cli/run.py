@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
-from common.console import json_option, note, print_json
+from common.cli.console import json_option, note, print_json
+from common.cli.options import runtime_options, source_options
 from common.domain import MaskwatchError
-from common.options import runtime_options, source_options
 
 
 @click.command()
@@ -47,12 +47,12 @@ def run(
       maskwatch run footage/ --location lobby --time-zone Europe/Berlin
       maskwatch run videos/ --location street --sample-fps 2
     """
+    from common.cli.summary import parse_bounds, print_compliance
     from common.database import session_scope
     from common.deployment import deployment, uses_embedded_stack
     from common.local.crew import crew, maskwatch
     from common.planning import TimePattern
     from common.reporting import queries
-    from common.reporting.cli import parse_bounds, print_compliance
     from common.reporting.tables import as_dict
     from common.settings import get_settings
     from common.storage import open_source

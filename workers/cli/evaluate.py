@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from common import console
-from common.console import percent
+from common.cli import console
+from common.cli.console import percent
+from common.cli.options import runtime_options
 from common.domain import MaskwatchError, PermanentJobError, PipelineSpec
-from common.options import runtime_options
 
 if TYPE_CHECKING:
     from common.model_figures import Confusion

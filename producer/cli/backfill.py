@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.console import json_option, note, print_json, print_table, progress
-from common.options import source_options
+from common.cli.console import json_option, note, print_json, print_table, progress
+from common.cli.options import source_options
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -108,8 +108,8 @@ def backfill(
       maskwatch backfill s3://footage/2026/ --location lobby \\
           --inventory s3://inventories/footage/daily/2026-11-01T01-00Z/manifest.json
     """
+    from common.cli.summary import parse_bounds
     from common.deployment import deployment
-    from common.reporting.cli import parse_bounds
     from producer.estimate import estimate
     from producer.submit import submit
 
@@ -163,8 +163,8 @@ def backfill(
 def _fill_gaps(
     location: str, camera: str, bounds: tuple[datetime | None, datetime | None], *, wait: bool, as_json: bool
 ) -> None:
+    from common.cli.waiting import wait_for
     from common.deployment import deployment
-    from common.waiting import wait_for
     from producer.submit import fill_gaps
 
     with deployment() as settings:
@@ -244,8 +244,8 @@ def listing_bar() -> Iterator[Callable[[BackfillReport], None]]:
 def conclude(settings: Settings, report: BackfillReport, *, wait: bool, as_json: bool) -> None:
     """Say what was found, have it sent, and wait for it if asked to."""
     from common import ledger
+    from common.cli.waiting import wait_for
     from common.database import session_scope
-    from common.waiting import wait_for
 
     nudge()
     if not as_json:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.console import json_option, print_json, print_table
+from common.cli.console import json_option, print_json, print_table
 from common.domain import MaskwatchError, ModelRef
 
 if TYPE_CHECKING:

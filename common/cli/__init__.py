@@ -15,32 +15,32 @@ from common.domain import MaskwatchError, PermanentJobError
 
 #: Command name → where it lives and the line that `maskwatch --help` shows, in the order people need them.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("common.local.demo:demo", "See it work: sample footage through the whole system."),
-    "run": ("common.local.run:run", "From pictures and videos to a compliance table, on this machine."),
-    "backfill": ("producer.cli:backfill", "Enqueue a bucket prefix or a folder."),
-    "backfills": ("producer.cli:backfills", "How far backfills are; pause, resume or cancel one."),
-    "summary": ("common.reporting.cli:summary", "Compliance per location by hour, day or week."),
-    "coverage": ("common.reporting.cli:coverage", "What was looked at of a camera, and what is missing."),
-    "report": ("common.reporting.cli:report", "Write a report.html with a plot per location."),
-    "status": ("common.commands:status", "Jobs by state, queues, what is still to do."),
-    "jobs": ("common.commands:jobs", "List, show, retry, cancel or rerun jobs."),
-    "sources": ("common.commands:sources", "Buckets and folders, and whether one has paused itself."),
-    "locations": ("common.commands:locations", "Add or list locations and their time zones."),
-    "cameras": ("common.commands:cameras", "Add or list cameras."),
-    "pipelines": ("common.commands:pipelines", "List pinned models and settings, promote one."),
-    "annotate": ("workers.cli:annotate", "Draw the faces of pictures or a video, green with mask, red without."),
-    "summarize": ("workers.cli:summarize", "Bring the hourly summaries up to date now."),
-    "worker": ("workers.cli:worker", "Run a worker that analyses pictures and videos."),
-    "aggregator": ("workers.cli:aggregator", "Run a worker that only builds summaries."),
-    "producer": ("producer.cli:producer", "Run the dispatcher and the reconciler."),
-    "purge": ("workers.cli:purge", "Remove the faces seen before a date; the summaries stay."),
-    "erase": ("workers.cli:erase", "Remove everything that came from an object."),
-    "local": ("common.local.cli:local", "The embedded Postgres, Redis and S3 of this machine."),
-    "db": ("common.commands:db", "Migrate the database."),
-    "train": ("workers.training.cli:train", "Fit and export a classifier."),
-    "evaluate": ("workers.training.evaluate_cli:evaluate", "Measure detection and classification on labelled data."),
-    "models": ("workers.models_cli:models", "List, pull, verify and carry over the files of models."),
-    "doctor": ("common.doctor:doctor", "What is configured, reachable and installed."),
+    "demo": ("common.cli.demo:demo", "See it work: sample footage through the whole system."),
+    "run": ("common.cli.run:run", "From pictures and videos to a compliance table, on this machine."),
+    "backfill": ("producer.cli.backfill:backfill", "Enqueue a bucket prefix or a folder."),
+    "backfills": ("producer.cli.backfill:backfills", "How far backfills are; pause, resume or cancel one."),
+    "summary": ("common.cli.summary:summary", "Compliance per location by hour, day or week."),
+    "coverage": ("common.cli.summary:coverage", "What was looked at of a camera, and what is missing."),
+    "report": ("common.cli.summary:report", "Write a report.html with a plot per location."),
+    "status": ("common.cli.jobs:status", "Jobs by state, queues, what is still to do."),
+    "jobs": ("common.cli.jobs:jobs", "List, show, retry, cancel or rerun jobs."),
+    "sources": ("common.cli.jobs:sources", "Buckets and folders, and whether one has paused itself."),
+    "locations": ("common.cli.jobs:locations", "Add or list locations and their time zones."),
+    "cameras": ("common.cli.jobs:cameras", "Add or list cameras."),
+    "pipelines": ("common.cli.jobs:pipelines", "List pinned models and settings, promote one."),
+    "annotate": ("workers.cli.worker:annotate", "Draw the faces of pictures or a video, green with mask, red without."),
+    "summarize": ("workers.cli.worker:summarize", "Bring the hourly summaries up to date now."),
+    "worker": ("workers.cli.worker:worker", "Run a worker that analyses pictures and videos."),
+    "aggregator": ("workers.cli.worker:aggregator", "Run a worker that only builds summaries."),
+    "producer": ("producer.cli.backfill:producer", "Run the dispatcher and the reconciler."),
+    "purge": ("workers.cli.worker:purge", "Remove the faces seen before a date; the summaries stay."),
+    "erase": ("workers.cli.worker:erase", "Remove everything that came from an object."),
+    "local": ("common.cli.local:local", "The embedded Postgres, Redis and S3 of this machine."),
+    "db": ("common.cli.jobs:db", "Migrate the database."),
+    "train": ("workers.cli.train:train", "Fit and export a classifier."),
+    "evaluate": ("workers.cli.evaluate:evaluate", "Measure detection and classification on labelled data."),
+    "models": ("workers.cli.models:models", "List, pull, verify and carry over the files of models."),
+    "doctor": ("common.cli.doctor:doctor", "What is configured, reachable and installed."),
 }
 
 #: Top-level modules of an optional layer → the layer that installs them.
@@ -127,7 +127,7 @@ def main() -> None:
 
 def _tell(sentence: str) -> None:
     # Imported here: commands that succeed and print nothing need no tables.
-    from common.console import note
+    from common.cli.console import note
 
     note(f"error: {sentence}")
 
@@ -150,7 +150,3 @@ def _explain(error: Exception) -> str | None:
         if isinstance(error, DBAPIError):
             return f"the database refused: {first_line(error)}"
     return None
-
-
-if __name__ == "__main__":
-    main()

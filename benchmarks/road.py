@@ -111,7 +111,7 @@ def enqueue_and_wait(prefix: str) -> None:
     from common.cli.waiting import wait_for
     from common.database import session_scope
     from common.settings import get_settings
-    from producer.cli.backfill import nudge
+    from producer.cli.listing import nudge
     from producer.submit import submit
 
     with session_scope() as session:

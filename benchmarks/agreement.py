@@ -32,7 +32,7 @@ from benchmarks.notebook_baseline import (
     models_from,
     opened,
 )
-from common.console import percent
+from common.cli.console import percent
 from common.domain import Face, MaskStatus, MaskwatchError, PipelineSpec
 from common.local.truth import match
 

@@ -51,11 +51,11 @@ def measure(folder: Path, pictures: int, videos: int, workers: int) -> dict[str,
     from sqlalchemy import text
 
     from common import catalog
+    from common.cli.waiting import wait_for
     from common.database import session_scope
     from common.deployment import deployment
     from common.local.crew import crew
-    from common.waiting import wait_for
-    from producer.cli import nudge
+    from producer.cli.listing import nudge
     from producer.estimate import estimate
     from producer.submit import submit
 

@@ -108,10 +108,10 @@ def upload(folder: Path, endpoint_url: str | None, pictures: int, rounds: int) -
 
 def enqueue_and_wait(prefix: str) -> None:
     from common import catalog
+    from common.cli.waiting import wait_for
     from common.database import session_scope
     from common.settings import get_settings
-    from common.waiting import wait_for
-    from producer.cli import nudge
+    from producer.cli.listing import nudge
     from producer.submit import submit
 
     with session_scope() as session:

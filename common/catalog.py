@@ -15,7 +15,7 @@ from common.planning import TimePattern, zone
 from common.schedule import check_schedule, interrupt_looks
 from common.settings import Settings
 from common.storage import open_source
-from common.tables import Camera, CameraSlot, Location, Pipeline
+from common.tables import Camera, CameraSlot, ComplianceHour, Location, Pipeline
 
 
 def add_location(session: Session, name: str, time_zone: str) -> Location:
@@ -39,6 +39,14 @@ def get_location(session: Session, name: str) -> Location:
             f"unknown location {name!r} (known: {known}); add it: maskwatch locations add {name} --time-zone ZONE"
         )
     return location
+
+
+def list_locations(session: Session) -> list[dict[str, Any]]:
+    """Every location with its time zone and the pipeline that it shows."""
+    return [
+        {"name": row.name, "time_zone": row.time_zone, "pipeline": row.promoted_pipeline_id}
+        for row in session.scalars(select(Location).order_by(Location.name))
+    ]
 
 
 def add_camera(session: Session, location: Location, name: str) -> Camera:
@@ -205,6 +213,35 @@ def ensure_pipeline(session: Session, spec: PipelineSpec) -> Pipeline:
         .on_conflict_do_nothing()
     )
     return session.scalars(select(Pipeline).where(Pipeline.fingerprint == spec.fingerprint)).one()
+
+
+def get_pipeline(session: Session, pipeline_id: int) -> Pipeline:
+    """Raises `MaskwatchError` where there is none of this id."""
+    pipeline = session.get(Pipeline, pipeline_id)
+    if pipeline is None:
+        raise MaskwatchError(f"there is no pipeline {pipeline_id}; list them: maskwatch pipelines list")
+    return pipeline
+
+
+def list_pipelines(session: Session) -> list[dict[str, Any]]:
+    """Every pipeline, with the names of the locations that show it."""
+    shown: dict[int | None, list[str]] = {}
+    for location in session.scalars(select(Location).order_by(Location.name)):
+        shown.setdefault(location.promoted_pipeline_id, []).append(location.name)
+    return [
+        {"id": row.id, "created_at": row.created_at, "shown_by": shown.get(row.id, []), "spec": row.spec}
+        for row in session.scalars(select(Pipeline).order_by(Pipeline.id))
+    ]
+
+
+def hours_by_pipeline(session: Session, location: Location) -> dict[int, int]:
+    """How many hours of a location each pipeline has summaries of."""
+    query = (
+        select(ComplianceHour.pipeline_id, func.count())
+        .where(ComplianceHour.location_id == location.id)
+        .group_by(ComplianceHour.pipeline_id)
+    )
+    return dict(session.execute(query).tuples().all())
 
 
 def _check_name(what: str, name: str) -> None:

@@ -5,22 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Celery, signals
+from celery.beat import EmbeddedService, Scheduler
 from redis.exceptions import RedisError
 
 from common import kombu_patches
 from common.broker import BrokerRefusedError, broker_error, redis_client, tls_options, transport_url
-from common.settings import get_settings
+from common.settings import BrokerSettings, Settings, get_settings
 from common.telemetry import configure_logging, get_logger
 
 kombu_patches.apply()
 
-_settings = get_settings()
-
 app = Celery("maskwatch")
 app.conf.update(
-    # Workers are started with it in their environment; senders name their connection (`queues.send`).
-    broker_url=transport_url() if _settings.broker.url else None,
-    broker_use_ssl=tls_options(_settings.broker) if _settings.broker.url else None,
     # Messages are JSON only: nothing is ever unpickled.
     task_serializer="json",
     accept_content=["json"],
@@ -36,17 +32,9 @@ app.conf.update(
     # CUDA does not survive a fork, and neither do the threads of a model runtime.
     worker_pool="prefork",
     worker_pool_start_method="spawn",
-    worker_concurrency=_settings.worker.processes,
-    # Recycle children: native libraries leak a little over days, and a lot at once is caught by the memory. Not more
-    # often than it helps: a new child takes seconds to start.
-    worker_max_tasks_per_child=_settings.worker.max_tasks_per_child,
-    worker_max_memory_per_child=_settings.worker.max_memory_per_child_mb * 1024,
     # A spawned child imports Python, numpy and onnxruntime before it reports; the default of 4 s kills it
     # on a busy machine.
     worker_proc_alive_timeout=60.0,
-    # A group that hangs in native code is ended from outside; its lease then runs out. The soft limit is
-    # ours (`workers/jobs.py`): Celery's raises anywhere, and would look like a broken picture.
-    task_time_limit=_settings.worker.hard_time_limit_seconds,
     # Backstop behind our own drain, which children see as a flag between two pictures.
     worker_soft_shutdown_timeout=20.0,
     # Chatter between workers that nobody reads, and a way in that nobody needs.
@@ -65,9 +53,6 @@ app.conf.update(
         "visibility_timeout": 600,
         "unacked_restore_interval": 10,
         "unacked_restore_throttle": 1,
-        # A frozen Redis is noticed instead of waited for.
-        "socket_timeout": _settings.broker.socket_timeout_seconds,
-        "socket_connect_timeout": _settings.broker.socket_timeout_seconds,
         "socket_keepalive": True,
         "health_check_interval": 15,
     },
@@ -84,18 +69,47 @@ app.conf.update(
 )
 
 
+def timeouts(settings: BrokerSettings) -> dict[str, float]:
+    """A frozen Redis is noticed instead of waited for."""
+    return {
+        "socket_timeout": settings.socket_timeout_seconds,
+        "socket_connect_timeout": settings.socket_timeout_seconds,
+    }
+
+
+def _configure(settings: Settings) -> None:
+    """Take over what the deployment sets. Not when this module is imported: where the broker of the embedded stack is,
+    is known only when that runs."""
+    app.conf.update(
+        broker_url=transport_url(),
+        broker_use_ssl=tls_options(settings.broker),
+        worker_concurrency=settings.worker.processes,
+        # Recycle children: native libraries leak a little over days, and a lot at once is caught by the memory. Not
+        # more often than it helps: a new child takes seconds to start.
+        worker_max_tasks_per_child=settings.worker.max_tasks_per_child,
+        worker_max_memory_per_child=settings.worker.max_memory_per_child_mb * 1024,
+        # A group that hangs in native code is ended from outside; its lease then runs out. The soft limit is
+        # ours (`workers/jobs.py`): Celery's raises anywhere, and would look like a broken picture.
+        task_time_limit=settings.worker.hard_time_limit_seconds,
+    )
+    app.conf.broker_transport_options |= timeouts(settings.broker)
+
+
 @signals.setup_logging.connect
 def _logging(**_: Any) -> None:
     """Ours instead of Celery's, in the workers and in their children."""
     configure_logging()
 
 
-def serve(queue: str, name: str, *, pool: str, tasks: str) -> None:
-    """Run a worker of one queue in this process until SIGTERM; `tasks` is the module that holds its tasks.
+def serve(queue: str, name: str, *, pool: str, tasks: str, beat: bool = False) -> None:
+    """Run a worker of one queue in this process until SIGTERM; `tasks` is the module that holds its tasks. With `beat`
+    this process also ticks the schedule of the app.
 
+    Raises `MaskwatchError` where no broker is configured.
     A broker that is away is waited for, at the start and later. One that refuses us at the start ends it
     (`BrokerRefusedError`), because somebody has to put a setting right; later it is asked again until it lets us in.
     """
+    _configure(get_settings())
     try:
         with redis_client() as client:
             client.llen(queue)
@@ -116,5 +130,8 @@ def serve(queue: str, name: str, *, pool: str, tasks: str) -> None:
     from common.inbox import guard
 
     guard()
+    if beat:
+        # In memory: what is due follows from the ledger, so a restarted beat needs to remember nothing.
+        EmbeddedService(app, thread=True, scheduler_cls=Scheduler).start()
     quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
     app.worker_main(["worker", "-Q", queue, "-n", f"{name}@%h", "-P", pool, "-l", "INFO", *quiet])

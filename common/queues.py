@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from common.broker import BrokerDownError as BrokerDownError
 from common.broker import broker_error, tls_options, transport_url
 from common.broker import redis_client as redis_client
-from common.celery_app import app
+from common.celery_app import app, timeouts
 from common.domain import JobRef, Lane
 from common.kombu_patches import list_name
 from common.settings import get_settings
@@ -97,8 +97,11 @@ def list_of(queue: Queue, lane: Lane) -> str:
 def send(task: TaskName, *messages: Sequence[Any], **options: Any) -> None:
     """Publish a task once per message, each the task's arguments. Raises `BrokerDownError` when the broker
     does not take one; what came before it is then on its way."""
+    broker = get_settings().broker
     try:
-        with app.connection_for_write(transport_url(), ssl=tls_options(get_settings().broker)) as connection:
+        with app.connection_for_write(
+            transport_url(), ssl=tls_options(broker), transport_options=timeouts(broker)
+        ) as connection:
             for args in messages:
                 app.send_task(
                     task.value,

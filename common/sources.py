@@ -8,6 +8,7 @@ Rows here are locked after the jobs of the same transaction, by whoever locks bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -102,6 +103,11 @@ def resume(session: Session, bucket: str) -> None:
     if row is None:
         paused = ", ".join(source.bucket for source in list_paused(session)) or "none is"
         raise MaskwatchError(f"{bucket} is not paused (paused: {paused})")
+
+
+def list_all(session: Session) -> Sequence[Source]:
+    """Every source, by name."""
+    return session.scalars(select(Source).order_by(Source.bucket)).all()
 
 
 def list_paused(session: Session) -> list[PausedSource]:

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import __version__
-from common.console import note
+from common.cli.console import note
 from common.database import (
     NOT_MIGRATED,
     SCHEMA_REVISION,

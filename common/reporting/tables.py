@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from common.console import percent
+from common.cli.console import percent
 from common.reporting.queries import ComplianceRow, Figures, Period
 
 #: Shown where there is no figure.
@@ -41,27 +41,13 @@ def cells(figures: Figures) -> tuple[str, ...]:
     return (*(f"{count:,}" for count in counts), percent(figures.rate), interval(figures))
 
 
-def compliance_table(rows: Sequence[ComplianceRow], by: Period) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column names and rows of text, for `console.print_table` or any other table."""
-    columns = ("location", by.value, *COLUMNS)
-    return columns, [(row.location, period_name(row, by), *cells(row.figures)) for row in rows]
-
-
-def as_text(rows: Sequence[ComplianceRow], by: Period) -> str:
-    """The same table as plain text: a block per location, numbers to the right, within 80 columns, nothing cut off."""
-    columns, table = compliance_table(rows, by)
-    widths = [max(len(line[index]) for line in (columns, *table)) for index in range(len(columns))]
-    blocks: dict[str, list[str]] = {}
-    for row, line in zip(rows, table, strict=True):
-        heading = f"{row.location} ({row.start.tzinfo})"
-        block = blocks.setdefault(heading, [heading, _aligned(columns, widths)])
-        block.append(_aligned(line, widths))
-    return "\n\n".join("\n".join(block) for block in blocks.values())
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    numbers = (cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True))
-    return "  ".join(("", line[1].ljust(widths[1]), *numbers))
+def by_location(rows: Sequence[ComplianceRow], by: Period) -> dict[str, list[tuple[str, ...]]]:
+    """The rows of each location as text, below its name and time zone: the period, then `COLUMNS`."""
+    blocks: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        block = blocks.setdefault(f"{row.location} ({row.start.tzinfo})", [])
+        block.append((period_name(row, by), *cells(row.figures)))
+    return blocks
 
 
 def as_dict(row: ComplianceRow) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sqlalchemy.orm import Session
 
+import workers.annotate
 from common import catalog, ledger
 from common.domain import Face, Lane, MaskStatus, MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, SampleMode
 from common.planning import PlannedObject
@@ -33,8 +34,8 @@ from tests.photos import jpeg, portrait
 from tests.pipelines import default_spec
 from tests.services import Bucket
 from tests.videos import index_first, make_video, number_of
-from workers import attempts, pipeline
-from workers.annotate import annotate
+from workers import attempts
+from workers.cli.annotate import annotate
 from workers.drawing import COLOURS
 from workers.frames import to_picture
 from workers.jobs import run_jobs
@@ -67,7 +68,7 @@ class FakeAnalyzer:
 @pytest.fixture
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
-    monkeypatch.setattr(pipeline, "load_analyzer", lambda spec, runtime: fake)
+    monkeypatch.setattr(workers.annotate, "load_analyzer", lambda spec, runtime: fake)
     monkeypatch.setattr(attempts, "analyzer", lambda spec, runtime: fake)
     return fake
 
@@ -378,9 +379,9 @@ def test_a_run_that_fails_leaves_what_was_there(analyzer: FakeAnalyzer, tmp_path
 def test_a_run_that_is_killed_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     source = write(tmp_path / "a.mp4", make_video(frames=10, size=SIZE))
     code = (
-        "import os, signal, sys\nfrom workers import pipeline\nfrom workers.annotate import annotate\n"
+        "import os, signal, sys\nimport workers.annotate\nfrom workers.cli.annotate import annotate\n"
         "class Killed:\n    def analyze_batch(self, frames):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pipeline.load_analyzer = lambda spec, runtime: Killed()\nannotate(sys.argv[1:])\n"
+        "workers.annotate.load_analyzer = lambda spec, runtime: Killed()\nannotate(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, str(source), "--out", str(tmp_path / "out.mp4")]
     assert subprocess.run(command, check=False, env=dict(os.environ), timeout=60).returncode == -signal.SIGKILL

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from common.console import visible
+from common.cli.console import visible
 from common.settings import get_settings
 from common.storage import FILE_BUCKET
 from tests.hostile_media import KEYS, good

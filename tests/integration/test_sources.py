@@ -10,10 +10,10 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger, sources
+from common.cli.waiting import wait_for
 from common.domain import JobRef, MaskwatchError, PausePolicy, Reason
 from common.ledger import StaleJobError
 from common.settings import Settings, get_settings
-from common.waiting import wait_for
 from producer import dispatch as dispatching
 from tests.faults import faulty_s3
 from tests.ledger_rows import claim, dispatch, planned, register, register_many, rows, scalar, states, take

@@ -12,13 +12,13 @@ from sqlalchemy.orm import Session
 
 import producer.dispatch
 from common import catalog, ledger
+from common.cli.waiting import in_words
 from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, Reason, VideoInfo
 from common.ledger import ClaimedJob, Progress, StaleJobError
 from common.planning import PlannedObject, chunk_ranges
 from common.queues import Queue, list_of, queue_length, redis_client
 from common.settings import get_settings
 from common.storage import ObjectInfo
-from common.waiting import in_words
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.pipelines import default_spec

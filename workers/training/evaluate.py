@@ -1,8 +1,8 @@
 """Measures a classifier on labelled faces. Also home of the rules that all figures are made by: size bins, which
 detection is which face, balanced accuracy, average precision, what becomes uncertain.
 
-Knows neither click nor a console; `evaluate_cli` prints what is computed here. Whole scenes are the business of
-`evaluate_scenes`, detectors beside each other that of `evaluate_detectors`.
+Knows neither click nor a console; `workers/cli/evaluate.py` prints what is computed here. Whole scenes are the
+business of `evaluate_scenes`, detectors beside each other that of `evaluate_detectors`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures face detectors on the same labelled scenes, side by side: what each finds, per face size, how much of what
 it finds is a face, and how long it takes.
 
-The rules are those of `evaluate`; `evaluate_cli` chooses the detectors, loads them and prints.
+The rules are those of `evaluate`; `workers/cli/evaluate.py` chooses the detectors, loads them and prints.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures the whole pipeline on labelled scenes: what it finds, per face size, how often it labels that right, and how
 far its confidence can be believed.
 
-Also reads scenes for `evaluate_detectors`. Knows neither click nor a console; `evaluate_cli` prints what is computed
-here.
+Also reads scenes for `evaluate_detectors`. Knows neither click nor a console; `workers/cli/evaluate.py` prints what is
+computed here.
 """
 
 from __future__ import annotations

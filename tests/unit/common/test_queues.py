@@ -45,7 +45,7 @@ def test_every_task_has_a_route_an_implementation_and_every_queue_a_consumer() -
     assert {name.value for name in TaskName} <= set(app.tasks)
     assert set(ROUTES.values()) == set(Queue)
     served = set()
-    for module in ("workers/cli.py", "producer/cli.py"):
+    for module in ("workers/cli/worker.py", "workers/cli/aggregator.py", "producer/cli/producer.py"):
         text = (Path(__file__).parents[3] / module).read_text()
         served |= {queue for queue in Queue if f"Queue.{queue.name}" in text}
     assert served == set(Queue)

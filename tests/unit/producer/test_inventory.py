@@ -218,7 +218,7 @@ def test_pyarrow_is_needed_for_parquet_alone_and_asked_for_before_anything_is_re
 
 
 def test_who_reads_no_inventory_loads_no_pyarrow() -> None:
-    code = "import producer.cli, producer.submit, producer.estimate, sys; print('pyarrow' in sys.modules)"
+    code = "import producer.cli.backfill, producer.submit, producer.estimate, sys; print('pyarrow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -19,7 +19,8 @@ from skimage.data import astronaut
 from common.domain import MaskwatchError, ModelRef
 from common.settings import get_settings
 from common.storage import ObjectInfo
-from workers.annotate import annotate, picture_name
+from workers.annotate import picture_name
+from workers.cli.annotate import annotate
 
 
 @pytest.fixture(autouse=True)

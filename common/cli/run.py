@@ -5,17 +5,30 @@ It starts what the work needs, has `maskwatch backfill` do it, and stops what it
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import click
+from sqlalchemy import select
 
-from common.console import json_option, note, print_json
+from common import catalog
+from common.cli.console import json_option, note, print_json
+from common.cli.options import parse_bounds, runtime_options, source_options
+from common.cli.summary import print_compliance
+from common.database import session_scope
+from common.deployment import deployment, uses_embedded_stack
 from common.domain import MaskwatchError
-from common.options import runtime_options, source_options
+from common.local.crew import crew, maskwatch
+from common.planning import TimePattern
+from common.reporting import queries
+from common.reporting.tables import as_dict
+from common.settings import get_settings
+from common.storage import open_source
+from common.tables import Location
+from workers.readiness import require_ready
 
 
 @click.command()
@@ -47,19 +60,8 @@ def run(
       maskwatch run footage/ --location lobby --time-zone Europe/Berlin
       maskwatch run videos/ --location street --sample-fps 2
     """
-    from common.database import session_scope
-    from common.deployment import deployment, uses_embedded_stack
-    from common.local.crew import crew, maskwatch
-    from common.planning import TimePattern
-    from common.reporting import queries
-    from common.reporting.cli import parse_bounds, print_compliance
-    from common.reporting.tables import as_dict
-    from common.settings import get_settings
-    from common.storage import open_source
-
-    # What can't be meant leaves no location behind, and workers that can't work nothing to wait for. (By name, as the
-    # command line does: this side knows the other's commands and not its code.)
-    importlib.import_module("workers.readiness").require_ready(get_settings())
+    # What can't be meant leaves no location behind, and workers that can't work nothing to wait for.
+    require_ready(get_settings())
     parse_bounds(since, until)
     TimePattern(time_pattern or "%Y%m%d")
     state_dir = get_settings().state_dir if uses_embedded_stack(get_settings()) else None
@@ -68,15 +70,8 @@ def run(
         _register(location, time_zone, camera)
         options = {"--location": location, "--camera": camera, "--time-pattern": time_pattern}
         options |= {"--since": since, "--until": until}
-        given = [part for name, value in options.items() if value is not None for part in (name, value)]
         with crew(workers, state_dir=state_dir):
-            # "--": a source may begin with a dash.
-            command = maskwatch("backfill", *given, "--wait", "--json", "--", source)
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-        if done.returncode:
-            # It has said why itself.
-            raise SystemExit(done.returncode)
-        report: dict[str, Any] = json.loads(done.stdout)
+            report = _backfill(source, options)
         with session_scope() as session:
             rows = queries.compliance(session, location, by)
             failed = queries.quarantined(session, 1000, location)
@@ -88,7 +83,29 @@ def run(
             "quarantined_objects": [asdict(entry) for entry in failed],
         }
         print_json(result)
-        return
+    else:
+        _print_run(report, rows, by, failed)
+
+
+def _backfill(source: str, options: Mapping[str, str | None]) -> dict[str, Any]:
+    """Have `maskwatch backfill` enqueue the source and wait for it; returns what it says in JSON."""
+    given = [part for name, value in options.items() if value is not None for part in (name, value)]
+    # "--": a source may begin with a dash.
+    command = maskwatch("backfill", *given, "--wait", "--json", "--", source)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        # It has said why itself.
+        raise SystemExit(done.returncode)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def _print_run(
+    report: Mapping[str, Any],
+    rows: Sequence[queries.ComplianceRow],
+    by: str,
+    failed: Sequence[queries.Quarantined],
+) -> None:
     note(f"{report['listed']} objects: {report['new']} new, {report['known']} known already")
     if report["others"]:
         note(
@@ -100,12 +117,6 @@ def run(
 
 
 def _register(location: str, time_zone: str, camera: str | None) -> None:
-    from sqlalchemy import select
-
-    from common import catalog
-    from common.database import session_scope
-    from common.tables import Location
-
     with session_scope() as session:
         place = session.scalars(select(Location).where(Location.name == location)).one_or_none()
         if place is None:

@@ -9,17 +9,30 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import boto3
 import click
 
-from common import console
-from common.console import json_option, note, print_json, print_table
+from common import catalog, ledger
+from common.cli import console
+from common.cli.console import json_option, note, print_json, print_table
+from common.cli.summary import print_compliance
+from common.cli.waiting import wait_for
+from common.database import session_scope
+from common.deployment import deployment
 from common.domain import MaskwatchError
-
-if TYPE_CHECKING:
-    from common.local.truth import Truth, TruthReport
+from common.local.crew import call, crew
+from common.local.footage import make_footage
+from common.local.stack import LocalStack
+from common.local.truth import Truth, TruthReport, compare_with_truth, stored_faces, stored_visits
+from common.reporting import queries
+from common.reporting.report import write_report
+from common.reporting.tables import as_dict
+from common.settings import Settings, get_settings
 
 BUCKET = "footage"
 
@@ -47,22 +60,10 @@ def demo(out_dir: Path, workers: int, as_json: bool) -> None:
     Example:
       maskwatch demo --out demo-output
     """
-    from common.local.stack import LocalStack
-
     out_dir = out_dir.absolute()
     state_dir = out_dir / "state"
     _clear(out_dir, LocalStack(state_dir))
-    # The demo shows the embedded stack, whatever else is configured here.
-    for name in [name for name in os.environ if name.startswith(("MASKWATCH_", "AWS_")) and name != "AWS_CA_BUNDLE"]:
-        del os.environ[name]
-    os.environ["MASKWATCH_STATE_DIR"] = str(state_dir)
-    # Seconds matter more here than they do in a deployment.
-    os.environ["MASKWATCH_DISPATCH__INTERVAL_SECONDS"] = "0.5"
-    os.environ["MASKWATCH_DISPATCH__RECONCILE_SECONDS"] = "1"
-    os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
-    from common.settings import get_settings
-
-    get_settings.cache_clear()
+    _choose_embedded_stack(state_dir)
     summary = _run(out_dir, state_dir, workers)
     (out_dir / "summary.json").write_text(console.as_json(summary) + "\n", encoding="utf-8")
     if as_json:
@@ -74,7 +75,20 @@ def demo(out_dir: Path, workers: int, as_json: bool) -> None:
         raise MaskwatchError(f"found {found:.1%} and labelled {right:.1%} right; the demo promises {PROMISED:.0%}")
 
 
-def _clear(out_dir: Path, stack: Any) -> None:
+def _choose_embedded_stack(state_dir: Path) -> None:
+    """Take no other setting of this machine into the demo, nor into the processes that it starts."""
+    # The demo shows the embedded stack, whatever else is configured here.
+    for name in [name for name in os.environ if name.startswith(("MASKWATCH_", "AWS_")) and name != "AWS_CA_BUNDLE"]:
+        del os.environ[name]
+    os.environ["MASKWATCH_STATE_DIR"] = str(state_dir)
+    # Seconds matter more here than they do in a deployment.
+    os.environ["MASKWATCH_DISPATCH__INTERVAL_SECONDS"] = "0.5"
+    os.environ["MASKWATCH_DISPATCH__RECONCILE_SECONDS"] = "1"
+    os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+    get_settings.cache_clear()
+
+
+def _clear(out_dir: Path, stack: LocalStack) -> None:
     """A demo starts from nothing, and removes only what a demo made."""
     if not out_dir.exists():
         return
@@ -88,70 +102,79 @@ def _clear(out_dir: Path, stack: Any) -> None:
     shutil.rmtree(out_dir)
 
 
-def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
-    from common import ledger
-    from common.database import session_scope
-    from common.deployment import deployment
-    from common.local.crew import call, crew
-    from common.local.footage import make_footage
-    from common.local.truth import compare_with_truth, stored_faces, stored_visits
-    from common.reporting import queries
-    from common.reporting.cli import print_compliance
-    from common.reporting.report import write_report
-    from common.waiting import wait_for
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """What the database holds when all is analysed."""
 
+    report: TruthReport
+    rows: Sequence[queries.ComplianceRow]
+    failed: Sequence[queries.Quarantined]
+    jobs: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "truth": self.report.as_dict(),
+            "jobs": self.jobs,
+            "compliance_by_day": [as_dict(row) for row in self.rows],
+            "quarantined_objects": [asdict(entry) for entry in self.failed],
+        }
+
+
+def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     note("1/5  making sample footage with known truth")
     truth = make_footage(out_dir / "footage")
     note("2/5  starting Postgres, Redis and an S3 server; uploading the footage")
     with deployment() as settings:
-        uploaded = _upload(out_dir / "footage" / "bucket", settings.storage.endpoint_url)
-        _register(truth)
-        with crew(workers, state_dir=state_dir):
-            note(f"3/5  enqueueing {uploaded} objects; {workers} workers analyse them")
-            for camera in truth.cameras:
-                call(
-                    "backfill", f"s3://{BUCKET}/{camera.prefix}", "--location", camera.location,
-                    "--camera", camera.name, "--time-pattern", camera.time_pattern,
-                )  # fmt: skip
-            wait_for(settings)
+        _analyse(out_dir, state_dir, workers, truth, settings)
         note("4/5  drawing the pictures and the video, writing the report")
-        call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
-        for video in truth.videos:
-            # Two frames a second: every one of them would take a minute.
-            name = f"{video.key.split('/')[1]}.mp4"
-            source, drawn = out_dir / "footage" / "bucket" / video.key, out_dir / "annotated" / name
-            call("annotate", str(source), "--sample-fps", "2", "--out", str(drawn))
-        with session_scope() as session:
-            base = f"s3://{BUCKET}"
-            visits = stored_visits(session, base)
-            report = compare_with_truth(stored_faces(session, base), truth, counted_visits=visits)
-            rows = queries.compliance(session, None, "day")
-            failed = queries.quarantined(session, 100)
-            jobs = {state.value: count for state, count in ledger.counts_by_state(session).items() if count}
-            write_report(session, out_dir / "report.html", pictures=sorted((out_dir / "annotated").glob("*.jpg")))
+        _annotate(out_dir, truth)
+        results = _results(out_dir, truth)
     note("5/5  done\n")
-    print_compliance(rows, "day")
-    print_table("Compared with the truth", ["", ""], report.table())
-    print_table("Objects kept with a reason", ["object", "reason"], [(entry.uri, entry.reason) for entry in failed])
-    return _summary(report, rows, failed, jobs)
+    print_compliance(results.rows, "day")
+    print_table("Compared with the truth", ["", ""], results.report.table())
+    print_table(
+        "Objects kept with a reason", ["object", "reason"], [(entry.uri, entry.reason) for entry in results.failed]
+    )
+    return results.as_dict()
 
 
-def _summary(report: TruthReport, rows: Any, failed: Any, jobs: dict[str, int]) -> dict[str, Any]:
-    from dataclasses import asdict
+def _analyse(out_dir: Path, state_dir: Path, workers: int, truth: Truth, settings: Settings) -> None:
+    uploaded = _upload(out_dir / "footage" / "bucket", settings.storage.endpoint_url)
+    _register(truth)
+    with crew(workers, state_dir=state_dir):
+        note(f"3/5  enqueueing {uploaded} objects; {workers} workers analyse them")
+        for camera in truth.cameras:
+            call(
+                "backfill", f"s3://{BUCKET}/{camera.prefix}", "--location", camera.location,
+                "--camera", camera.name, "--time-pattern", camera.time_pattern,
+            )  # fmt: skip
+        wait_for(settings)
 
-    from common.reporting.tables import as_dict
 
-    return {
-        "truth": report.as_dict(),
-        "jobs": jobs,
-        "compliance_by_day": [as_dict(row) for row in rows],
-        "quarantined_objects": [asdict(entry) for entry in failed],
-    }
+def _annotate(out_dir: Path, truth: Truth) -> None:
+    call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
+    for video in truth.videos:
+        # Two frames a second: every one of them would take a minute.
+        name = f"{video.key.split('/')[1]}.mp4"
+        source, drawn = out_dir / "footage" / "bucket" / video.key, out_dir / "annotated" / name
+        call("annotate", str(source), "--sample-fps", "2", "--out", str(drawn))
+
+
+def _results(out_dir: Path, truth: Truth) -> _Results:
+    with session_scope() as session:
+        base = f"s3://{BUCKET}"
+        visits = stored_visits(session, base)
+        results = _Results(
+            compare_with_truth(stored_faces(session, base), truth, counted_visits=visits),
+            queries.compliance(session, None, "day"),
+            queries.quarantined(session, 100),
+            {state.value: count for state, count in ledger.counts_by_state(session).items() if count},
+        )
+        write_report(session, out_dir / "report.html", pictures=sorted((out_dir / "annotated").glob("*.jpg")))
+    return results
 
 
 def _upload(folder: Path, endpoint_url: str | None) -> int:
-    import boto3
-
     client = boto3.client("s3", endpoint_url=endpoint_url)
     client.create_bucket(Bucket=BUCKET)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -161,9 +184,6 @@ def _upload(folder: Path, endpoint_url: str | None) -> int:
 
 
 def _register(truth: Truth) -> None:
-    from common import catalog
-    from common.database import session_scope
-
     with session_scope() as session:
         for camera in truth.cameras:
             location = catalog.add_location(session, camera.location, camera.time_zone)

@@ -5,19 +5,31 @@ Runs on every machine of a deployment, so it needs neither a model runtime nor a
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shutil
 import sys
-from typing import TYPE_CHECKING
 
 import click
+from redis.exceptions import NoPermissionError, RedisError
 
-from common.console import json_option, print_json, print_table
+from common import __version__, versions
+from common.broker import BrokerDownError, broker_error, credentials, place
+from common.cli.console import json_option, print_json, print_table
+from common.database import address, schema_revision, session_scope
+from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
 from common.domain import MaskwatchError, ModelRef
-
-if TYPE_CHECKING:
-    from common.settings import Settings
+from common.machine import (
+    RUNTIMES,
+    gpu_names,
+    missing_for,
+    oversubscribed,
+    require_device,
+    threads_per_process,
+    usable_cores,
+)
+from common.queues import Queue, queue_length, redis_client
+from common.settings import Settings, get_settings
+from workers import weights
 
 #: What was looked at; fine, not fine, or neither; in words.
 Check = tuple[str, bool | None, str]
@@ -44,10 +56,6 @@ def doctor(as_json: bool) -> None:
 
 def _examine() -> list[Check]:
     """Everything, in the order of the road. Never shows a password."""
-    from common.database import address
-    from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
-    from common.settings import get_settings
-
     found: list[Check] = []
     settings = get_settings()
     embedded = uses_embedded_stack(settings)
@@ -75,9 +83,6 @@ def _examine() -> list[Check]:
 
 def _examine_versions() -> Check:
     """Whether every part of this version may work on the database."""
-    from common import __version__, versions
-    from common.database import schema_revision, session_scope
-
     with session_scope() as session:
         revision, oldest = schema_revision(session), versions.oldest_versions(session)
     outdated = [part for part, version in oldest.items() if versions.parse(__version__) < versions.parse(version)]
@@ -88,11 +93,6 @@ def _examine_versions() -> Check:
 
 def _examine_broker(settings: Settings, embedded: bool) -> list[Check]:
     """Where Redis is, how one gets in, whether one does; and how it is set, where this user may read that."""
-    from redis.exceptions import NoPermissionError, RedisError
-
-    from common.broker import BrokerDownError, broker_error, credentials, place
-    from common.queues import Queue, queue_length, redis_client
-
     try:
         where = place(settings.broker)
         user, password = credentials(settings.broker)
@@ -129,8 +129,6 @@ def _examine_models(settings: Settings) -> list[Check]:
         found.append(("pipeline", True, ", ".join(f"{ref.name} {ref.sha256[:12]}" for ref in configured.values())))
     except MaskwatchError as error:
         found.append(("pipeline", False, str(error)))
-    # By name, as the command line does: this side knows the other's commands and not its code.
-    weights = importlib.import_module("workers.weights")
     try:
         statuses = [weights.examine(model) for model in weights.local_models().values()]
     except MaskwatchError as error:
@@ -150,15 +148,6 @@ def _examine_models(settings: Settings) -> list[Check]:
 
 
 def _examine_runtime(settings: Settings) -> list[Check]:
-    from common.machine import (
-        gpu_names,
-        missing_for,
-        oversubscribed,
-        require_device,
-        threads_per_process,
-        usable_cores,
-    )
-
     worker = settings.worker
     problem = False if _runs_models() else None
     missing = missing_for(worker.runtime)
@@ -178,6 +167,4 @@ def _examine_runtime(settings: Settings) -> list[Check]:
 
 def _runs_models() -> bool:
     """Whether this machine has what a worker needs, and so is more than a producer's or an analyst's."""
-    from common.machine import RUNTIMES, missing_for
-
     return any(missing_for(runtime) is None for runtime in RUNTIMES)

@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from common import console
+from common.cli import console
 from common.domain import MaskwatchError
-
-if TYPE_CHECKING:
-    from workers.training.dataset import Split
-    from workers.training.recipes import FitSettings
+from common.manifest import MODELS
+from workers.training import pretrained, recipes
+from workers.weights import read_model
 
 
 @click.command()
@@ -87,7 +86,8 @@ def train(
     out = out or Path("trained") / f"{arch}-{recipe}"
     click.get_current_context().with_resource(_folder(out))
     _load_keras()
-    from workers.training import dataset, fit, recipes, results
+    # Imported here: --help needs none of what they load, and Keras reads its settings when it is imported.
+    from workers.training import dataset, fit, results
 
     settings = recipes.settings_for(recipes.Recipe(recipe), arch)
     settings = recipes.with_stages(settings, recipes.read_stages(stages) if stages else None, epochs)
@@ -100,7 +100,11 @@ def train(
     divide = dataset.split_as_notebook if settings.recipe is recipes.Recipe.NOTEBOOK else dataset.split_by_group
     split = divide(faces.samples, seed)
     console.note(f"{len(split.training):,} faces to learn from, {len(split.held_out):,} held out")
-    model, progress = _fit(split, settings, out, begin)
+    with console.bar("training") as bar:
+        model, progress = fit.fit(
+            split.training, split.validation, settings, out, prepare=begin or (lambda model: None),
+            on_step=bar.show, on_epoch=partial(_tell_epoch, settings),
+        )  # fmt: skip
     _go_on_with_tensorflow(out)
     with _native_chatter_off():
         values = results.leave(model, progress, faces, split, settings, out)
@@ -113,8 +117,6 @@ def train(
 
 def _pretrained(arch: str, weights: Path | None, scratch: bool, recipe: str) -> Callable[[Any], None] | None:
     """What fills the fresh network with ImageNet's weights; None where there are none, which is said."""
-    from workers.training import pretrained
-
     if scratch and weights:
         raise MaskwatchError("--scratch and --weights exclude each other")
     if scratch or arch == "compact":
@@ -131,13 +133,7 @@ def _pretrained(arch: str, weights: Path | None, scratch: bool, recipe: str) -> 
             return None
         console.note(f"begins with ImageNet's weights of {path}")
         return partial(pretrained.load_xception, path=path, freeze=recipe == "notebook")
-    if weights:
-        content = weights.read_bytes()
-    else:
-        from common.manifest import MODELS
-        from workers.weights import read_model
-
-        content = read_model(MODELS["efficientnet-lite0-imagenet"].ref)
+    content = weights.read_bytes() if weights else read_model(MODELS["efficientnet-lite0-imagenet"].ref)
     return partial(pretrained.load_efficientnet_lite0, content=content)
 
 
@@ -203,22 +199,12 @@ def _go_on_with_tensorflow(out: Path) -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "KERAS_BACKEND": "tensorflow"})
 
 
-def _fit(split: Split, settings: FitSettings, out: Path, begin: Callable[[Any], None] | None) -> tuple[Any, Any]:
-    from workers.training import fit
-
-    def tell(figures: dict[str, float]) -> None:
-        console.note(
-            f"epoch {figures['epoch']:.0f} of {settings.epochs} at {figures['side']:.0f} px: "
-            f"loss {figures['loss']:.4f}, validation loss {figures['validation_loss']:.4f}, "
-            f"balanced accuracy {figures['validation_balanced_accuracy']:.3f}"
-        )
-
-    with console.progress() as bar:
-        task = bar.add_task("training", total=None)
-        return fit.fit(
-            split.training, split.validation, settings, out, prepare=begin or (lambda model: None),
-            on_step=lambda done, total: bar.update(task, completed=done, total=total), on_epoch=tell,
-        )  # fmt: skip
+def _tell_epoch(settings: recipes.FitSettings, figures: dict[str, float]) -> None:
+    console.note(
+        f"epoch {figures['epoch']:.0f} of {settings.epochs} at {figures['side']:.0f} px: "
+        f"loss {figures['loss']:.4f}, validation loss {figures['validation_loss']:.4f}, "
+        f"balanced accuracy {figures['validation_balanced_accuracy']:.3f}"
+    )
 
 
 def _print_training(out: Path, values: dict[str, Any]) -> None:

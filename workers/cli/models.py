@@ -7,20 +7,19 @@ without a published hash have to be checked.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from common import console
+from common.cli import console
 from common.domain import MaskwatchError
 from common.pins import is_sha256
-
-if TYPE_CHECKING:
-    from workers.acquisition import OnProgress, Placed
-    from workers.weights import FileStatus, ModelStatus
+from workers import acquisition
+from workers.acquisition import Placed, import_files, known_files
+from workers.bundles import MANIFEST, export_bundle, import_bundle
+from workers.structure import check_fits, derive
+from workers.weights import USABLE, WRONG, FileStatus, ModelStatus, cache_folder, examine, local_models
 
 
 @click.group()
@@ -49,8 +48,6 @@ def list_models(as_json: bool) -> None:
     Example:
       maskwatch models list
     """
-    from workers.weights import cache_folder, examine, local_models
-
     statuses = [examine(model) for model in local_models().values()]
     if as_json:
         console.print_json({"cache": str(cache_folder()), "models": [_as_dict(status) for status in statuses]})
@@ -115,8 +112,6 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
     """Download models into the cache; each file is checked before it gets its name.
 
     Where nobody has published a hash, the weights must fit their network, and the hash that was found is remembered:
-    from then on it is the only one. A mirror may be plain http:// only for files whose hash is known.
-
     \b
     Examples:
       maskwatch models pull retinaface-resnet50
@@ -129,15 +124,12 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
     sha256 = sha256 and sha256.lower()
     if sha256 is not None and (len(names) != 1 or not is_sha256(sha256)):
         raise MaskwatchError("--sha256 belongs to one model, and is 64 characters of 0-9 and a-f")
-    from workers import acquisition
-    from workers.structure import check_fits
-
     placed: list[Placed] = []
     failed: list[str] = []
     for name in dict.fromkeys(names) if names else _pullable(url):
         try:
-            with _progress(name) as on_progress:
-                done = acquisition.pull(name, check_fits, url=url, sha256=sha256, on_progress=on_progress)
+            with console.bar(name, in_bytes=True) as bar:
+                done = acquisition.pull(name, check_fits, url=url, sha256=sha256, on_progress=bar.show)
         except MaskwatchError as error:
             if not everything:
                 raise
@@ -155,8 +147,6 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
 
 def _pullable(url: str | None) -> list[str]:
     """What `--all` means: models with files that are missing or wrong, and that have an address."""
-    from workers.weights import USABLE, examine, local_models
-
     statuses = [examine(model) for model in local_models().values()]
     return [
         status.model.name
@@ -176,8 +166,6 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
       maskwatch models verify
       maskwatch models verify mtcnn && start-my-job
     """
-    from workers.weights import USABLE, WRONG, examine, local_models
-
     known = local_models()
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -210,9 +198,6 @@ def export(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
       maskwatch models export /media/usb/models
       maskwatch models export bundle/ retinaface-mobilenet mtcnn
     """
-    from workers.bundles import export_bundle
-    from workers.structure import derive
-
     statuses = export_bundle(folder, names, derive)
     if as_json:
         console.print_json({"folder": str(folder), "models": [_as_dict(status) for status in statuses]})
@@ -241,10 +226,6 @@ def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -
       maskwatch models import pnet.pt rnet.pt onet.pt
       maskwatch models import Resnet50_Final.pth --as retinaface-resnet50
     """
-    from workers.acquisition import import_files, known_files
-    from workers.bundles import MANIFEST, import_bundle
-    from workers.structure import check_fits
-
     folders = [path for path in paths if path.is_dir()]
     if folders and (len(paths) > 1 or as_name is not None):
         raise MaskwatchError("import one folder, which says itself what it holds, or files")
@@ -278,14 +259,3 @@ def _tell(placed: list[Placed]) -> None:
                 f"  nobody has published a hash for it: it fits its network, and this one is remembered; elsewhere: "
                 f"{entry.model}@{entry.sha256}"
             )
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[OnProgress]:
-    """A bar in bytes, on a terminal."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console.err, disable=not console.err.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda received, total: bar.update(task, completed=received, total=total)

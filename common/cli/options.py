@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from datetime import datetime
 
 import click
 
-from common.domain import SampleMode
+from common.domain import MaskwatchError, SampleMode
+from common.settings import get_settings
 
 
-def _put(setting: str, value: str) -> None:
+def put_setting(setting: str, value: str) -> None:
     """Put an option's value over a setting, in the environment: children read their settings themselves."""
-    from common.settings import get_settings
-
     os.environ[setting] = value
     get_settings.cache_clear()
 
 
 def _put_sampling(_context: click.Context, parameter: click.Parameter, value: str | float | None) -> None:
     if value is not None:
-        _put(f"MASKWATCH_PIPELINE__{(parameter.name or '').upper()}", str(value))
+        put_setting(f"MASKWATCH_PIPELINE__{(parameter.name or '').upper()}", str(value))
 
 
 def source_options(*, source_required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -73,17 +73,31 @@ def source_options(*, source_required: bool) -> Callable[[Callable[..., None]], 
     return decorate
 
 
+def parse_bounds(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
+    """Both bounds, naive (each location's own clock) or aware. Raises `MaskwatchError`."""
+
+    def parse(name: str, value: str | None) -> datetime | None:
+        try:
+            return None if value is None else datetime.fromisoformat(value)
+        except ValueError as error:
+            raise MaskwatchError(
+                f"--{name} {value!r} is no time; expected e.g. 2026-03-28 or 2026-03-28T08:00+01:00"
+            ) from error
+
+    return parse("since", since), parse("until", until)
+
+
 def _put_device(_context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
     if value is None:
         return
     if re.fullmatch(r"cpu|cuda(:[0-9]+)?", value) is None:
         raise click.BadParameter(f"{value!r} is no device; valid: cpu, cuda, cuda:0, cuda:1, ...")
-    _put("MASKWATCH_WORKER__DEVICE", value)
+    put_setting("MASKWATCH_WORKER__DEVICE", value)
 
 
 def _put_runtime(_context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
     if value is not None:
-        _put("MASKWATCH_WORKER__RUNTIME", value)
+        put_setting("MASKWATCH_WORKER__RUNTIME", value)
 
 
 def runtime_options(command: Callable[..., None]) -> Callable[..., None]:

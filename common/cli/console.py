@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
 from typing import Any
@@ -17,11 +18,15 @@ import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -72,6 +77,28 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     out.print(table)
 
 
+def print_blocks(columns: Sequence[str], blocks: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Figures for people: a heading, and below it a table, for each block.
+
+    The first column is text, the others are numbers and stand to the right; a column is equally wide in all blocks.
+    Plain text, of which a narrow terminal cuts nothing off.
+    """
+    lines = [columns, *(row for rows in blocks.values() for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+
+    def aligned(line: Sequence[str]) -> str:
+        numbers = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        return "  ".join(("", line[0].ljust(widths[0]), *numbers))
+
+    texts = ["\n".join([heading, aligned(columns), *map(aligned, rows)]) for heading, rows in blocks.items()]
+    click.echo("\n\n".join(texts))
+
+
+def print_line(words: str) -> None:
+    """A sentence between tables, broken at the width of the terminal."""
+    out.print(words, highlight=False)
+
+
 def note(message: str) -> None:
     """A line for people, on standard error."""
     click.echo(visible(message), err=True)
@@ -90,10 +117,33 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def progress(*, detail: bool = False) -> Progress:
-    """A progress bar on standard error; silent where that is no terminal. With a `detail`, tasks have such a field."""
-    more = [TextColumn("{task.fields[detail]}")] if detail else []
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *more, TimeElapsedColumn(),
-        TimeRemainingColumn(), console=err, disable=not err.is_terminal,
-    )  # fmt: skip
+class Bar:
+    """A progress bar of one thing, in `bar`."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def show(self, done: int, total: int | None = None, detail: str | None = None) -> None:
+        """How much is done, and of how much, if that is known (or was told before)."""
+        fields: dict[str, Any] = {} if detail is None else {"detail": detail}
+        self._bars.update(self._task, completed=done, total=total, **fields)
+
+    def advance(self, some: int = 1) -> None:
+        """Some more is done."""
+        self._bars.advance(self._task, some)
+
+
+@contextmanager
+def bar(description: str, total: int | None = None, *, detail: str = "", in_bytes: bool = False) -> Iterator[Bar]:
+    """A progress bar on standard error; silent where that is no terminal.
+
+    `detail` stands behind the figures. `in_bytes`: what is counted are bytes, shown with their rate.
+    """
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    if in_bytes:
+        columns += [DownloadColumn(), TransferSpeedColumn()]
+    else:
+        more = [TextColumn("{task.fields[detail]}")] if detail else []
+        columns += [MofNCompleteColumn(), *more, TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        yield Bar(bars, bars.add_task(description, total=total, detail=detail))

@@ -1,0 +1,6 @@
+"""`python -m common.cli` is `maskwatch`."""
+
+from common.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`maskwatch coverage`: what was looked at of a camera, and what is missing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from common import catalog
+from common.cli.console import json_option, note, percent, print_json, print_table
+from common.cli.options import parse_bounds
+from common.database import session_scope
+from common.deployment import deployment
+from common.reporting.coverage import CoverageHour
+from common.reporting.coverage import coverage as hours_of
+
+
+@click.command()
+@click.option("--location", required=True, help="Where the camera hangs.")
+@click.option("--camera", required=True, help="Its name.")
+@click.option("--since", metavar="TIME", help="Only hours from this time on (ISO 8601; the location's own clock).")
+@click.option("--until", metavar="TIME", help="Only hours before this time (the same).")
+@click.option("--holes", is_flag=True, help="Only hours that lack something.")
+@json_option
+def coverage(location: str, camera: str, since: str | None, until: str | None, holes: bool, as_json: bool) -> None:
+    """What was looked at of a camera, hour by hour: footage that is there, analysed, failed, and missing.
+
+    What it should have delivered is said by `cameras change --expects`, how much a picture stands for by
+    `--picture-every`. `maskwatch backfill --gaps` does what is left of the holes.
+
+    \b
+    Examples:
+      maskwatch coverage --location lobby --camera gate --since 2026-03-28
+      maskwatch coverage --location lobby --camera gate --holes
+    """
+    bounds = parse_bounds(since, until)
+    with deployment(), session_scope() as session:
+        rows = hours_of(session, catalog.get_camera(session, catalog.get_location(session, location), camera), *bounds)
+    shown = [row for row in rows if row.is_hole or not holes]
+    if as_json:
+        print_json([{**asdict(row), "hole": row.is_hole} for row in shown])
+        return
+    columns = ["hour", "expected", "present", "analysed", "waiting", "failed", "missing", "coverage", ""]
+    print_table(f"{camera} at {location}, in minutes", columns, [_coverage_row(row) for row in shown])
+    count = sum(row.is_hole for row in rows)
+    note(
+        f"{count} of {len(rows)} hours lack something"
+        + ("; maskwatch backfill --gaps does what can be done" * bool(count))
+    )
+
+
+def _coverage_row(row: CoverageHour) -> list[str]:
+    lengths = (
+        row.expected_seconds,
+        row.present_seconds,
+        row.analysed_seconds,
+        row.waiting_seconds,
+        row.failed_seconds,
+        row.missing_seconds,
+    )
+    failed = f"{row.failed_pieces} of {row.pieces} failed" if row.failed_pieces else ""
+    return [
+        f"{row.local_hour:%Y-%m-%d %H:%M}",
+        *("–" if length is None else f"{length / 60:.1f}" for length in lengths),
+        percent(row.coverage),
+        failed or ("hole" if row.is_hole else ""),
+    ]

@@ -1,0 +1,34 @@
+"""`maskwatch report`: a page with a plot per location."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from sqlalchemy.orm import Session
+
+from common.cli.console import note
+from common.cli.sessions import Say, with_session
+from common.reporting.report import write_report
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("report.html"), show_default=True,
+    help="Where to write it.",
+)  # fmt: skip
+@click.option(
+    "--picture", "pictures", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
+    help="An example picture to put in (from `maskwatch annotate`); may be repeated.",
+)  # fmt: skip
+@with_session
+def report(session: Session, out: Path, pictures: tuple[Path, ...]) -> Say:
+    """Write a report of all locations: one HTML file that loads nothing from anywhere.
+
+    \b
+    Examples:
+      maskwatch report --out report.html
+      maskwatch report --picture annotated/09-15-00.jpg --picture annotated/09-40-00.jpg
+    """
+    write_report(session, out, pictures=pictures)
+    return lambda: note(f"wrote {out}")

@@ -1,0 +1,60 @@
+"""`maskwatch sources`: buckets and folders, and whether one has paused itself."""
+
+from __future__ import annotations
+
+import click
+from sqlalchemy.orm import Session
+
+from common import audit
+from common import sources as pauses
+from common.cli.console import json_option, note, print_json, print_table
+from common.cli.sessions import Say, with_session
+from common.storage import split_uri
+
+
+@click.group()
+def sources() -> None:
+    """Buckets and folders that footage comes from, and whether one has paused itself."""
+
+
+@sources.command("list")
+@json_option
+@with_session
+def list_sources(session: Session, as_json: bool) -> Say:
+    """List the sources. One that refused everything is paused, with the reason, and tried again now and then.
+
+    \b
+    Example:
+      maskwatch sources list
+    """
+    rows = [
+        {
+            "source": row.bucket,
+            "paused_at": row.paused_at,
+            "next_trial_at": row.next_trial_at,
+            "refusals": row.refusals,
+            "reason": row.reason,
+            "detail": row.detail,
+        }
+        for row in pauses.list_all(session)
+    ]
+    if as_json:
+        return lambda: print_json(rows)
+    columns = ["source", "paused_at", "next_trial_at", "reason", "detail"]
+    return lambda: print_table("Sources", columns, [[row[column] for column in columns] for row in rows])
+
+
+@sources.command("resume")
+@click.argument("source")
+@with_session
+def resume_source(session: Session, source: str) -> Say:
+    """End the pause of a source at once, when what it refused for has been put right.
+
+    \b
+    Example:
+      maskwatch sources resume s3://footage
+    """
+    bucket, _ = split_uri(source)
+    pauses.resume(session, bucket)
+    audit.record(session, "resume", audit.operator(), detail=bucket)
+    return lambda: note(f"{bucket} is resumed")

@@ -1,0 +1,83 @@
+"""`maskwatch status`: jobs by state, queues, and what is still to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import click
+
+from common import __version__, ledger, versions
+from common import sources as pauses
+from common.cli.console import json_option, note, print_json, print_table
+from common.database import schema_revision, session_scope
+from common.deployment import deployment
+from common.domain import JobState, MaskwatchError
+from common.queues import BrokerDownError, Queue, queue_length, redis_client
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")
+@json_option
+def status(watch: bool, as_json: bool) -> None:
+    """Show jobs by state, messages in the queues, what waits to be summarized, and sources that have paused.
+
+    \b
+    Examples:
+      maskwatch status --watch
+      maskwatch status --json
+    """
+    if watch and as_json:
+        raise click.UsageError("--watch is for people; a machine asks again")
+    while watch:
+        click.clear()
+        try:
+            _show_status(as_json)
+        except MaskwatchError as error:  # it may come back
+            note(f"error: {error}")
+        time.sleep(2)
+    _show_status(as_json)
+
+
+def _show_status(as_json: bool) -> None:
+    with deployment():
+        with session_scope() as session:
+            schema = {"revision": schema_revision(session), "oldest_versions": versions.oldest_versions(session)}
+            states = ledger.counts_by_state(session)
+            dirty = ledger.unsummarized(session)
+            paused = pauses.list_paused(session)
+        problem = None
+        queues: dict[str, int] = {}
+        try:
+            with redis_client() as client:
+                queues = {queue.value: queue_length(client, queue) for queue in Queue}
+        except BrokerDownError as error:
+            problem = str(error)
+    if as_json:
+        print_json(
+            {
+                "jobs": {state.value: count for state, count in states.items()},
+                "queues": queues,
+                "unsummarized": dirty,
+                "paused_sources": [asdict(source) for source in paused],
+                "problem": problem,
+                "version": __version__,
+                "schema": schema,
+            }
+        )
+    else:
+        _print_status(states, queues, dirty, paused)
+    if problem:
+        raise MaskwatchError(problem)
+
+
+def _print_status(
+    states: Mapping[JobState, int], queues: Mapping[str, int], dirty: int, paused: Sequence[pauses.PausedSource]
+) -> None:
+    print_table("Jobs", ["state", "jobs"], [(state.value, count) for state, count in states.items() if count])
+    print_table("Queues", ["queue", "messages"], list(queues.items()))
+    note(f"{dirty} mark(s) wait for the aggregator")
+    for source in paused:
+        note(f"{source.bucket} is paused since {source.paused_at:%Y-%m-%d %H:%M} UTC: {source.detail}")
+        note(f"  tried again at {source.next_trial_at:%H:%M:%S} UTC, or by: maskwatch sources resume {source.bucket}")

@@ -1,0 +1,66 @@
+"""`maskwatch summary`: compliance per location."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from common.cli.console import json_option, note, print_blocks, print_json
+from common.cli.options import parse_bounds
+from common.database import session_scope
+from common.deployment import deployment
+from common.domain import MaskwatchError
+from common.reporting import tables
+from common.reporting.queries import ComplianceRow, Period, compliance, hours_to_summarize
+
+
+@click.command()
+@click.option("--location", metavar="NAME", help="Only this location (default: all).")
+@click.option(
+    "--by", type=click.Choice([period.value for period in Period]), default=Period.DAY.value, show_default=True,
+    help="How long a row is; weeks begin on Monday.",
+)  # fmt: skip
+@click.option("--since", metavar="TIME", help="Only hours from this time on (ISO 8601; the location's own clock).")
+@click.option("--until", metavar="TIME", help="Only hours before this time (ISO 8601; the location's own clock).")
+@json_option
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
+def summary(location: str | None, by: str, since: str | None, until: str | None, as_json: bool, as_csv: bool) -> None:
+    """Compliance per location by hour, day or week.
+
+    The rate is with mask / (with mask + without mask), beside its 95 % interval; uncertain faces are in
+    neither. Hours, days and weeks are those of the location's own time zone.
+
+    \b
+    Examples:
+      maskwatch summary
+      maskwatch summary --location lobby --by hour --since 2026-03-28 --until 2026-03-29
+      maskwatch summary --by week --csv > weeks.csv
+    """
+    if as_json and as_csv:
+        raise MaskwatchError("--json and --csv exclude each other: give one of them")
+    period, bounds = Period(by), parse_bounds(since, until)
+    with deployment(), session_scope() as session:
+        rows = compliance(session, location, period, *bounds)
+        lagging = hours_to_summarize(session)
+    if as_json:
+        print_json({"by": period, "rows": [tables.as_dict(row) for row in rows]})
+    elif as_csv:
+        click.echo(tables.as_csv(rows), nl=False)
+    elif rows:
+        print_compliance(rows, period)
+    else:
+        note(
+            "no figures"
+            + (" in this range" if since or until else " yet")
+            + "; maskwatch status shows what is under way"
+        )
+        note("to analyse pictures: maskwatch run photos/ --location lobby")
+    if lagging:
+        note(f"{lagging} hours have newer results that are not in these figures yet: maskwatch summarize")
+
+
+def print_compliance(rows: Sequence[ComplianceRow], by: str) -> None:
+    """The table for people."""
+    period = Period(by)
+    print_blocks((period.value, *tables.COLUMNS), tables.by_location(rows, period))

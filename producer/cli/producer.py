@@ -1,0 +1,40 @@
+"""`maskwatch producer`: run the dispatcher and the reconciler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from common.celery_app import serve
+from common.cli.serving import ready_to_serve
+from common.metrics import Role
+from common.queues import Queue
+from producer.tasks import schedule
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+
+def _gauges() -> Iterable[Collector]:
+    # Imported here: Prometheus's library looks for its folder when it is imported, and so only after `serving` made it.
+    from producer.gauges import LedgerGauges
+
+    return [LedgerGauges()]
+
+
+@click.command()
+def producer() -> None:
+    """Run the dispatcher and the reconciler, until SIGTERM: they move jobs from the ledger to Redis and
+    recover what got lost. Ticks the aggregator, too. Two of them do no harm.
+
+    \b
+    Example:
+      maskwatch producer
+    """
+    with ready_to_serve(Role.PRODUCER, _gauges):
+        schedule()
+        # solo: one task at a time, in this process; the database bounds its statements' time.
+        serve(Queue.PRODUCER, f"producer-{os.getpid()}", pool="solo", tasks="producer.tasks", beat=True)

@@ -1,0 +1,28 @@
+"""`maskwatch aggregator`: run a worker that only builds summaries."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from common.celery_app import serve
+from common.cli.serving import ready_to_serve
+from common.metrics import Role
+from common.queues import Queue
+from workers.lifecycle import prepare_drain
+
+
+@click.command()
+@click.option("--name", default=None, help="A name for logs (default: the process id).")
+def aggregator(name: str | None) -> None:
+    """Run a worker that only builds summaries, until SIGTERM. It loads no model and no decoder.
+
+    \b
+    Example:
+      maskwatch aggregator
+    """
+    with ready_to_serve(Role.AGGREGATOR):
+        prepare_drain()
+        # solo: one task at a time, in this process; the database bounds its statements' time.
+        serve(Queue.AGGREGATION, name or f"aggregator-{os.getpid()}", pool="solo", tasks="workers.tasks")

@@ -1,0 +1,135 @@
+"""`maskwatch annotate`: images and videos in, the same with their faces drawn out. What it is asked for, checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.cli.console import json_option
+from common.cli.options import runtime_options
+from common.domain import MaskwatchError
+from common.planning import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+#: What `faces.id` can be.
+FACE_ID = click.IntRange(1, 2**63 - 1)
+
+
+class _Time(click.ParamType[Fraction]):
+    """A time in a video, exact: HH:MM:SS, MM:SS or seconds, each with decimals."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        if isinstance(value, Fraction):
+            return value
+        parts = re.fullmatch(r"(?:(?:(\d{1,4}):)?(\d{1,2}):)?(\d{1,7}(?:\.\d{1,9})?)", str(value), re.ASCII)
+        if parts is None:
+            self.fail(f"{value!r} is no time in a video; expected 00:01:30.5, 01:30.5 or 90.5", param, ctx)
+        hours, minutes, seconds = (Fraction(part or 0) for part in parts.groups())
+        return 3600 * hours + 60 * minutes + seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command was asked for, checked: the options fit each other and `out`."""
+
+    source: str | None
+    out: Path
+    at: Fraction | None = None
+    face_id: int | None = None
+    blur: bool = False
+    sample_fps: float | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `MaskwatchError`, in words, for options that don't fit."""
+        if self.face_id is not None and self.source is not None:
+            raise MaskwatchError(
+                "--face looks up the footage by itself: leave out SOURCE, or --face to have SOURCE analysed"
+            )
+        if self.face_id is None and self.source is None:
+            raise MaskwatchError("name a SOURCE: a picture, a video, a folder or an s3:// prefix; or --face ID")
+        if self.at is not None and self.face_id is not None:
+            raise MaskwatchError("--face knows its time by itself: leave out --at")
+        if self.one_picture and self.suffix != ".png":
+            raise MaskwatchError(f"--at and --face write one picture: name it, --out NAME.png instead of {self.out}")
+        if self.suffix == ".png" and not self.one_picture:
+            raise MaskwatchError(
+                f"--out {self.out} takes one frame of a video (--at 00:01:30) or a stored face (--face ID); for "
+                "pictures, name a folder"
+            )
+        if self.suffix not in ("", ".png", ".mp4"):
+            raise MaskwatchError(
+                f"--out {self.out} can't be written; name a folder for pictures, NAME.mp4 for a video, or NAME.png "
+                "for one frame of it"
+            )
+        if self.sample_fps is not None and self.suffix != ".mp4":
+            raise MaskwatchError("--sample-fps is for a video that is written as a video, with --out NAME.mp4")
+        if self.sample_fps is not None and self.blur:
+            raise MaskwatchError(
+                "with --blur every frame is analysed, because faces would slip through between: leave out --sample-fps"
+            )
+        if self.limit is not None and self.suffix:
+            raise MaskwatchError("--limit counts pictures, which go to a folder: leave it out")
+
+    @property
+    def one_picture(self) -> bool:
+        return self.at is not None or self.face_id is not None
+
+    @property
+    def suffix(self) -> str:
+        """What `out` ends in, if that makes it a picture or a video; "" for a folder, whatever its name."""
+        suffix = self.out.suffix.lower()
+        known = suffix.removeprefix(".") in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        return suffix if known and not self.out.is_dir() else ""
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A folder for annotated pictures; NAME.mp4 for a video; NAME.png for one frame or face.",
+)
+@click.option("--at", type=_Time(), help="One frame of a video: what is shown at 00:01:30.5 (or 01:30.5, or 90.5).")
+@click.option("--face", "face_id", type=FACE_ID, help="A stored face by its face_id, in its picture or frame.")
+@click.option("--blur", is_flag=True, help="Make the faces that are found unrecognisable.")
+@click.option(
+    "--sample-fps",
+    type=click.FloatRange(0, 240, min_open=True),
+    help="Analyse so many frames per second of a video, and show their boxes until the next one (default: all frames).",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many pictures.")
+@runtime_options
+@json_option
+def annotate(as_json: bool, **options: Any) -> None:
+    """Draw the faces of pictures or a video: green with mask, red without, amber uncertain.
+
+    SOURCE is a picture, a video, a folder or an s3:// prefix; --out decides what is made of it. Nothing is stored but
+    what --out names. A video is written as H.264, each frame at its own time, with its sound.
+
+    With --face, the footage is looked up in the database, and the faces that are stored of it are drawn, not analysed
+    again.
+
+    --blur hides what the detector finds: look at the result before you pass it on. Voices stay.
+
+    \b
+    Examples:
+      maskwatch annotate s3://footage/2026/05/ --out annotated --limit 20     # pictures
+      maskwatch annotate gate.mp4 --out gate-annotated.mp4                    # a video
+      maskwatch annotate gate.mp4 --out gate-anonymous.mp4 --blur
+      maskwatch annotate long.mp4 --out quick.mp4 --sample-fps 2              # fewer frames analysed
+      maskwatch annotate gate.mp4 --at 00:01:30 --out at.png                  # one frame of it
+      maskwatch annotate --face 4711 --out face.png                           # face_id, from face_results
+    """
+    asked = Asked(**options)
+    # Imported here: --help needs neither models nor decoders, which take seconds to load and may not be installed.
+    from workers.cli.annotate_outputs import write
+
+    write(asked, as_json=as_json)

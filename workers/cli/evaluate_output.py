@@ -1,0 +1,89 @@
+"""What the commands of `maskwatch evaluate` share: the pipeline that is chosen, what is written, what is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.cli import console
+from common.cli.console import percent, print_line
+from common.domain import MaskwatchError, PipelineSpec
+from common.settings import Settings
+from workers.training import plots
+from workers.training.evaluate import Mistake
+
+
+def chosen_spec(settings: Settings, detector: str | None, classifier: str | None) -> PipelineSpec:
+    """The configured pipeline with other models where they are named; another detector has its own threshold."""
+    changed: dict[str, Any] = {}
+    if detector is not None:
+        changed |= {"detector": detector, "detector_threshold": None}
+    if classifier is not None:
+        changed["classifier"] = classifier
+    return settings.pipeline.model_copy(update=changed).spec(settings.models_dir)
+
+
+def prepare_folder(out: Path | None) -> None:
+    """Makes the folder before any work is done, for a missing right to write should not show at the end."""
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MaskwatchError(f"{out} can't be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise MaskwatchError(f"{out} can't be written to")
+
+
+def write_metrics(out: Path, values: dict[str, Any]) -> None:
+    """After the plots: where metrics.json lies, everything does."""
+    (out / "metrics.json").write_text(console.as_json(values) + "\n", encoding="utf-8")
+    console.note(f"metrics.json and plots are in {out}")
+
+
+def draw_grids(out: Path, grids: dict[str, tuple[str, Sequence[Mistake]]]) -> None:
+    """A picture for every kind of mistake; none, and none of an earlier run, where there was no such mistake."""
+    for name, (title, mistakes) in grids.items():
+        path = out / f"{name}.png"
+        path.unlink(missing_ok=True)
+        if mistakes:
+            plots.grid(path, [entry.crop for entry in mistakes], [entry.words for entry in mistakes], title)
+
+
+def print_calibration(title: str, values: dict[str, Any]) -> None:
+    """How far the confidence can be believed, and what becomes uncertain at which threshold."""
+    calibration = values["calibration"]
+    print_line(
+        f"{title}: calibration error {decimals(calibration['expected_calibration_error'])}, "
+        f"Brier score {decimals(calibration['brier_score'])}, "
+        f"log loss {decimals(calibration['negative_log_likelihood'])}"
+    )
+    console.print_table(
+        "",
+        ("confidence", "faces", "mean", "right", "too sure by"),
+        [
+            (
+                f"{row['low']:.2f}–{row['high']:.2f}", row["count"], decimals(row["confidence"]),
+                decimals(row["accuracy"]), f"{row['gap']:+.3f}",
+            )
+            for row in calibration["bins"]
+        ],
+    )  # fmt: skip
+    console.print_table(
+        "What becomes uncertain, by the probability below which a face does",
+        ("uncertain below", "uncertain", "the rest right", "balanced accuracy of the rest"),
+        [
+            (
+                f"{row['below']:g}{' (configured)' if row['configured'] else ''}", percent(row["uncertain_share"]),
+                percent(row["accuracy"]), percent(row["balanced_accuracy"]),
+            )
+            for row in values["uncertain"]
+        ],
+    )  # fmt: skip
+
+
+def decimals(value: float | None) -> str:
+    """Three decimals; a dash where there is no figure."""
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,68 @@
+"""`maskwatch purge` and `maskwatch erase`: what is to be removed for good."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import click
+
+from common import audit, ledger
+from common.cli.console import json_option, note, print_json
+from common.database import session_scope
+from common.deployment import deployment
+from common.domain import MaskwatchError
+from common.storage import named_object
+from workers import aggregation, purging
+
+
+@click.command()
+@click.option(
+    "--before", required=True, type=click.DateTime(["%Y-%m-%d"]), help="All faces seen before this day began, in UTC."
+)
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@json_option
+def purge(before: datetime, yes: bool, as_json: bool) -> None:
+    """Remove the faces seen before a date for good. The hourly summaries of that time stay, as they are; footage of it
+    that arrives later is refused, with a reason. May be repeated, and goes on where it was interrupted.
+
+    \b
+    Example:
+      maskwatch purge --before 2026-01-01
+    """
+    if not yes:
+        click.confirm(f"Remove every face seen before {before:%Y-%m-%d} for good?", abort=True, err=True)
+    with deployment():
+        done = purging.purge(before.replace(tzinfo=UTC), by=audit.operator(), on_step=note)
+    if as_json:
+        print_json({"before": done.before, "partitions": done.partitions, "faces": done.faces})
+    else:
+        note(
+            f"purged before {done.before:%Y-%m-%d}: {len(done.partitions)} month(s) dropped, {done.faces} other face(s)"
+        )
+
+
+@click.command()
+@click.argument("uri")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@json_option
+def erase(uri: str, yes: bool, as_json: bool) -> None:
+    """Remove everything that came from an object, in all its versions: faces, counts, jobs, its name. The summaries
+    follow. The object stays out of later backfills; the object itself is yours to delete.
+
+    \b
+    Example:
+      maskwatch erase s3://footage/door/2026/03/02/12-00-00.jpg
+    """
+    bucket, key = named_object(uri)
+    if not yes:
+        click.confirm(f"Remove everything that came from {bucket}/{key} for good?", abort=True, err=True)
+    with deployment():
+        with session_scope() as session:
+            versions = ledger.erase(session, bucket, key, by=audit.operator())
+            if not versions:
+                raise MaskwatchError(f"nothing is known of {bucket}/{key}; nothing was changed")
+        aggregation.summarize()
+    if as_json:
+        print_json({"object": f"{bucket}/{key}", "versions": versions})
+    else:
+        note(f"erased what came from {versions} version(s) of {bucket}/{key}")

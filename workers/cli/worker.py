@@ -1,0 +1,52 @@
+"""`maskwatch worker`: run a worker that analyses images and videos."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from common.celery_app import serve
+from common.cli.console import note
+from common.cli.options import put_setting, runtime_options
+from common.cli.serving import ready_to_serve
+from common.machine import oversubscribed
+from common.metrics import Role
+from common.queues import Queue
+from common.settings import get_settings
+from workers.inference import runtime_of
+from workers.lifecycle import prepare_drain
+from workers.readiness import require_runtime
+
+
+@click.command()
+@click.option("--processes", type=click.IntRange(1), help="Child processes (default: MASKWATCH_WORKER__PROCESSES, 1).")
+@click.option("--threads", type=click.IntRange(1), help="Threads per model runtime (default: cores // processes).")
+@runtime_options
+@click.option("--name", default=None, help="A name for logs and for `jobs show` (default: the process id).")
+def worker(processes: int | None, threads: int | None, name: str | None) -> None:
+    """Run a worker that analyses pictures and videos, until SIGTERM.
+
+    On SIGTERM it finishes the picture at hand, gives the others and a chunk of video back, and exits. Without the GPU
+    it is told to use it does not start.
+
+    \b
+    Examples, on a machine with 8 cores, and on one with a GPU:
+      maskwatch worker --processes 4
+      maskwatch worker --device cuda:0
+    """
+    # Through the environment, because the children read their settings themselves.
+    if "MASKWATCH_DATABASE__BY_KEY" not in os.environ:
+        put_setting("MASKWATCH_DATABASE__BY_KEY", "true")
+    if processes:
+        put_setting("MASKWATCH_WORKER__PROCESSES", str(processes))
+    if threads:
+        put_setting("MASKWATCH_WORKER__THREADS", str(threads))
+    settings = get_settings()
+    # Before any job is claimed: a worker that can do none would take them and give them back for ever.
+    require_runtime(runtime_of(settings))
+    if (warning := oversubscribed(settings.worker.processes, settings.worker.threads)) is not None:
+        note(f"warning: {warning}")
+    with ready_to_serve(Role.WORKER):
+        prepare_drain()
+        serve(Queue.MEDIA, name or f"worker-{os.getpid()}", pool="prefork", tasks="workers.tasks")

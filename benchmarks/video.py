@@ -361,7 +361,7 @@ def cpu_time(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def sample_video(folder: Path) -> Path:
     """The demo's video: people that walk by, some with masks."""
-    from common.local.footage import make_footage
+    from common.sample.footage import make_footage
 
     if not (folder / "footage").exists():
         make_footage(folder / "footage", images_per_camera=1)

@@ -19,7 +19,7 @@ from common.console import json_option, note, print_json, print_table
 from common.domain import MaskwatchError
 
 if TYPE_CHECKING:
-    from common.local.truth import Truth, TruthReport
+    from common.sample.ground_truth import Truth, TruthReport
 
 BUCKET = "footage"
 
@@ -93,11 +93,11 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     from common.database import session_scope
     from common.deployment import deployment
     from common.local.crew import call, crew
-    from common.local.footage import make_footage
-    from common.local.truth import compare_with_truth, stored_faces, stored_visits
     from common.reporting import queries
     from common.reporting.cli import print_compliance
     from common.reporting.report import write_report
+    from common.sample.footage import make_footage
+    from common.sample.ground_truth import compare_with_truth, stored_faces, stored_visits
     from common.waiting import wait_for
 
     note("1/5  making sample footage with known truth")

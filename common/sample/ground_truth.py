@@ -1,6 +1,6 @@
 """What the sample footage is known to show, and how well stored faces agree with it.
 
-`common/local/footage.py` draws the footage and fills in a `Truth`; this module keeps it as JSON, reads the
+`common/sample/footage.py` draws the footage and fills in a `Truth`; this module keeps it as JSON, reads the
 faces that the system stored, and compares the two. It draws nothing and needs no image library.
 """
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from common.domain import MaskStatus
-from common.local import people
-from common.local.truth import Box, TrueFace
+from common.sample import people
+from common.sample.ground_truth import Box, TrueFace
 
 #: The longer side of a face at scale 1.
 FACE_SIZE_NATIVE = max(people.FACE_BOX[2] - people.FACE_BOX[0], people.FACE_BOX[3] - people.FACE_BOX[1])

@@ -1,8 +1,8 @@
 """Makes the sample footage of the demo: pictures of three cameras and a video of a fourth, with known faces and masks.
 
-`common/local/people.py` draws the people and `common/local/scenes.py` the places; this module decides who
+`common/sample/people.py` draws the people and `common/sample/scenes.py` the places; this module decides who
 stands where and when in the pictures, adds what a camera adds (noise, JPEG), and writes the truth beside the footage.
-`common/local/walkers.py` makes the video. Needs the layers `local` (scikit-image) and `worker` (Pillow, NumPy, PyAV).
+`common/sample/walkers.py` makes the video. Needs the layers `local` (scikit-image) and `worker` (Pillow, NumPy, PyAV).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.domain import Reason
-from common.local import people, walkers
-from common.local.figures import FACE_SIZE_NATIVE, Person, caption, hides, paste
-from common.local.scenes import FILMED, SCENES, Scene
-from common.local.truth import BadObject, TrueCamera, TruePicture, TrueVideo, Truth
+from common.sample import people, walkers
+from common.sample.compositing import FACE_SIZE_NATIVE, Person, caption, hides, paste
+from common.sample.ground_truth import BadObject, TrueCamera, TruePicture, TrueVideo, Truth
+from common.sample.scenes import FILMED, SCENES, Scene
 
 #: Saturday and Sunday; Berlin's clocks go from 02:00 to 03:00 on the second.
 DAYS = (date(2026, 3, 28), date(2026, 3, 29))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.domain import MaskStatus, MaskwatchError, Reason
-from common.local.truth import (
+from common.sample.ground_truth import (
     BadObject,
     Box,
     StoredFace,

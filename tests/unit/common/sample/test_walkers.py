@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from common.domain import MaskStatus, SampleMode
-from common.local import people, walkers
-from common.local.scenes import FILMED
-from common.local.truth import MIN_SIZE_PX, StoredFace, TruePicture, TrueVideo, Truth, compare_with_truth, iou
-from common.local.walkers import Shown, cast, film
+from common.sample import people, walkers
+from common.sample.ground_truth import MIN_SIZE_PX, StoredFace, TruePicture, TrueVideo, Truth, compare_with_truth, iou
+from common.sample.scenes import FILMED
+from common.sample.walkers import Shown, cast, film
 from common.settings import PipelineSettings
 from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface

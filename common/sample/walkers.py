@@ -1,7 +1,8 @@
 """Films the corridor of the sample footage: people come round a corner, walk past the camera and leave.
 
-Who walks where and when is written down here, so every face of every frame is known. `common/local/figures.py` says
-where a figure's face lies, `common/local/scenes.py` draws the corridor. Needs the layers `local` and `worker` (PyAV).
+Who walks where and when is written down here, so every face of every frame is known. `common/sample/compositing.py`
+says where a figure's face lies, `common/sample/scenes.py` draws the corridor. Needs the layers `local` and `worker`
+(PyAV).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.local import people
-from common.local.figures import Person, caption, hides
-from common.local.scenes import CORRIDOR, Scene
-from common.local.truth import Box, TrueFace
+from common.sample import people
+from common.sample.compositing import Person, caption, hides
+from common.sample.ground_truth import Box, TrueFace
+from common.sample.scenes import CORRIDOR, Scene
 
 SECONDS = 32
 FRAMES_PER_SECOND = 10

@@ -13,9 +13,9 @@ from PIL import Image
 
 from common.blocks import BlockReader
 from common.domain import MaskStatus, PermanentJobError, Reason
-from common.local import walkers
-from common.local.footage import DAYS, TIME_ZONES, make_footage, schedule
-from common.local.truth import StoredFace, TruePicture, Truth, compare_with_truth
+from common.sample import walkers
+from common.sample.footage import DAYS, TIME_ZONES, make_footage, schedule
+from common.sample.ground_truth import StoredFace, TruePicture, Truth, compare_with_truth
 from common.settings import PipelineSettings
 from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface

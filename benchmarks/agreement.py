@@ -34,7 +34,7 @@ from benchmarks.notebook_baseline import (
 )
 from common.cli.console import percent
 from common.domain import Face, MaskStatus, MaskwatchError, PipelineSpec
-from common.local.truth import match
+from common.sample.ground_truth import match
 
 if TYPE_CHECKING:
     from workers.training.evaluate_scenes import SceneResults
@@ -60,7 +60,7 @@ class Agreement:
     px_apart: list[float] = field(default_factory=list)
 
     def add(self, notebook: Sequence[NotebookFace], maskwatch: Sequence[Face]) -> None:
-        """Counts one frame. Pairs are taken greedily, best IoU first, from 0.5 on (`common.local.truth.match`)."""
+        """Counts one frame. Pairs are taken greedily, best IoU first, from 0.5 on (`ground_truth.match`)."""
         pairs = list(match([face.box_xyxy for face in notebook], [_box(face) for face in maskwatch]))
         self.frames += 1
         self.both += len(pairs)

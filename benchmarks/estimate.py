@@ -90,7 +90,7 @@ def upload(folder: Path, endpoint_url: str | None, pictures: int, videos: int) -
     """Sample footage: what is known before, and what is new."""
     import boto3
 
-    from common.local.footage import make_footage
+    from common.sample.footage import make_footage
 
     make_footage(folder / "footage")
     files = sorted((folder / "footage" / "bucket").rglob("*"))

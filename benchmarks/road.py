@@ -92,7 +92,7 @@ def upload(folder: Path, endpoint_url: str | None, pictures: int, rounds: int) -
     """Sample footage, a prefix per round, and a few to warm up; returns the rounds' prefixes."""
     import boto3
 
-    from common.local.footage import make_footage
+    from common.sample.footage import make_footage
 
     make_footage(folder / "footage", video=False)
     files = [path.read_bytes() for path in sorted((folder / "footage" / "bucket").rglob("*.jpg"))]

@@ -7,7 +7,7 @@ counts and their ratios, the same on any machine; only the time per frame is thi
 
     python -m benchmarks.tracking [--minutes 30] [--seed 7] [--others] [--json]
 
-`--others` compares: the assignment with the least sum in place of the best pair first (SciPy, of the layer `local`),
+`--others` compares: the assignment with the least sum in place of the best pair first (SciPy, of the layer `train`),
 and, where it is installed, ByteTrack of the library `trackers`, which Maskwatch doesn't need. Its settings are the best
 of a sweep for each rate, on the very same people, while ours were chosen on others.
 """

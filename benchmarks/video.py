@@ -361,7 +361,7 @@ def cpu_time(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def sample_video(folder: Path) -> Path:
     """The demo's video: people that walk by, some with masks."""
-    from common.local.footage import make_footage
+    from common.sample.footage import make_footage
 
     if not (folder / "footage").exists():
         make_footage(folder / "footage", images_per_camera=1)
@@ -389,9 +389,10 @@ def moving(width: int, height: int) -> Painter:
 def crowd(width: int, height: int) -> Painter:
     """Faces all over a large frame, another light in each."""
     from PIL import Image
-    from skimage import data
 
-    face = Image.fromarray(data.astronaut()).resize((240, 240))
+    from common.sample.source_images import astronaut
+
+    face = Image.fromarray(astronaut()).resize((240, 240))
     frame = Image.new("RGB", (width, height), (90, 110, 130))
     for x in range(100, width - 240, 700):
         for y in range(100, height - 240, 600):

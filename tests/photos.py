@@ -7,14 +7,13 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
+from common.sample.source_images import astronaut
+
 
 @lru_cache
 def portrait(width: int = 256) -> Image.Image:
-    """A photograph with one face (Eileen Collins, NASA, public domain; ships in scikit-image)."""
-    from skimage import data
-
-    photo = Image.fromarray(data.astronaut())
-    return photo.resize((width, width), Image.Resampling.LANCZOS)
+    """The sample footage's photograph with one face, at another size."""
+    return Image.fromarray(astronaut()).resize((width, width), Image.Resampling.LANCZOS)
 
 
 def jpeg(picture: Image.Image, **options: object) -> bytes:

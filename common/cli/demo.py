@@ -26,12 +26,18 @@ from common.database import session_scope
 from common.deployment import deployment
 from common.domain import MaskwatchError
 from common.local.crew import call, crew
-from common.local.footage import make_footage
 from common.local.stack import LocalStack
-from common.local.truth import Truth, TruthReport, compare_with_truth, stored_faces, stored_visits
 from common.reporting import queries
 from common.reporting.report import write_report
 from common.reporting.tables import as_dict
+from common.sample.footage import make_footage
+from common.sample.ground_truth import (
+    Comparison,
+    GroundTruth,
+    compare_with_ground_truth,
+    stored_faces,
+    stored_visits,
+)
 from common.settings import Settings, get_settings
 
 BUCKET = "footage"
@@ -106,7 +112,7 @@ def _clear(out_dir: Path, stack: LocalStack) -> None:
 class _Results:
     """What the database holds when all is analysed."""
 
-    report: TruthReport
+    report: Comparison
     rows: Sequence[queries.ComplianceRow]
     failed: Sequence[queries.Quarantined]
     jobs: dict[str, int]
@@ -138,7 +144,7 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     return results.as_dict()
 
 
-def _analyse(out_dir: Path, state_dir: Path, workers: int, truth: Truth, settings: Settings) -> None:
+def _analyse(out_dir: Path, state_dir: Path, workers: int, truth: GroundTruth, settings: Settings) -> None:
     uploaded = _upload(out_dir / "footage" / "bucket", settings.storage.endpoint_url)
     _register(truth)
     with crew(workers, state_dir=state_dir):
@@ -151,7 +157,7 @@ def _analyse(out_dir: Path, state_dir: Path, workers: int, truth: Truth, setting
         wait_for(settings)
 
 
-def _annotate(out_dir: Path, truth: Truth) -> None:
+def _annotate(out_dir: Path, truth: GroundTruth) -> None:
     call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
     for video in truth.videos:
         # Two frames a second: every one of them would take a minute.
@@ -160,12 +166,12 @@ def _annotate(out_dir: Path, truth: Truth) -> None:
         call("annotate", str(source), "--sample-fps", "2", "--out", str(drawn))
 
 
-def _results(out_dir: Path, truth: Truth) -> _Results:
+def _results(out_dir: Path, truth: GroundTruth) -> _Results:
     with session_scope() as session:
         base = f"s3://{BUCKET}"
         visits = stored_visits(session, base)
         results = _Results(
-            compare_with_truth(stored_faces(session, base), truth, counted_visits=visits),
+            compare_with_ground_truth(stored_faces(session, base), truth, counted_visits=visits),
             queries.compliance(session, None, "day"),
             queries.quarantined(session, 100),
             {state.value: count for state, count in ledger.counts_by_state(session).items() if count},
@@ -183,7 +189,7 @@ def _upload(folder: Path, endpoint_url: str | None) -> int:
     return len(files)
 
 
-def _register(truth: Truth) -> None:
+def _register(truth: GroundTruth) -> None:
     with session_scope() as session:
         for camera in truth.cameras:
             location = catalog.add_location(session, camera.location, camera.time_zone)

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from skimage.data import astronaut
 
 from common.manifest import MODELS
+from common.sample.source_images import astronaut
 from tests.agreement import compare, scenes
 from tests.pipelines import default_spec
 from workers.detection import centerface
@@ -35,7 +35,7 @@ def on_gpu() -> Any:
 @pytest.fixture(scope="module")
 def frames() -> list[NDArray[np.uint8]]:
     """Sixteen frames of 640×480 with four faces each."""
-    photograph = np.asarray(astronaut(), np.uint8)
+    photograph = astronaut()
     found = []
     for number in range(16):
         frame = np.full((480, 640, 3), 60 + 8 * number, np.uint8)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from skimage.data import astronaut
 
 from common.domain import ModelRef, PipelineSpec
+from common.sample.source_images import astronaut
 from common.settings import get_settings
 from tests.detector_files import put_in_cache, random_retinaface, saved, spec_of, use_cache
 from workers.decoding import decode_image
@@ -158,7 +158,7 @@ def test_resnet50_of_random_weights_finds_what_fdet_finds(cache: Path, report: R
     contents = {RESNET50_FILE: saved(random_retinaface("resnet50").state_dict(), prefix="")}
     ours = unscaled(put_in_cache(cache, "retinaface-resnet50", contents), 0.8)
     theirs = unscaled(put_in_cache(cache, "fdet-retinaface", contents), 0.8)
-    photograph = np.asarray(astronaut(), np.uint8)
+    photograph = astronaut()
     # Sizes that no stride divides, small enough for 25 million weights on a CPU.
     pictures = [photograph[100:351, 60:361], photograph[::3, ::2], photograph[40:240, 150:251]]
     compare_with_fdet("RetinaFace-ResNet50 of random weights", ours, theirs, pictures, report, at_least=100)

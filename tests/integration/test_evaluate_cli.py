@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.manifest import MODELS
 from common.model_figures import read_confusions
+from common.sample.source_images import astronaut
 from common.settings import PipelineSettings
 
 #: The classifier that a new installation has.
@@ -47,8 +48,7 @@ def is_picture(path: Path) -> bool:
 @pytest.fixture(scope="module")
 def portrait() -> Image.Image:
     """A photograph with one face, which every detector finds."""
-    data = pytest.importorskip("skimage.data", reason="the `local` layer is not installed")
-    return Image.fromarray(data.astronaut())
+    return Image.fromarray(astronaut())
 
 
 #: Where the face of the photograph is.

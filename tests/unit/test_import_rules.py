@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,67 @@ def test_sides_do_not_import_each_other(package: str, forbidden: set[str]) -> No
 
 def test_domain_imports_only_the_standard_library() -> None:
     assert roots(ROOT / "common" / "domain.py") <= sys.stdlib_module_names
+
+
+#: The one module of the product that may use the sample footage.
+DEMO = "common/cli/demo.py"
+#: What the sample footage may import: the standard library, and what `worker` and the base install.
+SAMPLE_LIBRARIES = {"common", "numpy", "PIL", "av", "sqlalchemy"}
+
+
+def names_sample(path: Path) -> bool:
+    """Whether a file imports the sample footage, or names one of its modules in a string as `importlib` wants it."""
+    strings = (
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return any(re.match(r"common\.sample(\.|:|$)", name) for name in (*imports(path), *strings))
+
+
+def users_of_sample(root: Path) -> set[Path]:
+    """The files of the product, outside the sample footage itself, that use it."""
+    files = {
+        file for package in ("common", "migrations", "producer", "workers") for file in (root / package).rglob("*.py")
+    }
+    files -= set((root / "common" / "sample").rglob("*.py"))
+    return {file.relative_to(root) for file in files if names_sample(file)}
+
+
+def test_only_the_demo_uses_the_sample_footage() -> None:
+    assert users_of_sample(ROOT) == {DEMO}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from common.sample import people\n",
+        "from common import sample\n",
+        "def draw():\n    import common.sample.scenes\n",
+        "import importlib\nimportlib.import_module('common.sample.footage')\n",
+        "COMMAND = 'common.sample.footage:make_footage'\n",
+    ],
+)
+def test_another_user_of_the_sample_footage_is_found(tmp_path: Path, planted: str) -> None:
+    for name, source in (
+        ("common/sample/footage.py", "from common.sample import people\n"),
+        ("workers/images.py", planted),
+        ("workers/videos.py", '"""Not common/sample."""\nfrom common import samples\nNAME = "common.samples"\n'),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    assert users_of_sample(tmp_path) == {Path("workers/images.py")}
+
+
+def foreign_to_sample(paths: list[Path]) -> set[str]:
+    return {name for path in paths for name in roots(path)} - SAMPLE_LIBRARIES - sys.stdlib_module_names
+
+
+def test_the_sample_footage_needs_no_library_of_its_own(tmp_path: Path) -> None:
+    assert foreign_to_sample(sources("common/sample")) == set()
+    planted = tmp_path / "people.py"
+    planted.write_text("def photograph():\n    from skimage import data\n")
+    assert foreign_to_sample([planted]) == {"skimage"}
 
 
 def reachable(start: str) -> set[str]:

@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from skimage.data import astronaut
 
 from common.domain import MaskwatchError, ModelRef
+from common.sample.source_images import astronaut
 from common.settings import get_settings
 from common.storage import ObjectInfo
 from workers.annotate import picture_name

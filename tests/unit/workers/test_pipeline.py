@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from skimage.data import astronaut
 
 from common.domain import MaskStatus, ModelRef
+from common.sample.source_images import astronaut
+from common.settings import PipelineSettings
 from tests.pipelines import default_spec
 from workers.detection import Detections
 from workers.inference import Runtime
@@ -98,6 +99,8 @@ def test_the_loaded_pipeline_finds_and_judges_a_real_face(ship_brightness: Calla
     ship_brightness()
     analyzer = load_analyzer(default_spec(classifier="bright"), Runtime())
     photograph = np.asarray(astronaut(), np.uint8)
+    analyzer = load_analyzer(PipelineSettings(classifier="bright").spec(), Runtime())
+    photograph = astronaut()
     (bright,) = analyzer.analyze(photograph)
     (dark,) = analyzer.analyze(photograph // 3)
     assert bright.p_with_mask > dark.p_with_mask  # the stand-in classifier goes by brightness

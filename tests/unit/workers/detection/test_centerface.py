@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from skimage.data import astronaut
 
+from common.sample.source_images import astronaut
 from tests.pipelines import default_spec
 from workers.detection._ops import iou
 from workers.detection._scaling import resize, scale_for
@@ -31,7 +31,7 @@ def detector() -> CenterFace:
 
 @pytest.fixture(scope="module")
 def photograph() -> NDArray[np.uint8]:
-    return np.asarray(astronaut(), np.uint8)
+    return astronaut()
 
 
 class Session:

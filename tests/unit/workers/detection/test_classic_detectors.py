@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from skimage.data import astronaut
 
 from common.domain import MaskwatchError
 from common.manifest import MODELS
+from common.sample.source_images import astronaut
 from tests.detector_files import spec_of
 from workers.detection import FaceDetector, haar, hog
 from workers.detection._ops import iou
@@ -28,7 +28,7 @@ def detector(name: str, threshold: float | None = None) -> FaceDetector:
 
 @pytest.fixture(scope="module")
 def photograph() -> NDArray[np.uint8]:
-    return np.asarray(astronaut(), np.uint8)
+    return astronaut()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from skimage.data import astronaut
 
 from common.domain import MaskwatchError, ModelRef, PermanentJobError
 from common.manifest import MODELS
+from common.sample.source_images import astronaut
 from common.settings import get_settings
 from tests.detector_files import put_in_cache, saved, spec_of, use_cache
 from workers.detection._anchors import priors
@@ -168,7 +168,7 @@ def detector(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.data
 def test_it_finds_the_face_of_the_photograph_and_none_on_walls(detector: RetinaFace) -> None:
-    found = detector.detect(np.asarray(astronaut(), np.uint8))
+    found = detector.detect(astronaut())
     assert iou(found.boxes_xyxy, np.array([[178, 72, 272, 186]], np.float32))[0, 0] > 0.7
     for picture in [np.zeros((480, 640, 3)), np.full((33, 1, 3), 255), np.zeros((1, 1, 3)), np.full((97, 301, 3), 127)]:
         assert len(detector.detect(picture.astype(np.uint8))) == 0

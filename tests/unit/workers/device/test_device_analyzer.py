@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from skimage.data import astronaut
 
 from common.domain import Face, MaskwatchError, ModelRef
+from common.sample.source_images import astronaut
 from tests.agreement import compare, scenes
 from tests.pipelines import default_spec
 from workers.detection.retinaface import RetinaFace, to_input
@@ -41,7 +41,7 @@ def analyzer() -> DeviceAnalyzer:
 @pytest.fixture
 def frames() -> list[NDArray[np.uint8]]:
     """Eight frames of one size with a face each, larger from frame to frame, and the fourth without one."""
-    photograph = np.asarray(astronaut(), np.uint8)
+    photograph = astronaut()
     found = []
     for number in range(8):
         frame = np.full((240, 320, 3), 90 + 10 * number, np.uint8)

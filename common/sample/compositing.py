@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from common.domain import MaskStatus
-from common.local import people
-from common.local.truth import Box, TrueFace
+from common.sample import people
+from common.sample.ground_truth import Box, TrueFace
 
 #: The longer side of a face at scale 1.
 FACE_SIZE_NATIVE = max(people.FACE_BOX[2] - people.FACE_BOX[0], people.FACE_BOX[3] - people.FACE_BOX[1])
@@ -71,6 +73,13 @@ def paste(image: Image.Image, person: Person) -> None:
     size = (round((visible[2] - visible[0]) / inverse), round((visible[3] - visible[1]) / inverse))
     resized = padded.resize(size, Image.Resampling.LANCZOS, box=visible)
     image.paste(resized, (left, top), resized)
+
+
+def vignette(width: int, height: int) -> NDArray[np.float64]:
+    """What a lens leaves of the light at each pixel: 1 in the middle, 0.87 in the corners; (height, width, 1)."""
+    rows, columns = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    shares: NDArray[np.float64] = (1 - 0.13 * (rows**2 + columns**2) / 2)[..., None]
+    return shares
 
 
 def caption(image: Image.Image, words: str) -> None:

@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 
 from common.domain import MaskStatus, SampleMode
-from common.local import people, walkers
-from common.local.scenes import FILMED
-from common.local.truth import MIN_SIZE_PX, StoredFace, TruePicture, TrueVideo, Truth, compare_with_truth, iou
-from common.local.walkers import Shown, cast, film
+from common.sample import people, walkers
+from common.sample.ground_truth import (
+    MIN_SIZE_PX,
+    GroundTruth,
+    StoredFace,
+    TruePicture,
+    TrueVideo,
+    compare_with_ground_truth,
+    iou,
+)
+from common.sample.scenes import FILMED
+from common.sample.walkers import Shown, cast, film
 from tests.pipelines import default_spec
 from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface
@@ -78,7 +86,7 @@ def test_the_detector_finds_the_faces_where_the_truth_says(filmed: tuple[bytes, 
         for one in shown
     )  # fmt: skip
     film_truth = TrueVideo("film.mp4", walkers.SECONDS, walkers.FRAMES_PER_SECOND, walkers.VISITS)
-    report = compare_with_truth(stored, Truth(7, (), frames, (), (film_truth,)))
+    report = compare_with_ground_truth(stored, GroundTruth(7, (), frames, (), (film_truth,)))
     assert report.faces >= 40
     assert report.found_share is not None and report.found_share >= 0.97
     assert report.extra <= 1

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from common.domain import MaskStatus, MaskwatchError, Reason
-from common.local.truth import (
+from common.sample.ground_truth import (
     BadObject,
     Box,
+    GroundTruth,
     StoredFace,
     TrueCamera,
     TrueFace,
     TruePicture,
     TrueVideo,
-    Truth,
-    compare_with_truth,
+    compare_with_ground_truth,
     iou,
     match,
 )
@@ -26,13 +26,13 @@ WITH, WITHOUT, UNCERTAIN = MaskStatus.WITH_MASK, MaskStatus.WITHOUT_MASK, MaskSt
 KEY = "lobby/door/1.jpg"
 
 
-def truth_of(*faces: TrueFace) -> Truth:
+def truth_of(*faces: TrueFace) -> GroundTruth:
     picture = TruePicture(
         KEY, "lobby", "door", datetime(2026, 3, 28, 9), datetime(2026, 3, 28, 8, tzinfo=UTC), tuple(faces)
     )
     camera = TrueCamera("lobby", "door", "Europe/Berlin", "lobby/door/", "lobby/door/%H.jpg")
     bad = (BadObject("a.jpg", Reason.EMPTY_FILE, "empty"), BadObject("notes.txt", None, "no picture"))
-    return Truth(7, (camera,), (picture,), bad)
+    return GroundTruth(7, (camera,), (picture,), bad)
 
 
 def box(x: float, size: float = 40) -> Box:
@@ -67,7 +67,7 @@ def test_counts() -> None:
         StoredFace(KEY, box(700), WITH),
         StoredFace("lobby/door/unknown.jpg", box(0), WITH),
     ]
-    report = compare_with_truth(stored, truth)
+    report = compare_with_ground_truth(stored, truth)
     assert (report.faces, report.found, report.labelled_right) == (4, 3, 1)
     assert (report.small_faces, report.small_found, report.extra) == (2, 1, 2)
     assert report.confusion == {
@@ -83,8 +83,8 @@ def test_counts() -> None:
 FILM = "lobby/corridor/1.mp4"
 
 
-def film_of(*frames: TruePicture) -> Truth:
-    return Truth(7, (), frames, (), (TrueVideo(FILM, 32.0, 10.0, visits=6),))
+def film_of(*frames: TruePicture) -> GroundTruth:
+    return GroundTruth(7, (), frames, (), (TrueVideo(FILM, 32.0, 10.0, visits=6),))
 
 
 def frame(offset_seconds: float, *faces: TrueFace, ignored: tuple[Box, ...] = ()) -> TruePicture:
@@ -102,15 +102,15 @@ def test_frames_are_known_by_key_and_time() -> None:
         StoredFace(FILM, box(0), WITH, 0.5),  # a frame that the truth does not know
         StoredFace(KEY, box(0), WITH),
     ]
-    report = compare_with_truth(stored, truth)
+    report = compare_with_ground_truth(stored, truth)
     assert (report.pictures, report.frames) == (0, 3)
     assert (report.faces, report.found, report.extra) == (2, 1, 3)
-    assert compare_with_truth([StoredFace(FILM, box(0), WITH)], truth).found == 1
+    assert compare_with_ground_truth([StoredFace(FILM, box(0), WITH)], truth).found == 1
 
 
 def test_faces_that_are_hidden_in_part_count_neither_way() -> None:
     truth = film_of(frame(0.0, TrueFace(box(0), WITH), ignored=(box(100, 10), box(200))))
-    nothing = compare_with_truth([], truth)
+    nothing = compare_with_ground_truth([], truth)
     assert (nothing.faces, nothing.found, nothing.extra) == (1, 0, 0)
     stored = [
         StoredFace(FILM, box(0), WITH),
@@ -118,21 +118,21 @@ def test_faces_that_are_hidden_in_part_count_neither_way() -> None:
         StoredFace(FILM, box(100, 8), WITHOUT),
         StoredFace(FILM, box(100, 40), WITH),  # far larger than what is ignored there
     ]
-    report = compare_with_truth(stored, truth)
+    report = compare_with_ground_truth(stored, truth)
     assert (report.faces, report.found, report.labelled_right, report.extra) == (1, 1, 1, 1)
 
 
 def test_visits_are_compared() -> None:
-    report = compare_with_truth([], film_of(), counted_visits={FILM: 7, "lobby/corridor/other.mp4": 2})
+    report = compare_with_ground_truth([], film_of(), counted_visits={FILM: 7, "lobby/corridor/other.mp4": 2})
     assert (report.visits, report.visits_counted) == (6, 7)
     assert ("visits in videos", "6, counted 7") in report.table()
-    assert ("visits in videos", "6, counted 0") in compare_with_truth([], film_of(), counted_visits={}).table()
-    assert ("visits in videos", "6") in compare_with_truth([], film_of()).table()
-    assert not [row for row in compare_with_truth([], truth_of()).table() if row[0].startswith("visits")]
+    assert ("visits in videos", "6, counted 0") in compare_with_ground_truth([], film_of(), counted_visits={}).table()
+    assert ("visits in videos", "6") in compare_with_ground_truth([], film_of()).table()
+    assert not [row for row in compare_with_ground_truth([], truth_of()).table() if row[0].startswith("visits")]
 
 
 def test_nothing_to_find_is_no_share() -> None:
-    report = compare_with_truth([], truth_of())
+    report = compare_with_ground_truth([], truth_of())
     assert (report.found_share, report.labelled_right_share) == (None, None)
     assert ("found (IoU ≥ 0.5)", "none to find") in report.table()
 
@@ -142,9 +142,9 @@ def test_truth_survives_its_file(tmp_path: Path) -> None:
     film = film_of(frame(1.0, TrueFace((0.5, 1, 30, 40), WITH), ignored=((1.5, 2, 3, 4),)))
     for truth in (picture, film):
         truth.save(tmp_path / "truth.json")
-        assert Truth.load(tmp_path / "truth.json") == truth
+        assert GroundTruth.load(tmp_path / "truth.json") == truth
 
 
 def test_missing_truth_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MaskwatchError, match=r"no truth at .*truth\.json"):
-        Truth.load(tmp_path / "truth.json")
+    with pytest.raises(MaskwatchError, match=r"no ground truth at .*truth\.json"):
+        GroundTruth.load(tmp_path / "truth.json")

@@ -1,6 +1,6 @@
 """Draws the people of the sample footage: one real face, with and without a mask, in coats of many colours.
 
-The face is from scikit-image's `astronaut` (Eileen Collins, photograph by NASA, public domain). Her head and
+The face is from the photograph `astronaut.png` (Eileen Collins, NASA, public domain; see SOURCES.md). Her head and
 shoulders are cut out along hand-set outlines, the suit is dyed, and a coat and legs are drawn below.
 All coordinates are pixels of that 512×512 photograph.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+
+from common.sample.source_images import astronaut
 
 #: The face: fringe to chin, ear to ear.
 FACE_BOX = (175.0, 68.0, 273.0, 180.0)
@@ -105,9 +107,7 @@ class Look:
 
 @cache
 def _photograph() -> Pixels:
-    from skimage import data
-
-    return np.asarray(data.astronaut(), np.float32)
+    return astronaut().astype(np.float32)
 
 
 def figure(look: Look) -> Image.Image:

@@ -1,6 +1,6 @@
-"""What the sample footage is known to show, and how well stored faces agree with it.
+"""The ground truth of the sample footage, and how well stored faces agree with it.
 
-`common/local/footage.py` draws the footage and fills in a `Truth`; this module keeps it as JSON, reads the
+`common/sample/footage.py` draws the footage and fills in a `GroundTruth`; this module keeps it as JSON, reads the
 faces that the system stored, and compares the two. It draws nothing and needs no image library.
 """
 
@@ -80,7 +80,7 @@ class TrueCamera:
 
 @dataclass(frozen=True, slots=True)
 class BadObject:
-    """An object that is no good picture or video. `reason` is what its job ends with; None: it never becomes a job."""
+    """An object that can't be analysed. reason: what its job is quarantined with; None: no job is made for it."""
 
     key: str
     reason: Reason | None
@@ -88,7 +88,7 @@ class BadObject:
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class GroundTruth:
     """All that is known about one set of sample footage. `pictures` holds the frames of its videos, too."""
 
     seed: int
@@ -102,12 +102,12 @@ class Truth:
         path.write_text(json.dumps(asdict(self), default=datetime.isoformat, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Truth:
+    def load(cls, path: Path) -> GroundTruth:
         """Read what `save` wrote. Raises `MaskwatchError` where there is no such file."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise MaskwatchError(f"no truth at {path}: `maskwatch demo` makes the footage and its truth") from error
+            raise MaskwatchError(f"no ground truth at {path}: `maskwatch demo` makes it, with the footage") from error
         return cls(
             seed=values["seed"],
             cameras=tuple(TrueCamera(**camera) for camera in values["cameras"]),
@@ -152,8 +152,12 @@ def stored_faces(session: Session, bucket: str) -> list[StoredFace]:
     base = bucket.rstrip("/") + "/"
     rows = session.execute(
         text(
-            "SELECT uri, offset_seconds, x1, y1, x2, y2, status FROM face_results"
-            " WHERE starts_with(uri, :base) ORDER BY face_id"
+            """
+            SELECT uri, offset_seconds, x1, y1, x2, y2, status
+            FROM face_results
+            WHERE starts_with(uri, :base)
+            ORDER BY face_id
+            """
         ),
         {"base": base},
     )
@@ -170,8 +174,14 @@ def stored_visits(session: Session, bucket: str) -> dict[str, int]:
     base = bucket.rstrip("/") + "/"
     rows = session.execute(
         text(
-            "SELECT uri, count(DISTINCT (job_id, track_id)) AS visits FROM face_results"
-            " WHERE starts_with(uri, :base) AND track_id IS NOT NULL GROUP BY uri ORDER BY uri"
+            """
+            SELECT uri, count(DISTINCT (job_id, track_id)) AS visits
+            FROM face_results
+            WHERE starts_with(uri, :base)
+              AND track_id IS NOT NULL
+            GROUP BY uri
+            ORDER BY uri
+            """
         ),
         {"base": base},
     )
@@ -179,12 +189,12 @@ def stored_visits(session: Session, bucket: str) -> dict[str, int]:
 
 
 @dataclass(slots=True)
-class TruthReport:
-    """How stored faces agree with the truth. Shares are in [0, 1], None where there is nothing to share.
+class Comparison:
+    """How well stored faces agree with the ground truth. Shares are in [0, 1]; None where nothing was counted.
 
     Found and labelled are counted over true faces of `min_size_px` and more; smaller ones are in
-    `small_faces` and `small_found` only. `confusion[label][status]` counts the found ones. `frames` are those of
-    videos that the truth tells of. `visits_counted` is None where nobody said how many the system counted.
+    `small_faces` and `small_found` only. `confusion[label][status]` counts the found ones. `frames` are the frames of
+    videos that the ground truth describes. `visits_counted`: how many visits the system counted; None: not asked.
     """
 
     min_size_px: float
@@ -243,23 +253,23 @@ def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({part / whole:.1%})" if whole else "none to find"
 
 
-def compare_with_truth(
+def compare_with_ground_truth(
     stored: Iterable[StoredFace],
-    truth: Truth,
+    truth: GroundTruth,
     min_size_px: float = MIN_SIZE_PX,
     counted_visits: Mapping[str, int] | None = None,
-) -> TruthReport:
+) -> Comparison:
     """Match stored faces to true ones within each picture and each frame, and count.
 
     Pairs are taken greedily, best IoU first, one to one, down to `MATCH_IOU`. Stored faces of pictures and frames
-    that the truth does not know count as extra. counted_visits: what `stored_visits` gives.
+    that the ground truth doesn't describe count as extra. counted_visits: what `stored_visits` gives.
     """
     found_at: dict[_Moment, list[StoredFace]] = {}
     for one in stored:
         found_at.setdefault(_moment(one), []).append(one)
     videos = {video.key for video in truth.videos}
     frames = sum(picture.key in videos for picture in truth.pictures)
-    report = TruthReport(
+    report = Comparison(
         min_size_px,
         pictures=len(truth.pictures) - frames,
         frames=frames,
@@ -272,7 +282,7 @@ def compare_with_truth(
         others = [face for index, face in enumerate(found) if index not in pairs.values()]
         report.extra += sum(not any(_mostly_in(face.box, box) for box in picture.ignored) for face in others)
         for index, face in enumerate(picture.faces):
-            _count(report, face, found[pairs[index]] if index in pairs else None)
+            _count_face(report, face, found[pairs[index]] if index in pairs else None)
     report.extra += sum(len(faces) for faces in found_at.values())
     return report
 
@@ -285,7 +295,7 @@ def _moment(shown: StoredFace | TruePicture) -> _Moment:
     return shown.key, round(shown.offset_seconds * 1000)
 
 
-def _count(report: TruthReport, true: TrueFace, stored: StoredFace | None) -> None:
+def _count_face(report: Comparison, true: TrueFace, stored: StoredFace | None) -> None:
     if true.size_px < report.min_size_px:
         report.small_faces += 1
         report.small_found += stored is not None
@@ -315,13 +325,13 @@ def match(true: Sequence[Box], stored: Sequence[Box]) -> Iterator[tuple[int, int
 
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two xyxy boxes, in [0, 1]."""
-    shared = _shared(a, b)
-    if not shared:
+    both = _common_area(a, b)
+    if not both:
         return 0.0
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
-def _shared(a: Box, b: Box) -> float:
+def _common_area(a: Box, b: Box) -> float:
     """The area that both cover."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
@@ -330,4 +340,4 @@ def _shared(a: Box, b: Box) -> float:
 
 def _mostly_in(box: Box, ignored: Box) -> bool:
     """Whether half of the box lies in the ignored one, as COCO judges detections in its ignored regions."""
-    return _shared(box, ignored) >= 0.5 * (box[2] - box[0]) * (box[3] - box[1])
+    return _common_area(box, ignored) >= 0.5 * (box[2] - box[0]) * (box[3] - box[1])

@@ -1,17 +1,18 @@
 """Draws the empty scenes of the sample footage: what each camera sees when nobody is there.
 
-Plain geometry with textures that scikit-image ships (brick, gravel: public domain, see its data/README).
+Plain geometry with two textures (brick, gravel: CC0, see SOURCES.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+
+from common.sample.source_images import texture
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -31,11 +32,9 @@ class Scene:
         return self.draw(self.width, self.height).filter(ImageFilter.GaussianBlur(0.7))
 
 
-def _texture(name: str, low: Colour, high: Colour) -> Image.Image:
-    """A grey texture of scikit-image as RGB between two colours, 512×512."""
-    from skimage import data
-
-    grey: NDArray[np.float32] = np.asarray(getattr(data, name)(), np.float32)
+def _texture(name: Literal["brick", "gravel"], low: Colour, high: Colour) -> Image.Image:
+    """A grey texture as RGB between two colours, 512×512."""
+    grey = texture(name).astype(np.float32)
     share = np.clip((grey - grey.mean()) / (4 * grey.std()) + 0.5, 0, 1)[..., None]
     pixels = np.array(low, np.float32) * (1 - share) + np.array(high, np.float32) * share
     return Image.fromarray(pixels.astype(np.uint8))
@@ -78,10 +77,15 @@ def _gradient(width: int, height: int, top: Colour, bottom: Colour) -> Image.Ima
     return Image.fromarray(np.broadcast_to(pixels, (height, width, 3)).astype(np.uint8))
 
 
+def _end_wall(width: int, height: int) -> tuple[float, float, float, float]:
+    """Where the wall at the far end of a room is seen, xyxy."""
+    return 0.34 * width, 0.06 * height, 0.66 * width, 0.58 * height
+
+
 def _room(width: int, height: int, walls: tuple[Any, Any], floor: Any, ceiling: Image.Image) -> Image.Image:
     """A corridor in one-point perspective: ceiling, floor, side walls (left, right); the end wall is left open."""
     image = Image.new("RGB", (width, height))
-    left, right, top, bottom = 0.34 * width, 0.66 * width, 0.06 * height, 0.58 * height
+    left, top, right, bottom = _end_wall(width, height)
     _lay(image, ceiling, [(0, -0.5 * height), (width, -0.5 * height), (right, top), (left, top)])
     _lay(image, walls[0], [(0, -0.5 * height), (left, top), (left, bottom), (0, 1.15 * height)])
     _lay(image, walls[1], [(right, top), (width, -0.5 * height), (width, 1.15 * height), (right, bottom)])
@@ -95,7 +99,7 @@ def lobby_door(width: int, height: int) -> Image.Image:
     floor = _tiled(_checkered((170, 166, 158), (146, 142, 136)), 8, 8)
     image = _room(width, height, (plaster, plaster), floor, _gradient(512, 512, (188, 188, 184), (216, 216, 210)))
     draw = ImageDraw.Draw(image)
-    left, right, top, bottom = 0.34 * width, 0.66 * width, 0.06 * height, 0.58 * height
+    left, top, right, bottom = _end_wall(width, height)
     glass = _gradient(int(right - left), int(bottom - top), (214, 228, 238), (168, 186, 180))
     image.paste(glass, (int(left), int(top)))
     step = (right - left) / 4
@@ -118,7 +122,7 @@ def lobby_stairs(width: int, height: int) -> Image.Image:
     floor = _tiled(_texture("gravel", (116, 116, 116), (142, 142, 140)), 2, 2)
     image = _room(width, height, (brick, brick), floor, _gradient(512, 512, (150, 148, 144), (186, 184, 178)))
     draw = ImageDraw.Draw(image)
-    left, right, top, bottom = 0.34 * width, 0.66 * width, 0.06 * height, 0.58 * height
+    left, top, right, bottom = _end_wall(width, height)
     draw.rectangle((left, top, right, bottom), fill=(204, 200, 190))
     steps = 9
     for index in range(steps):  # from the far top step to the near bottom one

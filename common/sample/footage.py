@@ -1,8 +1,8 @@
 """Makes the sample footage of the demo: pictures of three cameras and a video of a fourth, with known faces and masks.
 
-`common/local/people.py` draws the people and `common/local/scenes.py` the places; this module decides who
-stands where and when in the pictures, adds what a camera adds (noise, JPEG), and writes the truth beside the footage.
-`common/local/walkers.py` makes the video. Needs the layers `local` (scikit-image) and `worker` (Pillow, NumPy, PyAV).
+`common/sample/people.py` draws the people and `common/sample/scenes.py` the places; this module decides who
+stands where and when in the pictures, adds what a camera adds (noise, JPEG), and writes the ground truth beside them.
+`common/sample/walkers.py` makes the video. Needs the layer `worker` (Pillow, NumPy, PyAV).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.domain import Reason
-from common.local import people, walkers
-from common.local.figures import FACE_SIZE_NATIVE, Person, caption, hides, paste
-from common.local.scenes import FILMED, SCENES, Scene
-from common.local.truth import BadObject, TrueCamera, TruePicture, TrueVideo, Truth
+from common.sample import people, walkers
+from common.sample.compositing import FACE_SIZE_NATIVE, Person, caption, hides, paste, vignette
+from common.sample.ground_truth import BadObject, GroundTruth, TrueCamera, TruePicture, TrueVideo
+from common.sample.scenes import FILMED, SCENES, Scene
 
 #: Saturday and Sunday; Berlin's clocks go from 02:00 to 03:00 on the second.
 DAYS = (date(2026, 3, 28), date(2026, 3, 29))
@@ -39,12 +39,12 @@ CLEARANCE = 0.3
 FILM_TIME = time(10, 15)
 
 
-def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22, video: bool = True) -> Truth:
-    """Write pictures, a video (or none), a few bad objects and `truth.json` under the folder `out`; the same for the
-    same seed.
+def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22, video: bool = True) -> GroundTruth:
+    """Write pictures, a few bad objects, `truth.json` and, unless `video` is false, a video under the folder `out`.
 
-    Keys are paths relative to `out/bucket`, for example `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The
-    truth has a `TruePicture` for every picture, and for every second of a video.
+    The same seed gives the same bytes. Keys are paths relative to `out/bucket`, for example
+    `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The ground truth has a `TruePicture` for every picture, and
+    for every second of a video.
     """
     bucket = out / "bucket"
     pictures = []
@@ -61,7 +61,7 @@ def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22, video
         videos.append(film)
         pictures += frames
         bad_objects.append(_make_bad_video(bucket, film))
-    truth = Truth(seed, tuple(cameras()), tuple(pictures), tuple(bad_objects), tuple(videos))
+    truth = GroundTruth(seed, tuple(cameras()), tuple(pictures), tuple(bad_objects), tuple(videos))
     truth.save(out / "truth.json")
     return truth
 
@@ -212,10 +212,8 @@ def _photographed(image: Image.Image, local_time: datetime, rng: np.random.Gener
     noon = 1 - min(1.0, abs(local_time.hour + local_time.minute / 60 - 13) / 12)
     exposure = 0.72 + 0.32 * noon + rng.normal(0, 0.02)
     tint = np.array([1.03, 1.0, 0.96] if noon < 0.6 else [1.0, 1.0, 1.01], np.float32)
-    rows, columns = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    vignette = (1 - 0.13 * (rows**2 + columns**2) / 2).astype(np.float32)[..., None]
     noise = rng.normal(0, 3.5, (height, width, 1)).astype(np.float32)
-    lit = pixels * vignette * np.float32(exposure) * tint + noise
+    lit = pixels * vignette(width, height).astype(np.float32) * np.float32(exposure) * tint + noise
     return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
 
 

@@ -1,7 +1,7 @@
 """Films the corridor of the sample footage: people come round a corner, walk past the camera and leave.
 
-Who walks where and when is written down here, so every face of every frame is known. `common/local/figures.py` says
-where a figure's face lies, `common/local/scenes.py` draws the corridor. Needs the layers `local` and `worker` (PyAV).
+Who walks where and when is written down here, so every face of every frame is known. `common/sample/compositing.py`
+says where a figure's face lies, `common/sample/scenes.py` draws the corridor. Needs the layer `worker` (PyAV).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.local import people
-from common.local.figures import Person, caption, hides
-from common.local.scenes import CORRIDOR, Scene
-from common.local.truth import Box, TrueFace
+from common.sample import people
+from common.sample.compositing import Person, caption, hides, vignette
+from common.sample.ground_truth import Box, TrueFace
+from common.sample.scenes import CORRIDOR, Scene
 
 SECONDS = 32
 FRAMES_PER_SECOND = 10
-#: What the truth tells of: the frames that are looked at, by the default of `PipelineSettings.sample_fps`.
+#: Frames per second that the ground truth describes: those analysed by the default of `PipelineSettings.sample_fps`.
 TOLD_PER_SECOND = 1
 
 #: When people come, in seconds, and on which side of the corridor (-1 left) they walk towards the camera.
@@ -96,7 +96,7 @@ def film(path: Path, scene: Scene, title: Callable[[float], str], rng: np.random
     """
     walkers = cast(rng)
     cut_outs = {walker.look: _CutOut.of(walker.look) for walker in walkers}
-    empty = _vignetted(scene.empty())
+    empty = Image.fromarray((np.asarray(scene.empty()) * vignette(scene.width, scene.height)).astype(np.uint8))
     shown = []
 
     def pictures() -> Iterator[Image.Image]:
@@ -216,12 +216,6 @@ class _CutOut:
         box = ((left - x) * inverse, (top - y) * inverse, (right - x) * inverse, (bottom - y) * inverse)
         seen = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box).convert("RGBA")
         picture.paste(seen, (left, top), seen)
-
-
-def _vignetted(picture: Image.Image) -> Image.Image:
-    rows, columns = np.ogrid[-1 : 1 : picture.height * 1j, -1 : 1 : picture.width * 1j]
-    dark = (1 - 0.13 * (rows**2 + columns**2) / 2)[..., None]
-    return Image.fromarray((np.asarray(picture) * dark).astype(np.uint8))
 
 
 def _encode(path: Path, pictures: Iterator[Image.Image], rng: np.random.Generator) -> None:

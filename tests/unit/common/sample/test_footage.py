@@ -13,9 +13,9 @@ from PIL import Image
 
 from common.blocks import BlockReader
 from common.domain import MaskStatus, PermanentJobError, Reason
-from common.local import walkers
-from common.local.footage import DAYS, TIME_ZONES, make_footage, schedule
-from common.local.truth import StoredFace, TruePicture, Truth, compare_with_truth
+from common.sample import walkers
+from common.sample.footage import DAYS, TIME_ZONES, make_footage, schedule
+from common.sample.ground_truth import GroundTruth, StoredFace, TruePicture, compare_with_ground_truth
 from tests.pipelines import default_spec
 from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface
@@ -25,26 +25,26 @@ PER_CAMERA = 12
 
 
 @pytest.fixture(scope="module")
-def footage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
+def footage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GroundTruth]:
     out = tmp_path_factory.mktemp("footage")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walkers, "SECONDS", 8)  # what a whole one shows is tested with the walkers
         return out, make_footage(out, images_per_camera=PER_CAMERA)
 
 
-def photographs(truth: Truth) -> list[TruePicture]:
+def photographs(truth: GroundTruth) -> list[TruePicture]:
     return [picture for picture in truth.pictures if picture.key.endswith(".jpg")]
 
 
-def test_truth_lists_every_object(footage: tuple[Path, Truth]) -> None:
+def test_truth_lists_every_object(footage: tuple[Path, GroundTruth]) -> None:
     out, truth = footage
     files = {path.relative_to(out / "bucket").as_posix() for path in (out / "bucket").rglob("*") if path.is_file()}
     listed = [picture.key for picture in photographs(truth)] + [video.key for video in truth.videos]
     assert sorted(files) == sorted(listed + [bad.key for bad in truth.bad_objects])
-    assert Truth.load(out / "truth.json") == truth
+    assert GroundTruth.load(out / "truth.json") == truth
 
 
-def test_three_cameras_two_locations_two_days(footage: tuple[Path, Truth]) -> None:
+def test_three_cameras_two_locations_two_days(footage: tuple[Path, GroundTruth]) -> None:
     _, truth = footage
     assert len(truth.cameras) == 4
     for camera in truth.cameras[:3]:
@@ -55,7 +55,7 @@ def test_three_cameras_two_locations_two_days(footage: tuple[Path, Truth]) -> No
     assert {camera.location for camera in truth.cameras} == set(TIME_ZONES)
 
 
-def test_keys_and_instants_agree_with_the_local_time(footage: tuple[Path, Truth]) -> None:
+def test_keys_and_instants_agree_with_the_local_time(footage: tuple[Path, GroundTruth]) -> None:
     _, truth = footage
     patterns = {(camera.location, camera.name): camera.time_pattern for camera in truth.cameras}
     for picture in photographs(truth):
@@ -77,7 +77,7 @@ def test_times_are_distinct_and_in_order() -> None:
     )
 
 
-def test_frames_of_the_video(footage: tuple[Path, Truth]) -> None:
+def test_frames_of_the_video(footage: tuple[Path, GroundTruth]) -> None:
     _, truth = footage
     (video,) = truth.videos
     frames = [picture for picture in truth.pictures if picture.key == video.key]
@@ -90,7 +90,7 @@ def test_frames_of_the_video(footage: tuple[Path, Truth]) -> None:
     assert all(picture.offset_seconds == 0 and picture.ignored == () for picture in photographs(truth))
 
 
-def test_faces_lie_inside_and_apart(footage: tuple[Path, Truth]) -> None:
+def test_faces_lie_inside_and_apart(footage: tuple[Path, GroundTruth]) -> None:
     out, truth = footage
     for picture in photographs(truth):
         with Image.open(out / "bucket" / picture.key) as image:
@@ -106,7 +106,7 @@ def test_faces_lie_inside_and_apart(footage: tuple[Path, Truth]) -> None:
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_both_labels_at_both_locations(footage: tuple[Path, Truth]) -> None:
+def test_both_labels_at_both_locations(footage: tuple[Path, GroundTruth]) -> None:
     _, truth = footage
     seen = {(picture.location, face.label) for picture in truth.pictures for face in picture.faces}
     assert seen == {
@@ -114,7 +114,7 @@ def test_both_labels_at_both_locations(footage: tuple[Path, Truth]) -> None:
     }
 
 
-def test_bad_objects_are_bad(footage: tuple[Path, Truth]) -> None:
+def test_bad_objects_are_bad(footage: tuple[Path, GroundTruth]) -> None:
     out, truth = footage
     by_reason = {bad.reason: out / "bucket" / bad.key for bad in truth.bad_objects}
     assert by_reason[Reason.EMPTY_FILE].stat().st_size == 0
@@ -142,7 +142,7 @@ def test_same_seed_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert contents[0] != contents[2]
 
 
-def test_the_detector_finds_the_faces_where_the_truth_says(footage: tuple[Path, Truth]) -> None:
+def test_the_detector_finds_the_faces_where_the_truth_says(footage: tuple[Path, GroundTruth]) -> None:
     out, truth = footage
     detector = load_centerface(default_spec(), Runtime(threads=2))
     stored = []
@@ -151,7 +151,7 @@ def test_the_detector_finds_the_faces_where_the_truth_says(footage: tuple[Path, 
         with Image.open(out / "bucket" / picture.key) as image:
             boxes = detector.detect(np.asarray(image.convert("RGB"))).boxes_xyxy.tolist()
         stored += [StoredFace(picture.key, tuple(box), MaskStatus.UNCERTAIN) for box in boxes]
-    report = compare_with_truth(stored, truth)
+    report = compare_with_ground_truth(stored, truth)
     assert report.faces >= 50
     assert report.found_share is not None
     assert report.found_share >= 0.98

@@ -32,12 +32,12 @@ from benchmarks.notebook_baseline import (
     models_from,
     opened,
 )
-from common.cli.console import percent
+from common.cli.parts.console import percent
 from common.domain import Face, MaskStatus, MaskwatchError, PipelineSpec
 from common.sample.ground_truth import match
 
 if TYPE_CHECKING:
-    from workers.training.evaluate_scenes import SceneResults
+    from workers.evaluation.scenes import SceneResults
 
 #: Our own detector with the same weights file as the notebook's, by backbone.
 TWINS: dict[Backbone, str] = {"mobilenet": "retinaface-mobilenet", "resnet50": "retinaface-resnet50"}
@@ -104,7 +104,7 @@ def _box(face: Face) -> tuple[float, float, float, float]:
 
 def as_faces(notebook: Iterable[NotebookFace], image_rgb: Pixels) -> list[Face]:
     """The notebook's faces in Maskwatch's words: boxes end at the picture's edge, and nothing is uncertain."""
-    from workers.pipeline import face_of
+    from workers.analysis.analyzer import face_of
 
     height, width = image_rgb.shape[:2]
     faces = []
@@ -157,7 +157,7 @@ def notebook_on_scenes(
     also: is given each picture and the notebook's faces in it. Errors as `evaluate_scenes`.
     """
     from common.settings import get_settings
-    from workers.training.evaluate_scenes import evaluate_scenes
+    from workers.evaluation.scenes import evaluate_scenes
 
     def analyze(image_rgb: Pixels) -> list[Face]:
         found = loop.frame(image_rgb)
@@ -185,9 +185,9 @@ def on_scenes(folder: Path, loop: NotebookLoop, twin: PipelineSpec, shipped: Pip
     """Notebook, its twin and the shipped defaults on labelled scenes; and how far the first two agree there."""
     from common.machine import usable_cores
     from common.settings import get_settings
+    from workers.analysis.analyzer import load_analyzer
+    from workers.evaluation.scenes import evaluate_scenes
     from workers.inference import Runtime
-    from workers.pipeline import load_analyzer
-    from workers.training.evaluate_scenes import evaluate_scenes
 
     runtime = Runtime(threads=usable_cores())
     same, ours = load_analyzer(twin, runtime), load_analyzer(shipped, runtime)
@@ -206,7 +206,7 @@ def on_scenes(folder: Path, loop: NotebookLoop, twin: PipelineSpec, shipped: Pip
 
 def on_the_same_faces(notebook: SceneResults, shipped: SceneResults) -> dict[str, Any]:
     """The balanced accuracy of both on the faces, large enough to judge, that both have found."""
-    from workers.training.evaluate_scenes import SceneResults
+    from workers.evaluation.scenes import SceneResults
 
     pairs = zip(notebook.outcomes, shipped.outcomes, strict=True)
     both = [pair for pair in pairs if pair[0].face is not None and pair[1].face is not None]
@@ -220,8 +220,8 @@ def on_the_same_faces(notebook: SceneResults, shipped: SceneResults) -> dict[str
 def on_videos(videos: Sequence[Path], loop: NotebookLoop, twin: PipelineSpec, every: int, limit: int | None) -> Any:
     """How far notebook and twin agree on frames of each video, by its name."""
     from common.machine import usable_cores
+    from workers.analysis.analyzer import load_analyzer
     from workers.inference import Runtime
-    from workers.pipeline import load_analyzer
 
     analyzer = load_analyzer(twin, Runtime(threads=usable_cores()))
     return {

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import click
 
-from common.storage import ObjectInfo
+from common.storage.store import ObjectInfo
 
 FOLDERS = 64
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -55,8 +55,8 @@ class SyntheticStore:
 
 def one(bucket: str, objects: int, threads: int) -> None:
     """Register one archive and print what it took: the part that has a process of its own."""
-    from common import catalog
-    from common.database import session_scope
+    from common.catalog import places
+    from common.database.sessions import session_scope
     from common.settings import get_settings
     from producer import submit
 
@@ -66,7 +66,7 @@ def one(bucket: str, objects: int, threads: int) -> None:
     listing = time.process_time() - began
     submit.open_source = lambda source, settings: (store, "")  # type: ignore[assignment]
     with session_scope() as session:
-        catalog.add_location(session, bucket, "Europe/Berlin")
+        places.add_location(session, bucket, "Europe/Berlin")
     cpu, wall = time.process_time(), time.perf_counter()
     report = submit.submit(get_settings(), bucket, location_name=bucket, time_pattern=PATTERN, threads=threads)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -116,7 +116,7 @@ def main(bucket: str | None, sizes: tuple[int, ...], threads: int, as_json: bool
 
 
 def measure(sizes: tuple[int, ...], threads: int) -> list[dict[str, float]]:
-    from common.deployment import deployment
+    from common.cli.parts.deployment import deployment
 
     with deployment():
         # Each in a process of its own, because it is the most memory of a process that is asked for.

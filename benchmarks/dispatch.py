@@ -56,19 +56,21 @@ def main(jobs: int, seconds: float, as_json: bool) -> None:
 
 
 def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
-    from common import catalog, ledger, sources
-    from common.database import engine, session_scope
-    from common.deployment import deployment
+    from common import ledger
+    from common.catalog import places
+    from common.cli.parts.deployment import deployment
+    from common.database.sessions import engine, session_scope
+    from common.database.tables import Backfill
     from common.domain import JobRef, Lane
-    from common.queues import Queue, list_of, redis_client
-    from common.tables import Backfill
+    from common.ledger import circuit_breaker
+    from common.messaging.queues import Queue, list_of, redis_client
     from producer.dispatch import dispatch, reconcile
 
     with deployment() as settings:
         with session_scope() as session:
-            location = catalog.add_location(session, "archive", "UTC")
-            pipeline = catalog.ensure_pipeline(session, settings.pipeline_spec())
-            source = sources.ensure(session, "s3://archive")
+            location = places.add_location(session, "archive", "UTC")
+            pipeline = places.ensure_pipeline(session, settings.pipeline_spec())
+            source = circuit_breaker.ensure(session, "s3://archive")
             for _ in range(2):
                 session.add(
                     Backfill(source="s3://archive/", source_id=source, location_id=location.id, pipeline_id=pipeline.id)
@@ -127,7 +129,7 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
 
 def memory() -> float:
     """What Redis takes, by its own account, in MiB."""
-    from common.queues import redis_client
+    from common.messaging.queues import redis_client
 
     with redis_client() as client:
         return client.info("memory")["used_memory"] / 2**20  # type: ignore[index]

@@ -50,11 +50,11 @@ def main(pictures: int, videos: int, workers: int, as_json: bool) -> None:
 def measure(folder: Path, pictures: int, videos: int, workers: int) -> dict[str, float]:
     from sqlalchemy import text
 
-    from common import catalog
-    from common.cli.waiting import wait_for
-    from common.database import session_scope
-    from common.deployment import deployment
-    from common.local.crew import crew
+    from common.catalog import places
+    from common.cli.parts.deployment import deployment
+    from common.cli.parts.waiting import wait_for
+    from common.cli.processes import crew
+    from common.database.sessions import session_scope
     from producer.cli.listing import nudge
     from producer.estimate import estimate
     from producer.submit import submit
@@ -62,7 +62,7 @@ def measure(folder: Path, pictures: int, videos: int, workers: int) -> dict[str,
     with deployment() as settings:
         upload(folder, settings.storage.endpoint_url, pictures, videos)
         with session_scope() as session:
-            catalog.add_location(session, "benchmark", "UTC")
+            places.add_location(session, "benchmark", "UTC")
         with crew(workers, state_dir=settings.state_dir):
             submit(settings, f"s3://{BUCKET}/known/", location_name="benchmark")
             nudge()

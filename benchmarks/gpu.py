@@ -139,9 +139,9 @@ def load(folder: Path, name: str, frames: Any, device: Any) -> Any:
     import torch
 
     from common.settings import PipelineSettings, get_settings
+    from workers.analysis.device.detectors import DeviceRetinaFace, folded, load_device_detector, ready
     from workers.detection.retinaface import BACKBONES
     from workers.detection.retinaface_network import load_weights
-    from workers.device.detectors import DeviceRetinaFace, folded, load_device_detector, ready
 
     precision = torch.float32 if device.type == "cpu" else torch.float16
     spec = replace(PipelineSettings().spec(get_settings().models_dir), enlarge_below_px=0, shrink_above_px=LONGER_PX)
@@ -163,7 +163,7 @@ def load(folder: Path, name: str, frames: Any, device: Any) -> Any:
 
 def weights_of(folder: Path, backbone: str) -> Path:
     """The file of seeded random weights, where fdet's model of the manifest looks for it."""
-    from common.manifest import MODELS
+    from common.models.manifest import MODELS
 
     path = folder / MODELS[FDET_NAMES[backbone]].files[0].name
     if not path.exists():
@@ -258,7 +258,7 @@ def matrix_rate(device: Any, seconds: float) -> float:
 def fdet_per_second(folder: Path, name: str, detector: Any, frame: Any, device: Any, seconds: float) -> float | None:
     """fdet's own loop with the same weights on the same device, one frame per call; None: fdet has no such detector."""
     from common.domain import ModelRef
-    from common.manifest import MODELS
+    from common.models.manifest import MODELS
     from workers.detection.fdet_package import load_fdet_retinaface
     from workers.detection.retinaface import BACKBONES
     from workers.inference import Runtime

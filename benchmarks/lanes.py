@@ -52,10 +52,10 @@ def measure(folder: Path, backlog: int, live: int, workers: int) -> dict:  # typ
     from sqlalchemy import text
 
     from benchmarks.road import BUCKET, upload
-    from common import catalog
-    from common.database import session_scope
-    from common.deployment import deployment
-    from common.local.crew import crew
+    from common.catalog import places
+    from common.cli.parts.deployment import deployment
+    from common.cli.processes import crew
+    from common.database.sessions import session_scope
     from producer.submit import submit
 
     with deployment() as settings:
@@ -63,9 +63,9 @@ def measure(folder: Path, backlog: int, live: int, workers: int) -> dict:  # typ
         client = boto3.client("s3", endpoint_url=settings.storage.endpoint_url)
         body = client.get_object(Bucket=BUCKET, Key=f"{prefix}00000.jpg")["Body"].read()
         with session_scope() as session:
-            location = catalog.add_location(session, "benchmark", "UTC")
-            camera = catalog.add_camera(session, location, "gate")
-            catalog.configure_camera(session, camera, settings, {"source": f"s3://{BUCKET}/live/", "every": "1s"})
+            location = places.add_location(session, "benchmark", "UTC")
+            camera = places.add_camera(session, location, "gate")
+            places.configure_camera(session, camera, settings, {"source": f"s3://{BUCKET}/live/", "every": "1s"})
         with crew(workers, state_dir=settings.state_dir):
             submit(settings, f"s3://{BUCKET}/{prefix}", location_name="benchmark")
             wait_for(lambda session: session.scalar(text(DONE)) >= 64)
@@ -94,7 +94,7 @@ def measure(folder: Path, backlog: int, live: int, workers: int) -> dict:  # typ
 
 
 def wait_for(condition: object) -> None:
-    from common.database import session_scope
+    from common.database.sessions import session_scope
 
     assert callable(condition)
     for _ in range(3000):

@@ -60,7 +60,7 @@ def main(jobs: int, rounds: int, as_json: bool) -> None:
 
 
 def measure(jobs: int, rounds: int) -> dict[str, float]:
-    from common.deployment import deployment
+    from common.cli.parts.deployment import deployment
 
     with deployment():
         taken: dict[str, list[float]] = {"plain": [], "groups": [], "single": []}
@@ -75,8 +75,8 @@ def measure(jobs: int, rounds: int) -> dict[str, float]:
 
 def plain(jobs: int) -> float:
     """Tasks per second of plain Celery, from the first that it has taken."""
-    from common.broker import transport_url
-    from common.queues import redis_client
+    from common.messaging.broker import transport_url
+    from common.messaging.queues import redis_client
 
     os.environ["PLAIN_BROKER_URL"] = transport_url()
     from benchmarks.plain_celery import app, nothing
@@ -94,12 +94,13 @@ def plain(jobs: int) -> float:
 
 def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
     """Jobs per second of one worker of ours."""
-    from common import catalog, ledger
-    from common.database import session_scope
+    from common import ledger
+    from common.catalog import places
+    from common.database.sessions import session_scope
     from common.domain import Lane, MediaKind, ObservedAt, ObservedAtSource
     from common.planning import PlannedObject
     from common.settings import get_settings
-    from common.storage import ObjectInfo
+    from common.storage.store import ObjectInfo
     from producer.dispatch import dispatch, reconcile
 
     os.environ["MASKWATCH_WORKER__GROUP_SIZE"] = str(group_size)
@@ -107,8 +108,8 @@ def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
     settings = get_settings()
     now = datetime(2026, 3, 2, 12, tzinfo=UTC)
     with session_scope() as session:
-        location = catalog.add_location(session, "ledger", "UTC")
-        pipeline = catalog.ensure_pipeline(session, settings.pipeline_spec())
+        location = places.add_location(session, "ledger", "UTC")
+        pipeline = places.ensure_pipeline(session, settings.pipeline_spec())
         session.flush()
         infos = [ObjectInfo("s3://x", f"{number:09}.jpg", "e", 1, now) for number in range(first, first + jobs)]
         seen = ObservedAt(now, ObservedAtSource.KEY_PATTERN)
@@ -126,7 +127,7 @@ def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
 
     before = done()
     serve = (
-        "from common.celery_app import serve; from common.queues import Queue;"
+        "from common.messaging.celery_app import serve; from common.messaging.queues import Queue;"
         " serve(Queue.MEDIA, 'noop', pool='prefork', tasks='benchmarks.noop_tasks')"
     )
     while dispatch(settings):

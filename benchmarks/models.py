@@ -136,7 +136,7 @@ def best_of(rounds: int, timed: dict[str, Timed]) -> dict[str, float]:
 
 def detectors(folder: Path, backbone: str, threads: int, rounds: int) -> list[dict[str, Any]]:
     """RetinaFace with seeded random weights, at each size."""
-    from common.manifest import MODELS
+    from common.models.manifest import MODELS
 
     path = folder / MODELS[FDET_NAMES[backbone]].files[0].name
     write_weights(backbone, path)
@@ -146,7 +146,7 @@ def detectors(folder: Path, backbone: str, threads: int, rounds: int) -> list[di
 def detector(backbone: str, path: Path, picture: Any, threads: int, rounds: int) -> dict[str, Any]:
     """RetinaFace under both engines and in fdet, one picture per call as it is, for fdet knows no scaling."""
     from common.domain import ModelRef
-    from common.manifest import MODELS
+    from common.models.manifest import MODELS
     from common.settings import PipelineSettings, get_settings
     from workers.detection.fdet_package import load_fdet_retinaface
     from workers.detection.retinaface import RetinaFace
@@ -244,7 +244,7 @@ def after(loaded: Any, picture: Any, score: float) -> Timed:
 
 def memory(folder: Path, engine: str, threads: int) -> dict[str, Any]:
     """Peak memory of a forward pass of four frames, in a process of its own."""
-    from common.manifest import MODELS
+    from common.models.manifest import MODELS
 
     weights = folder / MODELS["retinaface-resnet50"].files[0].name
     code = f"from benchmarks.models import pass_of_four; pass_of_four({engine!r}, {str(weights)!r}, {threads})"
@@ -285,8 +285,8 @@ def classifiers(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every classifier of the manifest, and Xception with random weights; and which could not be measured, and why."""
     from common.domain import MaskwatchError
-    from common.manifest import MODELS, ModelKind
-    from workers.weights import read_model
+    from common.models.manifest import MODELS, ModelKind
+    from workers.weights.files import read_model
 
     models = [model for model in MODELS.values() if model.kind is ModelKind.CLASSIFIER]
     contents: dict[str, Callable[[], bytes]] = {model.name: partial(read_model, model.ref) for model in models}
@@ -306,8 +306,8 @@ def classifier(name: str, content: bytes, threads: int, rounds: int) -> dict[str
     import numpy as np
     import tensorflow as tf
 
+    from workers.classification.keras_session import KerasSession, to_keras
     from workers.inference import Runtime
-    from workers.inference.keras_session import KerasSession, to_keras
     from workers.inference.onnx_session import make_session
 
     if tf.config.threading.get_intra_op_parallelism_threads() != threads:  # can be set before the first use alone

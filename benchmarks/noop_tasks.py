@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.celery_app import app
-from common.database import session_scope
-from common.queues import TaskName, decode_refs
+from common.database.sessions import session_scope
+from common.messaging.celery_app import app
+from common.messaging.queues import TaskName, decode_refs
 from common.settings import get_settings
-from workers import attempts
-from workers.recording import Picture, record_images
+from workers.jobs import attempts
+from workers.jobs.recording import Picture, record_images
 
 
 @app.task(name=TaskName.ANALYZE.value)

@@ -130,11 +130,11 @@ class NotebookLoop:
 def load_fdet(backbone: Backbone, threads: int | None = None) -> Any:
     """fdet's own RetinaFace, with its defaults. Errors as `load_fdet_retinaface`."""
     from common.machine import usable_cores
-    from common.manifest import ModelKind, pinned_model
+    from common.models.manifest import ModelKind, pinned_model
     from common.settings import PipelineSettings
     from workers.detection.fdet_package import load_fdet_retinaface
     from workers.inference import Engine, Runtime
-    from workers.weights import cache_folder
+    from workers.weights.files import cache_folder
 
     _, detector = pinned_model(DETECTORS[backbone], ModelKind.DETECTOR, cache_folder())
     pinned = f"{detector.name}@{detector.sha256}"
@@ -144,7 +144,7 @@ def load_fdet(backbone: Backbone, threads: int | None = None) -> Any:
 
 
 def load_keras(*, mirrored: bool) -> tuple[Any, Any]:
-    """The shipped Xception as a Keras model, and TensorFlow. Errors as `workers.weights.read_files`."""
+    """The shipped Xception as a Keras model, and TensorFlow. Errors as `workers.weights.files.read_files`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     try:
@@ -152,9 +152,9 @@ def load_keras(*, mirrored: bool) -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise MaskwatchError("the notebook's way needs TensorFlow: pip install 'maskwatch[native]'") from error
 
-    from common.manifest import MODELS
-    from workers.inference.keras_session import to_keras
-    from workers.weights import read_model
+    from common.models.manifest import MODELS
+    from workers.classification.keras_session import to_keras
+    from workers.weights.files import read_model
 
     network = to_keras(read_model(MODELS[CLASSIFIER].ref), CLASSIFIER)
     if not mirrored and network.name.endswith("_mirrored"):
@@ -249,14 +249,14 @@ def draw(frame_bgr: Pixels, faces: Sequence[NotebookFace]) -> None:
 def models_from(folder: Path | None) -> Iterator[None]:
     """Inside, the cache of models is a temporary one with the weights of a folder; None: the configured one, as it is.
 
-    Errors as `workers.acquisition.import_files`.
+    Errors as `workers.weights.download.import_files`.
     """
     if folder is None:
         yield
         return
     from common.settings import get_settings
-    from workers.acquisition import import_files, known_files
-    from workers.structure import check_fits
+    from workers.detection.structure import check_fits
+    from workers.weights.download import import_files, known_files
 
     before = os.environ.get("MASKWATCH_MODELS_DIR")
     with tempfile.TemporaryDirectory(prefix="maskwatch-bench-") as cache:

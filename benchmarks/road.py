@@ -52,8 +52,8 @@ def main(pictures: int, rounds: int, workers: int, as_json: bool) -> None:
 
 
 def measure(folder: Path, pictures: int, rounds: int, workers: int) -> dict:  # type: ignore[type-arg]
-    from common.deployment import deployment
-    from common.local.crew import crew
+    from common.cli.parts.deployment import deployment
+    from common.cli.processes import crew
     from common.local.stack import LocalStack
 
     with deployment() as settings:
@@ -107,15 +107,15 @@ def upload(folder: Path, endpoint_url: str | None, pictures: int, rounds: int) -
 
 
 def enqueue_and_wait(prefix: str) -> None:
-    from common import catalog
-    from common.cli.waiting import wait_for
-    from common.database import session_scope
+    from common.catalog import places
+    from common.cli.parts.waiting import wait_for
+    from common.database.sessions import session_scope
     from common.settings import get_settings
     from producer.cli.listing import nudge
     from producer.submit import submit
 
     with session_scope() as session:
-        catalog.add_location(session, "benchmark", "UTC")
+        places.add_location(session, "benchmark", "UTC")
     submit(get_settings(), f"s3://{BUCKET}/{prefix}", location_name="benchmark")
     nudge()
     wait_for(get_settings())
@@ -137,10 +137,10 @@ def through_the_road(prefix: str, parts: dict[str, list[int]]) -> dict[str, floa
 def through_a_loop(prefix: str, s3: int | None) -> dict[str, float]:
     """CPU seconds (of the S3 server, too) and wall time of one round in a plain loop with one thread."""
     from common.settings import get_settings
-    from common.storage import open_source
-    from workers.decoding import decode_image
+    from common.storage.store import open_source
+    from workers.analysis.analyzer import load_analyzer
     from workers.inference import Runtime
-    from workers.pipeline import load_analyzer
+    from workers.media.images import decode_image
 
     settings = get_settings()
     analyzer = load_analyzer(settings.pipeline_spec(), Runtime(threads=1))

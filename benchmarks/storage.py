@@ -12,8 +12,8 @@ from pathlib import Path
 from sqlalchemy import Connection, create_engine, text
 
 import migrations
+from common.database.partitions import ensure_partitions
 from common.local.stack import LocalStack
-from common.partitions import ensure_partitions
 
 FACES, PICTURES = 300_000, 100_000
 

@@ -69,18 +69,18 @@ def main(sizes: tuple[int, ...], rounds: int, as_json: bool) -> None:
 def measure(sizes: list[int], rounds: int) -> list[dict[str, float]]:
     from datetime import UTC, datetime, timedelta
 
-    from common import catalog
-    from common.database import engine, session_scope
-    from common.deployment import deployment
-    from common.partitions import ensure_partitions
-    from workers.aggregation import summarize_batch
+    from common.catalog import places
+    from common.cli.parts.deployment import deployment
+    from common.database.partitions import ensure_partitions
+    from common.database.sessions import engine, session_scope
+    from workers.summaries.aggregation import summarize_batch
 
     begin = datetime(2024, 1, 1, tzinfo=UTC)
     results = []
     with deployment() as settings:
         with session_scope() as session:
-            catalog.add_location(session, "archive", "UTC")
-            catalog.ensure_pipeline(session, settings.pipeline_spec())
+            places.add_location(session, "archive", "UTC")
+            places.ensure_pipeline(session, settings.pipeline_spec())
             session.execute(text(ONE_JOB))
         stored = 0
         for size in sizes:

@@ -27,7 +27,7 @@ import click
 import numpy as np
 
 from common.domain import Face, MaskStatus
-from workers import tracking
+from workers.analysis import tracking
 
 RATES = (1, 2, 5, 10)
 #: People in view at a time, on average.

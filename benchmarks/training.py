@@ -29,7 +29,8 @@ def measure(data: list[Path], arch: str, steps: int) -> dict[str, Any]:
     """The figures of one network, at the size it is trained at first."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from workers.classification import networks
-    from workers.training import batches, dataset, recipes
+    from workers.datasets import dataset
+    from workers.training import batches, recipes
 
     settings = recipes.settings_for(recipes.Recipe.FIELD, arch)
     source = batches.batches_for(dataset.load(data).samples, settings)

@@ -83,10 +83,10 @@ def main(only: tuple[str, ...], data: Path | None, quick: bool, as_json: bool) -
 
 def bytes_read(folder: Path, seconds: int) -> list[dict[str, Any]]:
     """Bytes fetched for the chunk [20 s, 30 s) of a file with its index in front, and behind."""
-    from common.blocks import BlockReader
     from common.settings import StorageSettings
-    from workers.containers import VideoFile
-    from workers.sampling import Grid, Sampler
+    from common.storage.blocks import BlockReader
+    from workers.media.containers import VideoFile
+    from workers.media.sampling import Grid, Sampler
 
     settings = StorageSettings()
     rows = []
@@ -152,7 +152,7 @@ def keyframes(folder: Path, seconds: int, rounds: int) -> dict[str, Any]:
             return frames + len(context.decode(None))
 
     def sampled(mode: str, fps: str) -> Callable[[], int]:
-        from workers.sampling import Grid, Sampler
+        from workers.media.sampling import Grid, Sampler
 
         def run() -> int:
             with opened(path) as video:
@@ -187,10 +187,10 @@ def keyframes(folder: Path, seconds: int, rounds: int) -> dict[str, Any]:
 def pipeline(folder: Path, rounds: int, limit: int) -> dict[str, Any]:
     """CPU time of a video's way from its file to faces, every frame of it, against a loop of decoding and models."""
     from common.settings import get_settings
-    from workers.frames import to_picture
+    from workers.analysis.analyzer import Picture, analyze_frames, load_analyzer
     from workers.inference import Runtime
-    from workers.pipeline import Picture, analyze_frames, load_analyzer
-    from workers.sampling import Grid, Sampler
+    from workers.media.frames import to_picture
+    from workers.media.sampling import Grid, Sampler
 
     path = sample_video(folder)
     analyzer = load_analyzer(get_settings().pipeline_spec(), Runtime(threads=1))
@@ -246,8 +246,8 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
     from benchmarks.notebook_baseline import NotebookLoop, models_from, run_video
     from common.machine import usable_cores
     from common.settings import get_settings
+    from workers.analysis.analyzer import load_analyzer
     from workers.inference import Runtime
-    from workers.pipeline import load_analyzer
 
     weights = data and data / "weights"
     path = sample_video(folder)
@@ -285,9 +285,9 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
 def through_ours(path: Path, analyzer: Any, limit: int) -> list[Any]:
     """The faces of the first frames of a video, every one of them, by our pipeline."""
     from common.settings import get_settings
-    from workers.frames import to_picture
-    from workers.pipeline import Picture, analyze_frames
-    from workers.sampling import Grid, Sampler
+    from workers.analysis.analyzer import Picture, analyze_frames
+    from workers.media.frames import to_picture
+    from workers.media.sampling import Grid, Sampler
 
     worker = get_settings().worker
     with opened(path) as video:
@@ -301,7 +301,7 @@ def through_ours(path: Path, analyzer: Any, limit: int) -> list[Any]:
 
 
 def pictures_of(path: Path, limit: int) -> Iterator[Any]:
-    from workers.frames import to_picture
+    from workers.media.frames import to_picture
 
     with opened(path) as video:
         count = 0
@@ -339,7 +339,7 @@ def _mode(name: str) -> Any:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    from workers.containers import VideoFile
+    from workers.media.containers import VideoFile
 
     class Bytes(io.BytesIO):
         error = None

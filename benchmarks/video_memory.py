@@ -9,11 +9,11 @@ from fractions import Fraction
 from pathlib import Path
 
 from common.settings import get_settings
-from common.storage import open_bucket, split_uri
+from common.storage.store import open_bucket, split_uri
+from workers.analysis.analyzer import analyze_frames, load_analyzer
 from workers.inference import runtime_of
-from workers.pipeline import analyze_frames, load_analyzer
-from workers.sampling import Grid, Sampler
-from workers.videos import opened, pictures
+from workers.jobs.videos import opened, pictures
+from workers.media.sampling import Grid, Sampler
 
 
 def main(path: Path) -> None:

@@ -237,7 +237,7 @@ class UnknownSpecError(MaskwatchError):
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A model file, pinned: its name in `common/manifest.py` and the SHA-256 of its bytes."""
+    """A model file, pinned: its name in `common/models/manifest.py` and the SHA-256 of its bytes."""
 
     name: str
     sha256: str

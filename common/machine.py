@@ -1,5 +1,5 @@
 """What this machine offers to networks: runtimes, cores and NVIDIA GPUs. Standard library only, so that `maskwatch
-doctor` can tell it where no runtime is installed; whether they really work is the business of `workers.readiness`.
+doctor` can tell it where no runtime is installed; whether they really work is the business of `workers.jobs.preflight`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from itertools import takewhile
 from zoneinfo import ZoneInfo, available_timezones
 
 from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, Reason
-from common.storage import ObjectInfo
+from common.storage.store import ObjectInfo
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mts", "gif"})

@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from common.domain import MaskwatchError, PausePolicy, PipelineSpec, SampleMode
-from common.manifest import ModelKind, pinned_model
+from common.models.manifest import ModelKind, pinned_model
 
 _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch" / "models"
 

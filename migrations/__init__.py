@@ -24,6 +24,6 @@ def config(engine: Engine | None = None) -> Config:
 def upgrade(engine: Engine | None = None) -> None:
     """Bring the database to the newest schema; does nothing where it is there already.
 
-    Raises `common.versions.NewerSchemaError`, with nothing changed, where a newer version has migrated it.
+    Raises `common.database.versions.NewerSchemaError`, with nothing changed, where a newer version has migrated it.
     """
     command.upgrade(config(engine), "head")

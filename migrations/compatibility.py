@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from common.versions import AGGREGATION_LOCK, Part
+from common.database.versions import AGGREGATION_LOCK, Part
 
 #: An aggregator's transaction may take as long as a statement of its may. Who waits meanwhile are other aggregators
 #: only, so this wait may be longer than that for a table.

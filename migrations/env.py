@@ -6,10 +6,10 @@ from alembic import context
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common.database import make_engine, schema_revision
+from common.database.sessions import make_engine, schema_revision
+from common.database.tables import Base
+from common.database.versions import MIGRATION_LOCK, check_not_newer
 from common.settings import get_settings
-from common.tables import Base
-from common.versions import MIGRATION_LOCK, check_not_newer
 
 
 def is_ours(name: str | None, kind: str, _parents: object) -> bool:

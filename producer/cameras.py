@@ -10,17 +10,18 @@ from functools import partial
 
 from sqlalchemy.orm import Session
 
-from common import ledger, schedule
-from common.database import engine, session_scope, transact
+from common import ledger
+from common.catalog import schedule
+from common.catalog.schedule import Look, LookLostError
+from common.database.partitions import ensure_partitions
+from common.database.sessions import engine, session_scope, transact
+from common.database.tables import Camera, Location, Pipeline
 from common.domain import Lane, MaskwatchError, TimeRange
-from common.partitions import ensure_partitions
+from common.observability.logs import get_logger
 from common.planning import TimePattern, zone
-from common.schedule import Look, LookLostError
 from common.settings import Settings
-from common.storage import ObjectInfo, ObjectStore, open_source
-from common.tables import Camera, Location, Pipeline
-from common.telemetry import get_logger
-from producer.discover import Page, Rules, list_range, plan_pages
+from common.storage.store import ObjectInfo, ObjectStore, open_source
+from producer.listing import Page, Rules, list_range, plan_pages
 
 log = get_logger(__name__)
 

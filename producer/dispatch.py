@@ -9,12 +9,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from sqlalchemy.orm import Session
 
-from common import ledger, metrics, schedule
-from common.database import engine, session_scope
+from common import ledger
+from common.catalog import schedule
+from common.database.partitions import split_default
+from common.database.sessions import engine, session_scope
 from common.domain import JobKind, JobRef, Lane
 from common.ledger import Dispatch, DispatchedJob, Feed
-from common.partitions import split_default
-from common.queues import (
+from common.messaging.queues import (
     PRIORITIES,
     Queue,
     TaskName,
@@ -25,8 +26,9 @@ from common.queues import (
     redis_client,
     send,
 )
+from common.observability import metrics
+from common.observability.logs import get_logger
 from common.settings import Settings
-from common.telemetry import get_logger
 
 log = get_logger(__name__)
 

@@ -11,16 +11,17 @@ from typing import Any
 
 from sqlalchemy import select
 
-from common import catalog, ledger
-from common.database import session_scope
+from common import ledger
+from common.catalog import places
+from common.database.sessions import session_scope
+from common.database.tables import Pipeline
 from common.domain import MediaKind, SampleMode
 from common.planning import TimePattern, zone
+from common.reporting.cost_model import Origin, Rate, Throughput, measured
 from common.settings import Settings
-from common.storage import ObjectInfo, open_source
-from common.tables import Pipeline
-from common.throughput import Origin, Rate, Throughput, measured
-from producer.discover import Page, Rules, list_range, plan_pages
+from common.storage.store import ObjectInfo, open_source
 from producer.inventory import open_inventory
+from producer.listing import Page, Rules, list_range, plan_pages
 from producer.submit import first_look, range_of
 
 #: What AWS asks for bringing back archived data: US dollars per GB and per 1,000 requests, by class and tier. List
@@ -119,7 +120,7 @@ def estimate(
     inventory = open_inventory(inventory_uri, store.bucket, settings) if inventory_uri else None
     spec = settings.pipeline_spec()
     with session_scope() as session:
-        location = catalog.get_location(session, location_name)
+        location = places.get_location(session, location_name)
         pipeline_id = session.scalar(select(Pipeline.id).where(Pipeline.fingerprint == spec.fingerprint))
         rates = measured(session, pipeline_id, location_name)
     where = zone(location.time_zone)

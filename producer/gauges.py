@@ -1,7 +1,7 @@
 """What the ledger and the queues say of themselves, read when Prometheus asks: how much waits, and for how long.
 
 Cheap, however large the ledger is: only what is still to be done is counted, by its indexes and up to a limit, and at
-most every few seconds. What has ended is counted by who ended it (`common/metrics.py`).
+most every few seconds. What has ended is counted by who ended it (`common/observability/metrics.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from prometheus_client.registry import Collector
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from common import ledger, sources
-from common.database import session_scope
+from common import ledger
+from common.database.sessions import session_scope
 from common.domain import ACTIVE_STATES, JobState, Lane, MaskwatchError, first_line
-from common.metrics import LANES
-from common.queues import PRIORITIES, Queue, queue_length, redis_client
-from common.telemetry import get_logger
+from common.ledger import circuit_breaker
+from common.messaging.queues import PRIORITIES, Queue, queue_length, redis_client
+from common.observability.logs import get_logger
+from common.observability.metrics import LANES
 
 log = get_logger(__name__)
 
@@ -72,7 +73,7 @@ def _from_ledger() -> list[GaugeMetricFamily]:
             session.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_SECONDS}s'"))
             waiting = ledger.waiting(session, limit=COUNT_LIMIT)
             lag = ledger.summary_lag(session)
-            paused = len(sources.list_paused(session))
+            paused = len(circuit_breaker.list_paused(session))
     except (MaskwatchError, SQLAlchemyError) as error:
         log.warning("the ledger could not be read for metrics", detail=first_line(error))
         return [_gauge("maskwatch_ledger_up", 0)]

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from common.domain import MaskwatchError, PermanentJobError, SourceChangedError, TransientJobError, first_line
 from common.settings import Settings
-from common.storage import FILE_BUCKET, ObjectInfo, ObjectStore, open_source
+from common.storage.store import FILE_BUCKET, ObjectInfo, ObjectStore, open_source
 
 #: What is read of a row: the name in configurations and CSV files, and that in Parquet files.
 COLUMNS = {

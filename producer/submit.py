@@ -16,18 +16,21 @@ from zoneinfo import ZoneInfo
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from common import backfills, catalog, ledger, sources
-from common.audit import operator
-from common.database import engine, session_scope, transact
+from common import ledger
+from common.catalog import backfills
+from common.catalog import places as catalog
+from common.database.partitions import ensure_partitions
+from common.database.sessions import engine, session_scope, transact
+from common.database.tables import Backfill, BackfillPart, Camera, Location, Pipeline
 from common.domain import Lane, MaskwatchError, PermanentJobError, Reason, TimeRange, TransientJobError
-from common.partitions import ensure_partitions
+from common.ledger import circuit_breaker
+from common.ledger.audit import operator
 from common.planning import TimePattern, resolve_local, zone
 from common.reporting.coverage import coverage, failed_jobs
 from common.settings import Settings
-from common.storage import ObjectInfo, ObjectStore, open_source
-from common.tables import Backfill, BackfillPart, Camera, Location, Pipeline
-from producer.discover import Page, Rules, divide, list_range, plan_pages
+from common.storage.store import ObjectInfo, ObjectStore, open_source
 from producer.inventory import Inventory, open_inventory
+from producer.listing import Page, Rules, divide, list_range, plan_pages
 
 #: How many objects that are not analysed are named in a report.
 NAMED = 5
@@ -144,7 +147,7 @@ def submit(
     )
     with session_scope() as session:
         ledger.check_places(session, location, camera)
-        wanted.source_id = sources.ensure(session, store.bucket)
+        wanted.source_id = circuit_breaker.ensure(session, store.bucket)
         found = backfills.find_unfinished(session, wanted)
         if found is None:
             session.add(wanted)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common import metrics
-from common.celery_app import app
 from common.domain import MaskwatchError
-from common.queues import ROUTES, TaskName
+from common.messaging.celery_app import app
+from common.messaging.queues import ROUTES, TaskName
+from common.observability import metrics
+from common.observability.logs import get_logger
 from common.settings import get_settings
-from common.telemetry import get_logger
 from producer import cameras, dispatch
 
 log = get_logger(__name__)

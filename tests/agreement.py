@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import Face
-from workers.decoding import decode_image
 from workers.detection._ops import iou
+from workers.media.images import decode_image
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from common import manifest
 from common.domain import ModelRef, PipelineSpec
+from common.models import manifest
 from common.settings import get_settings
 from tests.pipelines import default_spec
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common.queues import Queue
+from common.messaging.queues import Queue
 
 #: Tasks that Celery adds to every app, some of which run others.
 BUILT_IN = (

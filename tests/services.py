@@ -18,8 +18,8 @@ import psutil
 from redis import Redis
 from sqlalchemy import create_engine, text
 
+from common.database.tables import Base
 from common.local.stack import Endpoints, LocalStack
-from common.tables import Base
 
 #: So that a test sees in seconds what a deployment sees in minutes.
 QUICK = {
@@ -76,7 +76,7 @@ def start_services(folder: Path) -> Iterator[Services]:
 
 def forget_settings() -> None:
     """Let this process read its environment again."""
-    from common.deployment import _forget
+    from common.cli.parts.deployment import _forget
 
     _forget()
 
@@ -104,13 +104,13 @@ class Bucket:
 
 def locate(*cameras: str, name: str = "lobby", zone: str = "UTC") -> None:
     """Register a location and cameras, as `maskwatch locations add` and `cameras add` do."""
-    from common import catalog
-    from common.database import session_scope
+    from common.catalog import places
+    from common.database.sessions import session_scope
 
     with session_scope() as session:
-        location = catalog.add_location(session, name, zone)
+        location = places.add_location(session, name, zone)
         for camera in cameras:
-            catalog.add_camera(session, location, camera)
+            places.add_camera(session, location, camera)
 
 
 def maskwatch(

@@ -18,12 +18,13 @@ from typing import Any, NoReturn
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 
-from common import files, ledger, metrics
-from common.database import session_scope
+from common import files, ledger
+from common.database.sessions import session_scope
 from common.domain import MaskwatchError, first_line
-from common.queues import TaskName
+from common.messaging.queues import TaskName
+from common.observability import metrics
+from common.observability.logs import get_logger
 from common.settings import get_settings
-from common.telemetry import get_logger
 
 log = get_logger(__name__)
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from common.celery_app import app
-from common.database import DatabaseDownError
-from common.queues import TaskName, decode_refs
+from common.database.sessions import DatabaseDownError
+from common.database.versions import OutdatedProgramError
+from common.messaging.celery_app import app
+from common.messaging.queues import TaskName, decode_refs
+from common.observability.logs import get_logger
 from common.settings import get_settings
-from common.telemetry import get_logger
-from common.versions import OutdatedProgramError
-from workers import aggregation
 from workers.lifecycle import draining, end_process, stop_worker, worker_name
+from workers.summaries import aggregation
 
 log = get_logger(__name__)
 
@@ -30,9 +30,9 @@ UNKNOWN_PAUSE_SECONDS = 1.0
 def analyze(self: Any, message: Any) -> None:
     """Do the jobs that a message names: pictures, the probe of a video, a chunk of one."""
     # Imported here: a worker that only aggregates loads neither decoders nor a model runtime.
-    from workers.attempts import UnfitWorkerError, UnknownPipelineError
     from workers.inference.faults import device_is_broken
-    from workers.jobs import run_jobs
+    from workers.jobs.attempts import UnfitWorkerError, UnknownPipelineError
+    from workers.jobs.run import run_jobs
 
     def must_stop() -> bool:
         return draining() or device_is_broken()

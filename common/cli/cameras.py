@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 import click
 from sqlalchemy.orm import Session
 
-from common import audit, catalog, corrections
-from common.cli.console import json_option, note, print_json, print_table
+from common.catalog import corrections, places
 from common.cli.corrections import dry_run_option, tell_correction
-from common.cli.sessions import Say, with_session
+from common.cli.parts.console import json_option, note, print_json, print_table
+from common.cli.parts.sessions import Say, with_session
+from common.database.tables import Camera
 from common.domain import MaskwatchError
+from common.ledger import audit
 from common.settings import get_settings
-from common.tables import Camera
 
 
 @click.group()
@@ -57,9 +58,9 @@ def add_camera(session: Session, /, name: str, location: str, **options: str | N
       maskwatch cameras add gate --location lobby --source s3://footage/gate/ --every 5m \\
           --time-pattern 'gate/%Y/%m/%d/%H-%M-%S.mp4' --expects 1h
     """
-    camera = catalog.add_camera(session, catalog.get_location(session, location), name)
+    camera = places.add_camera(session, places.get_location(session, location), name)
     if any(value is not None for value in options.values()):
-        catalog.configure_camera(session, camera, get_settings(), options)
+        places.configure_camera(session, camera, get_settings(), options)
     return lambda: note(f"camera {name} of {location} is registered{_looked_at(camera)}")
 
 
@@ -88,8 +89,8 @@ def change_camera(name: str, location: str, **options: str | None) -> None:
 
 @with_session
 def _change(session: Session, name: str, location: str, options: Mapping[str, str | None]) -> Say:
-    camera = catalog.get_camera(session, catalog.get_location(session, location), name)
-    catalog.configure_camera(session, camera, get_settings(), options)
+    camera = places.get_camera(session, places.get_location(session, location), name)
+    places.configure_camera(session, camera, get_settings(), options)
     changed = ", ".join(sorted(name for name, value in options.items() if value is not None))
     audit.record(session, "change camera", audit.operator(), detail=f"{location}/{name}: {changed}")
     return lambda: note(f"camera {name} of {location} is changed{_looked_at(camera)}")
@@ -143,12 +144,12 @@ def _correct(
     dry_run: bool,
     as_json: bool,
 ) -> Say:
-    place = catalog.get_location(session, location)
-    camera = catalog.get_camera(session, place, name)
+    place = places.get_location(session, location)
+    camera = places.get_camera(session, place, name)
     if time_zone is not None:
         done = corrections.correct_zone(session, place, time_zone, by=audit.operator())
     else:
-        to = catalog.get_location(session, to_location) if to_location is not None else None
+        to = places.get_location(session, to_location) if to_location is not None else None
         done = corrections.correct_camera(session, camera, to=to, time_pattern=time_pattern, by=audit.operator())
     if dry_run:
         session.rollback()
@@ -156,8 +157,8 @@ def _correct(
 
 
 def _switch_camera(session: Session, name: str, location: str, action: str) -> None:
-    camera = catalog.get_camera(session, catalog.get_location(session, location), name)
-    catalog.switch_camera(session, camera, action)
+    camera = places.get_camera(session, places.get_location(session, location), name)
+    places.switch_camera(session, camera, action)
     audit.record(session, f"{action} camera", audit.operator(), detail=f"{location}/{name}")
 
 
@@ -218,7 +219,7 @@ def list_cameras(session: Session, as_json: bool) -> Say:
     Example:
       maskwatch cameras list
     """
-    rows = catalog.list_cameras(session)
+    rows = places.list_cameras(session)
     if as_json:
         return lambda: print_json(rows)
     columns = ["name", "location", "state", "source", "schedule", "last_look", "problem"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from common.cli.console import note, print_json
-from common.corrections import Correction
+from common.catalog.corrections import Correction
+from common.cli.parts.console import note, print_json
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would move; nothing is changed.")
 

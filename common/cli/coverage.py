@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import click
 
-from common import catalog
-from common.cli.console import json_option, note, percent, print_json, print_table
-from common.cli.options import parse_bounds
-from common.database import session_scope
-from common.deployment import deployment
+from common.catalog import places
+from common.cli.parts.console import json_option, note, percent, print_json, print_table
+from common.cli.parts.deployment import deployment
+from common.cli.parts.options import parse_bounds
+from common.database.sessions import session_scope
 from common.reporting.coverage import CoverageHour
 from common.reporting.coverage import coverage as hours_of
 
@@ -35,7 +35,7 @@ def coverage(location: str, camera: str, since: str | None, until: str | None, h
     """
     bounds = parse_bounds(since, until)
     with deployment(), session_scope() as session:
-        rows = hours_of(session, catalog.get_camera(session, catalog.get_location(session, location), camera), *bounds)
+        rows = hours_of(session, places.get_camera(session, places.get_location(session, location), camera), *bounds)
     shown = [row for row in rows if row.is_hole or not holes]
     if as_json:
         print_json([{**asdict(row), "hole": row.is_hole} for row in shown])

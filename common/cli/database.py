@@ -8,11 +8,12 @@ import click
 from sqlalchemy.orm import Session
 
 import migrations
-from common import __version__, roles, versions
-from common.cli.console import note
-from common.cli.sessions import Say, with_session
-from common.database import engine, explained, session_scope
-from common.partitions import ensure_partitions
+from common import __version__
+from common.cli.parts.console import note
+from common.cli.parts.sessions import Say, with_session
+from common.database import roles, versions
+from common.database.partitions import ensure_partitions
+from common.database.sessions import engine, explained, session_scope
 
 
 @click.group()

@@ -17,15 +17,16 @@ from typing import Any
 import boto3
 import click
 
-from common import catalog, ledger
-from common.cli import console
-from common.cli.console import json_option, note, print_json, print_table
+from common import ledger
+from common.catalog import places
+from common.cli.parts import console
+from common.cli.parts.console import json_option, note, print_json, print_table
+from common.cli.parts.deployment import deployment
+from common.cli.parts.waiting import wait_for
+from common.cli.processes import call, crew
 from common.cli.summary import print_compliance
-from common.cli.waiting import wait_for
-from common.database import session_scope
-from common.deployment import deployment
+from common.database.sessions import session_scope
 from common.domain import MaskwatchError
-from common.local.crew import call, crew
 from common.local.stack import LocalStack
 from common.reporting import queries
 from common.reporting.report import write_report
@@ -192,8 +193,8 @@ def _upload(folder: Path, endpoint_url: str | None) -> int:
 def _register(truth: GroundTruth) -> None:
     with session_scope() as session:
         for camera in truth.cameras:
-            location = catalog.add_location(session, camera.location, camera.time_zone)
-            catalog.add_camera(session, location, camera.name)
+            location = places.add_location(session, camera.location, camera.time_zone)
+            places.add_camera(session, location, camera.name)
 
 
 def _say_how_to_go_on(out_dir: Path) -> None:

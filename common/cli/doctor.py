@@ -12,11 +12,11 @@ import sys
 import click
 from redis.exceptions import NoPermissionError, RedisError
 
-from common import __version__, versions
-from common.broker import BrokerDownError, broker_error, credentials, place
-from common.cli.console import json_option, print_json, print_table
-from common.database import address, schema_revision, session_scope
-from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
+from common import __version__
+from common.cli.parts.console import json_option, print_json, print_table
+from common.cli.parts.deployment import deployment, has_aws_configuration, uses_embedded_stack
+from common.database import versions
+from common.database.sessions import address, schema_revision, session_scope
 from common.domain import MaskwatchError, ModelRef
 from common.machine import (
     RUNTIMES,
@@ -27,9 +27,10 @@ from common.machine import (
     threads_per_process,
     usable_cores,
 )
-from common.queues import Queue, queue_length, redis_client
+from common.messaging.broker import BrokerDownError, broker_error, credentials, place
+from common.messaging.queues import Queue, queue_length, redis_client
 from common.settings import Settings, get_settings
-from workers import weights
+from workers.weights import files
 
 #: What was looked at; fine, not fine, or neither; in words.
 Check = tuple[str, bool | None, str]
@@ -130,16 +131,16 @@ def _examine_models(settings: Settings) -> list[Check]:
     except MaskwatchError as error:
         found.append(("pipeline", False, str(error)))
     try:
-        statuses = [weights.examine(model) for model in weights.local_models().values()]
+        statuses = [files.examine(model) for model in files.local_models().values()]
     except MaskwatchError as error:
         return [*found, ("models", False, str(error))]
     for status in statuses:
-        name, usable = status.model.name, status.state in weights.USABLE
+        name, usable = status.model.name, status.state in files.USABLE
         ok: bool | None = True if usable else None
         detail = f"{status.model.kind}, {status.state}" + (f": {status.detail}" if status.detail else "")
         if name in configured and _runs_models():
             try:
-                weights.require(configured[name])
+                files.require(configured[name])
                 ok = True
             except MaskwatchError as error:
                 ok, detail = False, str(error)

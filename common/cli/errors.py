@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydantic
 from sqlalchemy.exc import DBAPIError
 
-from common.cli.console import note
+from common.cli.parts.console import note
 from common.domain import MaskwatchError, PermanentJobError, first_line
 
 #: Top-level modules of an optional layer → the layer that installs them.

@@ -7,10 +7,11 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from common import audit, ledger
-from common.cli.console import json_option, note, print_json, print_table
-from common.cli.sessions import Say, with_session
+from common import ledger
+from common.cli.parts.console import json_option, note, print_json, print_table
+from common.cli.parts.sessions import Say, with_session
 from common.domain import JobState, MaskwatchError
+from common.ledger import audit
 from common.reporting import jobs as queries
 
 #: What the ledger's ids can be.

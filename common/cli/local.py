@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import click
 
-from common.cli.console import json_option, note, print_json, print_table
+from common.cli.parts.console import json_option, note, print_json, print_table
 from common.local.postgres import psql_command
 from common.local.stack import LocalStack, ServiceStatus
 from common.settings import get_settings

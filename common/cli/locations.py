@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 from sqlalchemy.orm import Session
 
-from common import audit, catalog, corrections
-from common.cli.console import json_option, note, print_json, print_table
+from common.catalog import corrections, places
 from common.cli.corrections import dry_run_option, tell_correction
-from common.cli.sessions import Say, with_session
+from common.cli.parts.console import json_option, note, print_json, print_table
+from common.cli.parts.sessions import Say, with_session
+from common.ledger import audit
 
 
 @click.group()
@@ -27,7 +28,7 @@ def add_location(session: Session, name: str, time_zone: str) -> Say:
     Example:
       maskwatch locations add lobby --time-zone Europe/Berlin
     """
-    catalog.add_location(session, name, time_zone)
+    places.add_location(session, name, time_zone)
     return lambda: note(f"location {name} is registered in the time zone {time_zone}")
 
 
@@ -47,7 +48,7 @@ def correct_location(session: Session, name: str, time_zone: str, dry_run: bool,
     Example:
       maskwatch locations correct lobby --time-zone Europe/Berlin --dry-run
     """
-    place = catalog.get_location(session, name)
+    place = places.get_location(session, name)
     done = corrections.correct_zone(session, place, time_zone, by=audit.operator())
     if dry_run:
         session.rollback()
@@ -64,7 +65,7 @@ def list_locations(session: Session, as_json: bool) -> Say:
     Example:
       maskwatch locations list
     """
-    rows = catalog.list_locations(session)
+    rows = places.list_locations(session)
     if as_json:
         return lambda: print_json(rows)
     return lambda: print_table("Locations", ["location", "time zone", "pipeline"], [list(row.values()) for row in rows])

@@ -8,11 +8,11 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from common import catalog
-from common.cli.console import json_option, note, percent, print_json, print_table
-from common.cli.sessions import Say, with_session
+from common.catalog import places
+from common.cli.parts.console import json_option, note, percent, print_json, print_table
+from common.cli.parts.sessions import Say, with_session
 from common.domain import PipelineSpec, UnknownSpecError
-from common.model_figures import Confusion, confusion_of
+from common.models.figures import Confusion, confusion_of
 from common.settings import get_settings
 
 
@@ -34,7 +34,7 @@ def list_pipelines(session: Session, as_json: bool) -> Say:
     Example:
       maskwatch pipelines list
     """
-    rows = catalog.list_pipelines(session)
+    rows = places.list_pipelines(session)
     kept = [_confusion_of(row["spec"]) for row in rows]
     if as_json:
         confusions = [None if confusion is None else asdict(confusion) for confusion in kept]
@@ -79,14 +79,14 @@ def promote_pipeline(session: Session, location: str, pipeline_id: int | None) -
     Example:
       maskwatch pipelines promote --location lobby --pipeline 2
     """
-    place = catalog.get_location(session, location)
+    place = places.get_location(session, location)
     if pipeline_id is not None:
-        chosen = catalog.get_pipeline(session, pipeline_id)
+        chosen = places.get_pipeline(session, pipeline_id)
     else:
-        chosen = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
-    covered = catalog.hours_by_pipeline(session, place)
+        chosen = places.ensure_pipeline(session, get_settings().pipeline_spec())
+    covered = places.hours_by_pipeline(session, place)
     before = place.promoted_pipeline_id
-    catalog.promote(session, place, chosen)
+    places.promote(session, place, chosen)
 
     def say() -> None:
         if before is not None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 from sqlalchemy.orm import Session
 
-from common.cli.console import note
-from common.cli.sessions import Say, with_session
+from common.cli.parts.console import note
+from common.cli.parts.sessions import Say, with_session
 from common.reporting.report import write_report
 
 

@@ -14,21 +14,21 @@ from typing import Any
 import click
 from sqlalchemy import select
 
-from common import catalog
-from common.cli.console import json_option, note, print_json
-from common.cli.options import parse_bounds, runtime_options, source_options
+from common.catalog import places
+from common.cli.parts.console import json_option, note, print_json
+from common.cli.parts.deployment import deployment, uses_embedded_stack
+from common.cli.parts.options import parse_bounds, runtime_options, source_options
+from common.cli.processes import crew, maskwatch
 from common.cli.summary import print_compliance
-from common.database import session_scope
-from common.deployment import deployment, uses_embedded_stack
+from common.database.sessions import session_scope
+from common.database.tables import Location
 from common.domain import MaskwatchError
-from common.local.crew import crew, maskwatch
 from common.planning import TimePattern
 from common.reporting import queries
 from common.reporting.tables import as_dict
 from common.settings import get_settings
-from common.storage import open_source
-from common.tables import Location
-from workers.readiness import require_ready
+from common.storage.store import open_source
+from workers.jobs.preflight import require_ready
 
 
 @click.command()
@@ -120,9 +120,9 @@ def _register(location: str, time_zone: str, camera: str | None) -> None:
     with session_scope() as session:
         place = session.scalars(select(Location).where(Location.name == location)).one_or_none()
         if place is None:
-            place = catalog.add_location(session, location, time_zone)
+            place = places.add_location(session, location, time_zone)
             note(f"added the location {location} in the time zone {time_zone}")
         elif time_zone not in ("UTC", place.time_zone):
             raise MaskwatchError(f"location {location!r} is already registered in the time zone {place.time_zone}")
         if camera is not None:
-            catalog.add_camera(session, place, camera)
+            places.add_camera(session, place, camera)

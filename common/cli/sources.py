@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 from sqlalchemy.orm import Session
 
-from common import audit
-from common import sources as pauses
-from common.cli.console import json_option, note, print_json, print_table
-from common.cli.sessions import Say, with_session
-from common.storage import split_uri
+from common.cli.parts.console import json_option, note, print_json, print_table
+from common.cli.parts.sessions import Say, with_session
+from common.ledger import audit
+from common.ledger import circuit_breaker as pauses
+from common.storage.store import split_uri
 
 
 @click.group()

@@ -8,13 +8,14 @@ from dataclasses import asdict
 
 import click
 
-from common import __version__, ledger, versions
-from common import sources as pauses
-from common.cli.console import json_option, note, print_json, print_table
-from common.database import schema_revision, session_scope
-from common.deployment import deployment
+from common import __version__, ledger
+from common.cli.parts.console import json_option, note, print_json, print_table
+from common.cli.parts.deployment import deployment
+from common.database import versions
+from common.database.sessions import schema_revision, session_scope
 from common.domain import JobState, MaskwatchError
-from common.queues import BrokerDownError, Queue, queue_length, redis_client
+from common.ledger import circuit_breaker as pauses
+from common.messaging.queues import BrokerDownError, Queue, queue_length, redis_client
 
 
 @click.command()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import click
 
-from common.cli.console import json_option, note, print_blocks, print_json
-from common.cli.options import parse_bounds
-from common.database import session_scope
-from common.deployment import deployment
+from common.cli.parts.console import json_option, note, print_blocks, print_json
+from common.cli.parts.deployment import deployment
+from common.cli.parts.options import parse_bounds
+from common.database.sessions import session_scope
 from common.domain import MaskwatchError
 from common.reporting import tables
 from common.reporting.queries import ComplianceRow, Period, compliance, hours_to_summarize

@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from common import sources
-from common.database import sql
+from common.database.sessions import sql
+from common.database.tables import Job, MediaObject
 from common.domain import (
     REFUSALS,
     AttemptOutcome,
@@ -28,6 +28,7 @@ from common.domain import (
     Reason,
     VideoInfo,
 )
+from common.ledger import circuit_breaker
 from common.ledger.registration import insert_chunks, keep_from_erasing, set_observed_at, storable
 from common.ledger.transitions import (
     RENEW,
@@ -41,7 +42,6 @@ from common.ledger.transitions import (
     transition,
 )
 from common.ledger.withdrawal import PLANNED
-from common.tables import Job, MediaObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,7 @@ def succeed(
     if seen != job.observed_at:
         set_observed_at(session, job.media_object_id, seen)
     _end(session, job.ref, _SUCCEED, reason, detail)
-    sources.answered(session, job.source_id)
+    circuit_breaker.answered(session, job.source_id)
 
 
 #: Jobs of as many media objects in one statement, with the sources that have answered.
@@ -283,7 +283,7 @@ _SUCCEED_ALL = transition(
     after=f"""
 answered AS (
     UPDATE sources
-    SET {sources.ANSWERED}
+    SET {circuit_breaker.ANSWERED}
     FROM (
         SELECT id
         FROM sources
@@ -348,7 +348,7 @@ def quarantine(session: Session, job: ClaimedJob, reason: Reason, detail: str) -
     """running → quarantined after an error that another try can't mend."""
     _end(session, job.ref, _QUARANTINE, reason, detail)
     if reason not in (*REFUSALS, Reason.OBJECT_GONE):
-        sources.answered(session, job.source_id)
+        circuit_breaker.answered(session, job.source_id)
 
 
 def refuse(
@@ -371,7 +371,7 @@ def refuse(
     held = session.scalar(sql(_LOCK_HELD), {"id": job.ref.id, "token": job.ref.token, **_RUNNING})
     if held is None:
         raise StaleJobError(f"job {job.ref.id} is no longer held under token {job.ref.token}")
-    paused = sources.refused(session, job.source_id, reason, storable(detail) or "", policy)
+    paused = circuit_breaker.refused(session, job.source_id, reason, storable(detail) or "", policy)
     if paused:
         wait = policy.cap_seconds
         return retry_later(session, job, reason, detail, max_attempts=max_attempts, base=wait, cap=wait)

@@ -14,9 +14,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from common import sources
-from common.database import sql
+from common.database.sessions import sql
 from common.domain import JobKind, JobRef, JobState, Lane, PausePolicy
+from common.ledger import circuit_breaker
 from common.ledger.transitions import Transition, move, transition
 
 #: The halves of the pending jobs, each with an index: literals and not parameters, so that every plan can use it.
@@ -231,7 +231,7 @@ def take_trials(session: Session, *, epoch: str, policy: PausePolicy) -> list[Di
     """pending → queued for one job of each paused source whose trial is due; each is sent in a message of its own, in
     the live lane's list."""
     taken: list[DispatchedJob] = []
-    for source_id in sources.take_due_trials(session, policy):
+    for source_id in circuit_breaker.take_due_trials(session, policy):
         rows = move(session, _TAKE_TRIAL, {"source": source_id, "epoch": epoch, "live": Lane.LIVE})
         taken += map(_dispatched, rows)
     return taken

@@ -9,14 +9,14 @@ from typing import Any
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from common.database import sql
+from common.database.sessions import sql
+from common.database.tables import DirtyMark, Job, Location
 from common.domain import ACTIVE_STATES, JobState, Lane, MaskwatchError
 from common.ledger.dispatch import FEEDS
 from common.ledger.registration import KNOWN, known_rows
 from common.ledger.withdrawal import PLANNED
 from common.planning import PlannedObject
-from common.storage import FILE_BUCKET
-from common.tables import DirtyMark, Job, Location
+from common.storage.store import FILE_BUCKET
 
 _ACTIVE = ", ".join(f"'{state}'" for state in ACTIVE_STATES)
 

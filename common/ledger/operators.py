@@ -8,15 +8,15 @@ from typing import Any
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from common import audit
-from common.database import sql
+from common.database.sessions import sql
+from common.database.tables import MediaObject
 from common.domain import ACTIVE_STATES, AttemptOutcome, JobState, Reason
+from common.ledger import audit
 from common.ledger.attempts import AFTER_A_CHECK
 from common.ledger.registration import HOPELESS, keep_from_registering, uri_hash
+from common.ledger.retention import PURGED_BEFORE_SQL
 from common.ledger.transitions import ANEW, SAID, Attempt, Transition, move, transition
 from common.ledger.withdrawal import OF_MEDIA, WISHED, delete_rows
-from common.retention import PURGED_BEFORE_SQL
-from common.tables import MediaObject
 
 _RETRY_ALL = transition(
     (JobState.QUARANTINED,),

@@ -11,14 +11,14 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common.database import sql
+from common.database.sessions import sql
+from common.database.tables import Location
 from common.domain import AttemptOutcome, JobState, ObservedAt, Reason
 from common.ledger.operators import THESE_JOBS
 from common.ledger.registration import UNPLACED, storable
+from common.ledger.retention import PURGED_BEFORE_SQL
 from common.ledger.transitions import ANEW, Attempt, move, transition
 from common.ledger.withdrawal import delete_rows, withdraw
-from common.retention import PURGED_BEFORE_SQL
-from common.tables import Location
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,15 @@ from typing import Any
 from sqlalchemy import CursorResult, func, select, text, update
 from sqlalchemy.orm import Session
 
-from common import sources
-from common.database import sql
+from common.database.sessions import sql
+from common.database.tables import Camera, Job, Location, MediaObject, Pipeline
 from common.domain import JobKind, JobState, MaskwatchError, MediaKind, ObservedAt, Reason
+from common.ledger import circuit_breaker
+from common.ledger.retention import purged_before
 from common.ledger.transitions import ANEW, assignments, move, transition
 from common.ledger.withdrawal import PLANNED, withdraw
 from common.planning import PlannedObject
-from common.retention import purged_before
-from common.storage import FILE_BUCKET
-from common.tables import Camera, Job, Location, MediaObject, Pipeline
+from common.storage.store import FILE_BUCKET
 
 #: How much of an error's text is kept.
 DETAIL_LIMIT = 2000
@@ -84,7 +84,7 @@ def register(
     result.erased = len(planned) - len(by_key)
     if not by_key:
         return result
-    source_id = sources.ensure(session, bucket)
+    source_id = circuit_breaker.ensure(session, bucket)
     # The time of a local file is whatever its writer set, so it tells nothing of the order.
     newest = newest or bucket == FILE_BUCKET
     rows = {

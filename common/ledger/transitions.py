@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
-from common.database import sql
+from common.database.sessions import sql
 from common.domain import AttemptOutcome, JobRef, JobState
 from common.ledger.states import FINAL_STATES, HOLDS, LISTED
 

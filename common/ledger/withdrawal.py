@@ -9,10 +9,10 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common.database import sql
+from common.database.sessions import sql
 from common.domain import AttemptOutcome, JobState, Reason
+from common.ledger.retention import PURGED_BEFORE_SQL
 from common.ledger.transitions import SAID, Attempt, move, transition
-from common.retention import PURGED_BEFORE_SQL
 
 #: Of cancelled jobs: by an operator. One by one, a job stays cancelled until an operator takes it back; with its
 #: backfill, until another one comes upon its object.

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.database.tables import Camera
 from common.settings import get_settings
-from common.tables import Camera
 
 DAY, WEEK = timedelta(days=1), timedelta(days=7)
 

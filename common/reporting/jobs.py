@@ -9,8 +9,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from common import ledger
+from common.database.tables import Job, JobAttempt, MediaObject, OperatorAction, OperatorActionJob
 from common.domain import JobState
-from common.tables import Job, JobAttempt, MediaObject, OperatorAction, OperatorActionJob
 
 
 def list_jobs(session: Session, state: JobState | None, limit: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
-from common.catalog import get_location
+from common.catalog.places import get_location
 from common.domain import ObservedAtSource
 
 

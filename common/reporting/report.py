@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from sqlalchemy.orm import Session
 
 from common import __version__
-from common.cli.console import percent
+from common.cli.parts.console import percent
 from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
 from common.reporting import tables

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from common.cli.console import percent
+from common.cli.parts.console import percent
 from common.reporting.queries import ComplianceRow, Figures, Period
 
 #: Shown where there is no figure.

@@ -435,7 +435,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_job_attempts")),
     )
     op.create_index(op.f("ix_job_attempts_job_id"), "job_attempts", ["job_id"], unique=False)
-    # What no monthly partition takes lands here instead of failing a worker; `common/partitions.py` splits it.
+    # What no monthly partition takes lands here instead of failing a worker; `common/database/partitions.py` splits it.
     op.execute("CREATE TABLE faces_default PARTITION OF faces DEFAULT")
     for statement in (WILSON, FACE_RESULTS, COMPLIANCE_BY_HOUR, COMPLIANCE_BY_DAY):
         op.execute(statement)

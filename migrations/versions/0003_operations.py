@@ -39,7 +39,7 @@ END
 $$
 """
 
-#: As common/partitions.py had it before this migration: "maskwatch partitions".
+#: As common/database/partitions.py had it before this migration: "maskwatch partitions".
 PARTITION_LOCK = 0x6D77_7061
 
 

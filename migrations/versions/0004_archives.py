@@ -8,7 +8,7 @@ from alembic import op
 revision = "0004"
 down_revision = "0003"
 
-#: The bucket of a source, as common/storage.py reads one.
+#: The bucket of a source, as common/storage/store.py reads one.
 BUCKET = "CASE WHEN source LIKE 's3://%' THEN 's3://' || split_part(substr(source, 6), '/', 1) ELSE 'file://' END"
 
 

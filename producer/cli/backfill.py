@@ -6,10 +6,10 @@ from datetime import datetime
 
 import click
 
-from common.cli.console import bar, json_option, note, print_json, print_table
-from common.cli.options import parse_bounds, source_options
-from common.cli.waiting import wait_for
-from common.deployment import deployment
+from common.cli.parts.console import bar, json_option, note, print_json, print_table
+from common.cli.parts.deployment import deployment
+from common.cli.parts.options import parse_bounds, source_options
+from common.cli.parts.waiting import wait_for
 from producer.cli.listing import conclude, listing_options, nudge, restore_of
 from producer.estimate import Estimate, estimate
 from producer.submit import fill_gaps, submit

@@ -8,12 +8,12 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from common import audit
-from common import backfills as backfill_rows
-from common.cli.console import bar, json_option, note, print_json, print_table
-from common.cli.sessions import Say, with_session
-from common.database import session_scope
-from common.deployment import deployment
+from common.catalog import backfills as backfill_rows
+from common.cli.parts.console import bar, json_option, note, print_json, print_table
+from common.cli.parts.deployment import deployment
+from common.cli.parts.sessions import Say, with_session
+from common.database.sessions import session_scope
+from common.ledger import audit
 from producer.cli.listing import conclude, listing_options, restore_of
 from producer.submit import cancel, take_up
 

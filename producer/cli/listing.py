@@ -7,10 +7,10 @@ from collections.abc import Callable
 import click
 
 from common import ledger
-from common.cli.console import note, print_json
-from common.cli.waiting import wait_for
-from common.database import session_scope
-from common.queues import BrokerDownError, TaskName, send
+from common.cli.parts.console import note, print_json
+from common.cli.parts.waiting import wait_for
+from common.database.sessions import session_scope
+from common.messaging.queues import BrokerDownError, TaskName, send
 from common.settings import Settings
 from producer.submit import BackfillReport, Restore
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.celery_app import serve
-from common.cli.serving import ready_to_serve
-from common.metrics import Role
-from common.queues import Queue
+from common.cli.parts.serving import ready_to_serve
+from common.messaging.celery_app import serve
+from common.messaging.queues import Queue
+from common.observability.metrics import Role
 from producer.tasks import schedule
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from common import ledger
+from common.database.tables import Location, Pipeline
+from common.database.versions import Part, check_part
 from common.domain import (
     ACTIVE_STATES,
     Face,
@@ -39,16 +41,14 @@ from common.domain import (
 )
 from common.ledger import ClaimedJob, Dispatch, DispatchedJob, Registered, StaleJobError
 from common.planning import PlannedObject, chunk_ranges, observed_from_file, recording_start, zone
-from common.storage import ObjectInfo
-from common.tables import Location, Pipeline
-from common.versions import Part, check_part
+from common.storage.store import ObjectInfo
 from producer.dispatch import group
 from tests.chaos.hands import DeadlockError, Hand, Hands, Task
 from tests.chaos.promises import FACES, SECONDS, BrokenPromiseError, Listed, Promises
 from tests.ledger_rows import face
 from tests.mutants import Rewrite
-from workers import aggregation
-from workers.recording import record_chunk, record_image, record_probe
+from workers.jobs.recording import record_chunk, record_image, record_probe
+from workers.summaries import aggregation
 
 ZONE = "Asia/Kolkata"
 BUCKET = "s3://footage"

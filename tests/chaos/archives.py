@@ -23,7 +23,7 @@ from tests.services import Bucket, kill_tree, locate, maskwatch, wait_until
 #: A lister that takes its time between batches, so that a kill comes in the middle.
 SLOWLY = """
 import functools, time
-from producer import discover, submit
+from producer import listing as discover, submit
 
 def slowly(objects, rules, batch={batch}):
     for page in discover.plan_pages(objects, rules, batch={batch}):
@@ -37,8 +37,8 @@ submit.plan_pages = slowly
 CURSOR_FIRST = (
     SLOWLY
     + """
-from common import backfills
-from common.database import session_scope
+from common.catalog import backfills
+from common.database.sessions import session_scope
 
 registered = submit.Lister._register
 
@@ -127,7 +127,7 @@ def cursor_first(lab: Lab, bucket: Bucket, objects: int, batch: int) -> int:
 BY_HEART = """
 import time
 from producer import cameras
-from common.database import session_scope
+from common.database.sessions import session_scope
 from sqlalchemy import text
 
 due = []

@@ -19,7 +19,7 @@ import psutil
 from redis import Redis
 from sqlalchemy.orm import Session
 
-from common.queues import Queue, encode_refs
+from common.messaging.queues import Queue, encode_refs
 from common.settings import get_settings
 from tests import hostile_media
 from tests.chaos.lab import ENDED, Experiment, Lab, Outcome, Scale
@@ -202,7 +202,7 @@ def laxly_read(lab: Lab, canaries: Canaries, hostile: dict[str, bytes]) -> dict[
 _DECODED = """
 import sys
 from pathlib import Path
-from workers.decoding import decode_image
+from workers.media.images import decode_image
 try:
     decode_image(Path(sys.argv[1]).read_bytes(), max_pixels=int(sys.argv[2]))
 except Exception as error:
@@ -353,7 +353,7 @@ def unpickled(lab: Lab, canary: Path) -> int:
 def ended_by_nonsense(lab: Lab) -> int:
     with Redis.from_url(lab.services.endpoints.redis_url) as client:
         client.lpush(Queue.MEDIA.value, b"{")
-    open_door = lab.injected("import common.inbox\ncommon.inbox.guard = lambda: None")
+    open_door = lab.injected("import common.messaging.message_filter\ncommon.inbox.guard = lambda: None")
     with lab.running("worker", env=open_door) as worker:
         wait_until(lambda: worker.poll() is not None, seconds=120, what="the end of a worker that checks nothing")
     return 1

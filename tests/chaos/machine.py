@@ -12,11 +12,11 @@ from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy.orm import Session
 
-from common import catalog
+from common.catalog import places
+from common.database.tables import Location, Pipeline
+from common.database.versions import OutdatedProgramError
 from common.ledger import StaleJobError
 from common.settings import get_settings
-from common.tables import Location, Pipeline
-from common.versions import OutdatedProgramError
 from tests.chaos.actors import RESET, SLOW, ZONE, LedgerMachine, Plant, Stage
 from tests.chaos.hands import Hands, open_hands
 from tests.chaos.lab import Experiment, Lab, Outcome, Scale
@@ -92,9 +92,9 @@ def _catalog(hands: Hands) -> tuple[Location, tuple[Pipeline, Pipeline]]:
     """One location and two pipelines, for all examples."""
     spec = get_settings().pipeline_spec()
     with Session(hands.engine, expire_on_commit=False) as session:
-        location = catalog.add_location(session, "lobby", ZONE)
-        first = catalog.ensure_pipeline(session, spec)
-        second = catalog.ensure_pipeline(session, replace(spec, uncertain_below=0.7))
+        location = places.add_location(session, "lobby", ZONE)
+        first = places.ensure_pipeline(session, spec)
+        second = places.ensure_pipeline(session, replace(spec, uncertain_below=0.7))
         location.promoted_pipeline_id = first.id
         session.commit()
     return location, (first, second)

@@ -21,14 +21,14 @@ from redis import Redis
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common.queues import Queue, queue_length
+from common.messaging.queues import Queue, queue_length
 from tests.chaos.lab import Experiment, Lab, Outcome, Scale, percentile
 from tests.faults import Fault, faulty_s3
 from tests.integration.test_aggregation import Batch, batch_without_the_lock, overtake
 from tests.photos import jpeg, portrait
 from tests.services import Bucket, wait_until
 from tests.videos import make_video
-from workers.aggregation import summarize_batch
+from workers.summaries.aggregation import summarize_batch
 
 CREW = ("producer", "aggregator", "worker")
 
@@ -154,7 +154,7 @@ def stuck_in_queue(lab: Lab) -> int:
 #: Time passes between the writes of a job, with the control and without, so that outages find their way in between.
 SLOW_WRITES = """
 import time
-from workers import recording
+from workers.jobs import recording
 
 def late(session, frames, count=recording._count):
     time.sleep(0.2)
@@ -168,7 +168,7 @@ NO_TRANSACTION = (
     SLOW_WRITES
     + """
 from common import ledger
-from common.database import session_scope
+from common.database.sessions import session_scope
 
 def record_images(session, pictures):
     for picture in pictures:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from tests.chaos.actors import Plant
 from tests.mutants import UNFENCED, Rewrite
-from workers import aggregation
+from workers.summaries import aggregation
 
 _MARKED = "INSERT INTO dirty_marks"
 

@@ -19,7 +19,7 @@ import psutil
 from redis import Redis
 from sqlalchemy import text
 
-from common.queues import ensure_epoch, redis_client
+from common.messaging.queues import ensure_epoch, redis_client
 from tests.chaos import stock
 from tests.chaos.lab import ENDED, Experiment, Lab, Outcome, Scale, percentile
 from tests.mutants import UNFENCED, planted_in_processes
@@ -343,7 +343,7 @@ MARKER = b"poison"
 
 DEADLY = f"""
 import os, signal
-from workers import images
+from workers.jobs import images
 
 decode = images.decode_image
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from common.manifest import MODELS
+from common.models.manifest import MODELS
 from common.sample.source_images import astronaut
 from tests.agreement import compare, scenes
 from tests.pipelines import default_spec
+from workers.analysis.analyzer import load_analyzer
 from workers.detection import centerface
 from workers.inference import Runtime
 from workers.inference.onnx_session import load_session
-from workers.pipeline import load_analyzer
 
 pytestmark = pytest.mark.gpu
 
@@ -77,8 +77,8 @@ def test_retinaface_in_half_precision_finds_what_it_finds_in_single(
     """With seeded random weights: what the network says of every prior box, and where it puts them."""
     import torch
 
+    from workers.analysis.device.detectors import folded, ready
     from workers.detection.retinaface_network import RetinaFaceNetwork
-    from workers.device.detectors import folded, ready
 
     torch.manual_seed(5)
     network = folded(RetinaFaceNetwork(backbone).eval())

@@ -13,12 +13,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.orm import Session
 
+from common.database.versions import AGGREGATION_LOCK
 from common.domain import MaskStatus, ObservedAt, ObservedAtSource
-from common.versions import AGGREGATION_LOCK
 from tests.ledger_rows import claim, dispatch, face, planned, register, rows, scalar
 from tests.services import wait_until
-from workers.aggregation import recompute, summarize, summarize_batch
-from workers.recording import record_image
+from workers.jobs.recording import record_image
+from workers.summaries.aggregation import recompute, summarize, summarize_batch
 
 #: Summed by an analyst's GROUP BY over the faces, and by the aggregator.
 DIRECT = """

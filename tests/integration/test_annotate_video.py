@@ -23,22 +23,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from sqlalchemy.orm import Session
 
-import workers.annotate
-from common import catalog, ledger
+import workers.annotation.pictures
+from common import ledger
+from common.catalog import places
 from common.domain import Face, Lane, MaskStatus, MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, SampleMode
 from common.planning import PlannedObject
 from common.settings import get_settings
-from common.storage import open_bucket
+from common.storage.store import open_bucket
 from tests.ledger_rows import dispatch, rows
 from tests.photos import jpeg, portrait
 from tests.pipelines import default_spec
 from tests.services import Bucket
 from tests.videos import index_first, make_video, number_of
-from workers import attempts
+from workers.annotation.drawing import COLOURS
 from workers.cli.annotate import annotate
-from workers.drawing import COLOURS
-from workers.frames import to_picture
-from workers.jobs import run_jobs
+from workers.jobs import attempts
+from workers.jobs.run import run_jobs
+from workers.media.frames import to_picture
 
 SIZE = (160, 120)
 BOX = (40.0, 30.0, 80.0, 80.0)
@@ -68,7 +69,7 @@ class FakeAnalyzer:
 @pytest.fixture
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
-    monkeypatch.setattr(workers.annotate, "load_analyzer", lambda spec, runtime: fake)
+    monkeypatch.setattr(workers.annotation.pictures, "load_analyzer", lambda spec, runtime: fake)
     monkeypatch.setattr(attempts, "analyzer", lambda spec, runtime: fake)
     return fake
 
@@ -379,9 +380,9 @@ def test_a_run_that_fails_leaves_what_was_there(analyzer: FakeAnalyzer, tmp_path
 def test_a_run_that_is_killed_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     source = write(tmp_path / "a.mp4", make_video(frames=10, size=SIZE))
     code = (
-        "import os, signal, sys\nimport workers.annotate\nfrom workers.cli.annotate import annotate\n"
+        "import os, signal, sys\nimport workers.annotation.pictures\nfrom workers.cli.annotate import annotate\n"
         "class Killed:\n    def analyze_batch(self, frames):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "workers.annotate.load_analyzer = lambda spec, runtime: Killed()\nannotate(sys.argv[1:])\n"
+        "workers.annotation.pictures.load_analyzer = lambda spec, runtime: Killed()\nannotate(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, str(source), "--out", str(tmp_path / "out.mp4")]
     assert subprocess.run(command, check=False, env=dict(os.environ), timeout=60).returncode == -signal.SIGKILL
@@ -405,8 +406,8 @@ def stored(analyzer: FakeAnalyzer, session: Session, bucket: Bucket) -> Callable
     """Analyses objects as a worker does, with the fake analyser: (key, content), ... → rows in `faces`."""
 
     def analyse(*objects: tuple[str, bytes], **spec: object) -> None:
-        location = catalog.add_location(session, "lobby", "UTC")
-        used = catalog.ensure_pipeline(session, default_spec(**spec))
+        location = places.add_location(session, "lobby", "UTC")
+        used = places.ensure_pipeline(session, default_spec(**spec))
         found = []
         for key, content in objects:
             bucket.put(key, content)

@@ -13,25 +13,26 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from common import backfills, ledger
-from common.database import engine
+from common import ledger
+from common.catalog import backfills
+from common.database.sessions import engine
 from common.domain import ArchivedError, JobRef, Lane, MaskwatchError
-from common.queues import Queue, decode_refs, list_of, queue_length, redis_client
+from common.messaging.queues import Queue, decode_refs, list_of, queue_length, redis_client
 from common.settings import Settings, get_settings
-from common.storage import ObjectInfo, S3Store, open_bucket
-from producer import discover, submit
+from common.storage.store import ObjectInfo, S3Store, open_bucket
+from producer import listing, submit
 from producer.dispatch import dispatch, reconcile
 from producer.submit import BackfillReport, Restore
 from tests.ledger_rows import claim, planned, register, register_many, rows, scalar, states, take
 from tests.services import Bucket, locate, maskwatch
-from workers.attempts import settle
+from workers.jobs.attempts import settle
 
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of three objects, so that a few are a listing of several."""
     monkeypatch.setattr(
-        submit, "plan_pages", lambda objects, rules, batch=3: discover.plan_pages(objects, rules, batch=3)
+        submit, "plan_pages", lambda objects, rules, batch=3: listing.plan_pages(objects, rules, batch=3)
     )
 
 
@@ -110,14 +111,14 @@ def test_one_folder_that_holds_everything_is_divided_further_down(bucket: Bucket
     for month in range(1, 5):
         bucket.put(f"2026/{month:02}/a.jpg", b"x")
     store = open_bucket(bucket.uri)
-    assert discover.divide(store, "") == [
+    assert listing.divide(store, "") == [
         ("", "2026/02/"),
         ("2026/02/", "2026/03/"),
         ("2026/03/", "2026/04/"),
         ("2026/04/", None),
     ]
-    assert discover.divide(store, "2026/01/") == [("", None)]
-    assert [info.key for info in discover.list_range(store, "", "2026/02/", "2026/03/")] == ["2026/02/a.jpg"]
+    assert listing.divide(store, "2026/01/") == [("", None)]
+    assert [info.key for info in listing.list_range(store, "", "2026/02/", "2026/03/")] == ["2026/02/a.jpg"]
 
 
 def test_two_processes_do_not_list_the_same_backfill(session: Session, bucket: Bucket) -> None:

@@ -18,7 +18,7 @@ from tests.faults import faulty_s3
 from tests.ledger_rows import rows, scalar, states, take
 from tests.photos import empty_jpeg, face_jpeg, jpeg, portrait
 from tests.services import Bucket, Services, forget_settings, locate, maskwatch
-from workers.jobs import run_jobs
+from workers.jobs.run import run_jobs
 
 
 def work_off() -> None:
@@ -26,7 +26,7 @@ def work_off() -> None:
     settings = get_settings()
     dispatch.reconcile(settings)
     from common import ledger
-    from common.database import session_scope
+    from common.database.sessions import session_scope
 
     while True:
         with session_scope() as session:

@@ -26,7 +26,7 @@ from common import ledger
 from common.domain import Face, MaskStatus, ObservedAt, ObservedAtSource, PermanentJobError, SampleMode
 from common.planning import PlannedObject, media_kind
 from common.settings import Settings, get_settings
-from common.storage import open_bucket
+from common.storage.store import open_bucket
 from tests.faults import faulty_s3
 from tests.hostile_files import (
     DREF,
@@ -51,11 +51,11 @@ from tests.ledger_rows import NOON, dispatch, register, rows, scalar
 from tests.photos import empty_jpeg
 from tests.services import Bucket, Services
 from tests.videos import index_first, make_video, number_of, numbered
-from workers import attempts
-from workers.containers import VideoFile, _deny
-from workers.frames import to_picture
-from workers.jobs import run_jobs
-from workers.sampling import Grid, Sampler
+from workers.jobs import attempts
+from workers.jobs.run import run_jobs
+from workers.media.containers import VideoFile, _deny
+from workers.media.frames import to_picture
+from workers.media.sampling import Grid, Sampler
 
 #: Of the frames of `video` every fifth is looked at, and each chunk has 2 s.
 EVERY, CHUNK_SECONDS = 5, 2
@@ -529,11 +529,11 @@ _GROWTH = """
 import sys
 from fractions import Fraction
 from pathlib import Path
-from common.blocks import BlockReader
+from common.storage.blocks import BlockReader
 from common.domain import PermanentJobError, SampleMode
-from workers.containers import VideoFile, _deny
-from workers.frames import to_picture
-from workers.sampling import Grid, Sampler
+from workers.media.containers import VideoFile, _deny
+from workers.media.frames import to_picture
+from workers.media.sampling import Grid, Sampler
 path, limit = sys.argv[1:]
 content = Path(path).read_bytes()
 def most():
@@ -701,7 +701,7 @@ def test_an_outage_in_the_middle_of_a_chunk(
 ) -> None:
     # botocore's own tries come first, and wait.
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
-    monkeypatch.setattr("common.blocks.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("common.storage.blocks.RETRY_SECONDS", 0.01)
     faults: dict[str, int | list[int]] = {}
     with faulty_s3(services.endpoints.s3_endpoint_url, faults) as url:
         configure(storage__endpoint_url=url, storage__block_tries=tries, ledger__retry_base_seconds=1000)
@@ -772,7 +772,7 @@ def test_damaged_bytes_are_no_more_than_a_reason(container: str, codec: str, mod
 
 
 def _take_all(content: bytes, mode: SampleMode) -> None:
-    from common.blocks import BlockReader
+    from common.storage.blocks import BlockReader
 
     with BlockReader(
         lambda start, stop: content[start:stop], len(content), block_bytes=4096, cached_blocks=8, tries=1

@@ -17,9 +17,9 @@ from kombu.transport import redis as redis_transport
 from redis.exceptions import NoPermissionError, RedisError
 from sqlalchemy.orm import Session
 
-from common import kombu_patches
-from common.broker import BrokerDownError, BrokerRefusedError, redis_client
-from common.queues import EPOCH_KEY, Queue, TaskName, queue_length, send
+from common.messaging import kombu_patches
+from common.messaging.broker import BrokerDownError, BrokerRefusedError, redis_client
+from common.messaging.queues import EPOCH_KEY, Queue, TaskName, queue_length, send
 from tests.ledger_rows import scalar, states
 from tests.photos import face_jpeg
 from tests.redis_server import (

@@ -14,14 +14,14 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import schedule
-from common.database import session_scope
+from common.catalog import schedule
+from common.catalog.schedule import LookLostError, slots
+from common.database.sessions import session_scope
 from common.domain import MaskwatchError
 from common.planning import TimePattern
-from common.schedule import LookLostError, slots
 from common.settings import get_settings
-from common.storage import ObjectInfo, S3Store
-from producer import cameras, discover, dispatch
+from common.storage.store import ObjectInfo, S3Store
+from producer import cameras, dispatch, listing
 from producer.cameras import look_at, tick
 from tests.ledger_rows import rows, scalar, states
 from tests.mutants import Rewrite, planted
@@ -207,7 +207,7 @@ def test_a_look_lists_what_can_be_new_and_a_sweep_everything(
 def test_a_look_that_was_killed_is_gone_on_with_by_another(
     session: Session, bucket: Bucket, listed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cameras, "plan_pages", lambda objects, rules: discover.plan_pages(objects, rules, batch=2))
+    monkeypatch.setattr(cameras, "plan_pages", lambda objects, rules: listing.plan_pages(objects, rules, batch=2))
     locate()
     add(bucket, "--every", "1h")
     due(session, hours=1)

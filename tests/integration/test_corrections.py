@@ -12,20 +12,21 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import catalog, corrections, ledger, sources
+from common import ledger
+from common.catalog import corrections, places
+from common.database.tables import Backfill, Camera, Location, Pipeline
 from common.domain import FrameFaces, Lane, MaskStatus, MaskwatchError, VideoInfo
-from common.ledger import ClaimedJob, StaleJobError, registration
+from common.ledger import ClaimedJob, StaleJobError, circuit_breaker, registration
 from common.planning import TimePattern, observed_from_file, plan_object, recording_start, zone
 from common.settings import get_settings
-from common.storage import ObjectInfo
-from common.tables import Backfill, Camera, Location, Pipeline
+from common.storage.store import ObjectInfo
 from tests.ledger_rows import coverage_by_both, face, rows, scalar, states, take
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.pipelines import default_spec
 from tests.services import maskwatch, wait_until
-from workers import recording
-from workers.aggregation import summarize
-from workers.recording import record_chunk, record_image, record_probe
+from workers.jobs import recording
+from workers.jobs.recording import record_chunk, record_image, record_probe
+from workers.summaries.aggregation import summarize
 
 PATTERN = "%Y-%m-%d/%H%M%S*"
 UPLOADED = datetime(2026, 11, 1, 9, 30, tzinfo=UTC)
@@ -58,9 +59,9 @@ OTHERS = [
 
 def add(session: Session, name: str, time_zone: str, pattern: str | None = PATTERN) -> tuple[Location, Camera]:
     """A location and a camera of the same name, whose keys have this pattern."""
-    location = catalog.add_location(session, name, time_zone)
-    location.promoted_pipeline_id = catalog.ensure_pipeline(session, get_settings().pipeline_spec()).id
-    camera = catalog.add_camera(session, location, "gate")
+    location = places.add_location(session, name, time_zone)
+    location.promoted_pipeline_id = places.ensure_pipeline(session, get_settings().pipeline_spec()).id
+    camera = places.add_camera(session, location, "gate")
     camera.time_pattern = pattern
     session.commit()
     return location, camera
@@ -83,7 +84,7 @@ def enqueue(
         [item for item in planned if item],
         location=location,
         camera=camera,
-        pipeline=pipeline or catalog.ensure_pipeline(session, get_settings().pipeline_spec()),
+        pipeline=pipeline or places.ensure_pipeline(session, get_settings().pipeline_spec()),
         lane=Lane.LIVE,
     )
     session.commit()
@@ -196,7 +197,7 @@ def test_a_location(session: Session) -> None:
     yard, other = add(session, "yard", "Asia/Kolkata")
     other.name = "other"
     oracle, of_oracle = add(session, "oracle", "Asia/Kolkata")
-    bystander = catalog.add_camera(session, wrong, "bystander")
+    bystander = places.add_camera(session, wrong, "bystander")
     enqueue(session, "c", KEYED[3:6], wrong, bystander)
     for keys, pattern in ((KEYED, PATTERN), (OTHERS, None)):
         enqueue(session, "a", keys, wrong, camera, pattern)
@@ -361,7 +362,7 @@ def test_what_another_pipeline_has_made_without_a_time_in_the_key_stays(session:
         wrong,
         camera,
         None,
-        pipeline=catalog.ensure_pipeline(session, spec),
+        pipeline=places.ensure_pipeline(session, spec),
     )
     work(session)
     assert states(session) == {"quarantined": 1, "succeeded": 1}
@@ -380,7 +381,7 @@ def replace_first(session: Session, location: Location, camera: Camera) -> None:
     info = ObjectInfo("s3://footage", f"a/{KEYED[0]}", "e2", 1000, UPLOADED + timedelta(hours=1))
     newer = plan_object(info, TimePattern(PATTERN), zone("UTC"))
     assert newer is not None
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
+    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
     ledger.register(session, [newer], location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE)
     session.commit()
 
@@ -468,10 +469,10 @@ def test_a_worker_that_is_just_recording_is_waited_for(session: Session, monkeyp
 
 def test_a_backfill_that_is_limited_in_time_comes_first(session: Session) -> None:
     wrong, camera = add(session, "lobby", "UTC")
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
+    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
     backfill = Backfill(
         source="s3://footage/",
-        source_id=sources.ensure(session, "s3://footage"),
+        source_id=circuit_breaker.ensure(session, "s3://footage"),
         location_id=wrong.id,
         camera_id=camera.id,
         pipeline_id=pipeline.id,

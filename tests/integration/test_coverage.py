@@ -11,15 +11,15 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from common import ledger
+from common.database.tables import Camera
 from common.domain import FrameFaces, Reason, VideoInfo
 from common.reporting.coverage import coverage
 from common.settings import get_settings
-from common.tables import Camera
 from producer.submit import fill_gaps, submit
 from tests.ledger_rows import claim, coverage_by_both, face, rows, scalar, states, take
 from tests.services import Bucket, locate, maskwatch
-from workers.aggregation import summarize
-from workers.recording import record_chunk, record_image, record_probe
+from workers.jobs.recording import record_chunk, record_image, record_probe
+from workers.summaries.aggregation import summarize
 
 #: In New Delhi an hour begins at half past one of UTC's.
 ZONE = "Asia/Kolkata"

@@ -12,7 +12,7 @@ from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from common.database import (
+from common.database.sessions import (
     DatabaseDownError,
     MissingRightError,
     address,

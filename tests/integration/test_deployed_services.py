@@ -16,7 +16,7 @@ from redis.exceptions import AuthenticationError
 from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.orm import Session
 
-from common import roles
+from common.database import roles
 from common.domain import Lane
 from common.local.services import wheel_file
 from tests.deployed import DEPLOY, scaler_query, sql_of_panels

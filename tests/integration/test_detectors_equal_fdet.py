@@ -19,13 +19,13 @@ from common.domain import ModelRef, PipelineSpec
 from common.sample.source_images import astronaut
 from common.settings import get_settings
 from tests.detector_files import put_in_cache, random_retinaface, saved, spec_of, use_cache
-from workers.decoding import decode_image
 from workers.detection import Detections, FaceDetector, _anchors, retinaface
 from workers.detection._ops import iou
 from workers.detection.fdet_package import load_fdet_mtcnn, load_fdet_retinaface
 from workers.detection.mtcnn import load_mtcnn
 from workers.detection.retinaface import RetinaFace, load_retinaface
 from workers.inference import Engine, Runtime
+from workers.media.images import decode_image
 
 torch = pytest.importorskip("torch", reason="the layer `native` is not installed")
 

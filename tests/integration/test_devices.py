@@ -21,7 +21,7 @@ from tests.ledger_rows import rows, scalar
 from tests.photos import face_jpeg
 from tests.services import Bucket, Services, locate, maskwatch, running, wait_until
 from workers.inference import Engine, Runtime
-from workers.readiness import require_runtime
+from workers.jobs.preflight import require_runtime
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_a_gpu_that_the_engine_cannot_use_is_found_by_trying(engine: Engine, mon
 
 
 def test_the_trial_succeeds_where_the_device_works() -> None:
-    command = [sys.executable, "-m", "workers.readiness", "onnx", "cpu"]
+    command = [sys.executable, "-m", "workers.jobs.preflight", "onnx", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

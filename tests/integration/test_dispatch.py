@@ -16,15 +16,15 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.database import engine, session_scope
+from common.database.sessions import engine, session_scope
 from common.domain import JobRef, Lane, Reason
-from common.queues import Queue, decode_refs, list_of, queue_length, redis_client
+from common.messaging.queues import Queue, decode_refs, list_of, queue_length, redis_client
 from common.settings import Settings
 from producer import dispatch as dispatching
 from producer.dispatch import dispatch, reconcile
 from tests.ledger_rows import NOON, claim, planned, register, register_many, rows, scalar, take
 from tests.mutants import Rewrite, planted
-from workers.recording import record_image
+from workers.jobs.recording import record_image
 
 #: Messages that all workers together take in a tick.
 TAKEN_PER_TICK = 3

@@ -10,16 +10,16 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.database.tables import Base
 from common.domain import FrameFaces, JobKind, ObservedAt, ObservedAtSource, VideoInfo
+from common.reporting.cost_model import ENOUGH, Origin
 from common.settings import get_settings
-from common.tables import Base
-from common.throughput import ENOUGH, Origin
 from producer.estimate import Estimate, estimate
 from producer.submit import submit
 from tests.ledger_rows import claim, face, rows, scalar, take
 from tests.services import Bucket, locate, maskwatch
-from workers.aggregation import summarize
-from workers.recording import Picture, record_chunk, record_image, record_images, record_probe
+from workers.jobs.recording import Picture, record_chunk, record_image, record_images, record_probe
+from workers.summaries.aggregation import summarize
 
 
 def dry_run(bucket: Bucket, **options: Any) -> Estimate:

@@ -19,21 +19,21 @@ from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.broker import BrokerDownError
-from common.database import DatabaseDownError, engine, session_scope
+from common.database.sessions import DatabaseDownError, engine, session_scope
 from common.domain import Reason, SourceChangedError
-from common.queues import Queue, queue_length, redis_client
+from common.messaging.broker import BrokerDownError
+from common.messaging.queues import Queue, queue_length, redis_client
 from common.settings import Settings, StorageSettings, get_settings
-from common.storage import open_source
+from common.storage.store import open_source
 from producer.dispatch import dispatch, reconcile, request_summary
 from tests.chaos.lab import SMALL, Lab
 from tests.faults import Fault, faulty_s3
 from tests.ledger_rows import claim, face, planned, register, register_many, states, take
 from tests.ledger_rows import dispatch as dispatch_now
 from tests.services import QUICK, Bucket, Services, forget_settings, maskwatch, wait_until
-from workers.aggregation import summarize
-from workers.attempts import settle
-from workers.recording import record_image
+from workers.jobs.attempts import settle
+from workers.jobs.recording import record_image
+from workers.summaries.aggregation import summarize
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_a_connection_that_was_dropped_is_noticed_before_it_is_used(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     """The control: one that was used a moment ago is not asked, and breaks; those after it are new."""
-    monkeypatch.setattr("common.database.ALIVE_SECONDS", 0.0 if asked else 60.0)
+    monkeypatch.setattr("common.database.sessions.ALIVE_SECONDS", 0.0 if asked else 60.0)
     with session_scope() as session:
         ours = session.scalar(text("SELECT pg_backend_pid()"))
     with lab.engine.begin() as others:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.manifest import MODELS
-from common.model_figures import read_confusions
+from common.models.figures import read_confusions
+from common.models.manifest import MODELS
 from common.sample.source_images import astronaut
 from common.settings import PipelineSettings
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import model_figures
+from common.models import figures as model_figures
 from tests.pipelines import default_spec
 
 DATA = Path(os.environ.get("MASKWATCH_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
@@ -62,7 +62,7 @@ def test_the_kept_confusion_matrix_is_what_evaluation_finds(figures):
 
 def test_no_variant_of_a_held_out_face_was_learned_from():
     """The split is made again from the data; what it holds out is what the shipped list names."""
-    from workers.training import dataset
+    from workers.datasets import dataset
 
     samples = dataset.load([DATA / "faces", DATA / "scenes_train"]).samples
     split = dataset.split_by_group(samples, seed=42)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from common.cli.console import visible
+from common.cli.parts.console import visible
 from common.settings import get_settings
-from common.storage import FILE_BUCKET
+from common.storage.store import FILE_BUCKET
 from tests.hostile_media import KEYS, good
 from tests.ledger_rows import dispatch, rows, scalar
 from tests.services import Bucket, Services, locate, maskwatch
-from workers.jobs import run_jobs
+from workers.jobs.run import run_jobs
 
 #: What a terminal would do something at. (It is not part of the module under test on purpose.)
 ACTIVE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202e]")

@@ -37,14 +37,14 @@ from common.domain import (
 from common.ledger import ClaimedJob
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
-from common.storage import open_bucket
+from common.storage.store import open_bucket
 from tests.ledger_rows import NOON, dispatch, face, register, rows, scalar
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import Bucket, wait_until
-from workers import attempts, images
-from workers.attempts import UnfitWorkerError
-from workers.images import read_ahead
-from workers.jobs import run_jobs
+from workers.jobs import attempts, images
+from workers.jobs.attempts import UnfitWorkerError
+from workers.jobs.images import read_ahead
+from workers.jobs.run import run_jobs
 
 
 @dataclass

@@ -14,17 +14,17 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
+from common.database.tables import Base
 from common.domain import MaskwatchError
 from common.settings import get_settings
-from common.storage import open_bucket
-from common.tables import Base
-from producer import discover, estimate, submit
+from common.storage.store import open_bucket
+from producer import estimate, listing, submit
 from producer.submit import BackfillReport, Restore
 from tests import inventories
 from tests.inventories import DELIVERY, VERSIONED, csv_file, data_file, deliver, rows_of
 from tests.ledger_rows import claim, rows, scalar, states, take
 from tests.services import Bucket, kill_tree, locate, maskwatch, wait_until
-from workers.attempts import settle
+from workers.jobs.attempts import settle
 
 LAYOUTS = ("CSV", "Parquet")
 
@@ -33,7 +33,7 @@ LAYOUTS = ("CSV", "Parquet")
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of three objects, so that a few are an inventory of several."""
     monkeypatch.setattr(
-        submit, "plan_pages", lambda objects, rules, batch=3: discover.plan_pages(objects, rules, batch=3)
+        submit, "plan_pages", lambda objects, rules, batch=3: listing.plan_pages(objects, rules, batch=3)
     )
 
 
@@ -141,7 +141,7 @@ def test_a_cursor_that_is_ahead_of_what_was_registered_loses_objects(session: Se
 SLOWLY = """
 import time
 from common.cli import main
-from producer import discover, submit
+from producer import listing as discover, submit
 
 def slowly(objects, rules, batch=3):
     for page in discover.plan_pages(objects, rules, batch=3):

@@ -15,19 +15,20 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from common import catalog, ledger
-from common.database import engine, make_engine, session_scope, sql
+from common import ledger
+from common.catalog import places
+from common.database.sessions import engine, make_engine, session_scope, sql
 from common.domain import JobRef, JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
 from common.ledger import ClaimedJob, StaleJobError, transitions
 from common.ledger import attempts as attempts_of_ledger
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
-from common.storage import FILE_BUCKET
+from common.storage.store import FILE_BUCKET
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states, take
 from tests.mutants import UNFENCED_CLAIM, UNFENCED_SUCCESS, planted
 from tests.services import wait_until
-from workers import attempts
-from workers.recording import record_image
+from workers.jobs import attempts
+from workers.jobs.recording import record_image
 
 SEEN = ObservedAt(NOON, ObservedAtSource.KEY_PATTERN)
 
@@ -451,8 +452,8 @@ def test_what_no_pattern_could_place_waits_for_one_that_can(session: Session) ->
     lost = replace(planned("a.jpg"), observed_at=None, reason=Reason.TIME_PATTERN_MISMATCH, detail="no")
     register(session, lost)
     assert ledger.retry(session, by="op") == []  # it would count under its upload time
-    location = catalog.add_location(session, "tokyo", "Asia/Tokyo")
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
+    location = places.add_location(session, "tokyo", "Asia/Tokyo")
+    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
     ledger.register(
         session, [planned("a.jpg")], location=location, camera=None, pipeline=pipeline, lane=Lane.BACKFILL
     )  # another location's clock must not place it

@@ -17,9 +17,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, text
 
 import migrations
-from common.database import SCHEMA_REVISION
+from common.database.partitions import ensure_partitions, month_of, split_default
+from common.database.sessions import SCHEMA_REVISION
 from common.domain import MaskwatchError
-from common.partitions import ensure_partitions, month_of, split_default
 from tests.services import Services, maskwatch
 
 

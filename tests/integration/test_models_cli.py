@@ -30,13 +30,13 @@ from click.testing import CliRunner, Result
 
 from common.cli import cli
 from common.domain import MaskwatchError
-from common.manifest import MODELS, Model, ModelFile, ModelKind
-from common.pins import PINS_FILE, read_pins
+from common.models.manifest import MODELS, Model, ModelFile, ModelKind
+from common.models.pins import PINS_FILE, read_pins
 from common.settings import get_settings
 from tests.pipelines import default_spec
 from tests.services import maskwatch, wait_until
-from workers import acquisition
-from workers.bundles import MANIFEST
+from workers.weights import download
+from workers.weights.bundles import MANIFEST
 
 CONTENTS = {"one.pt": b"1" * 3_000_000, "two.pt": b"2" * 1000}
 needs_torch = pytest.mark.skipif(
@@ -213,7 +213,7 @@ def test_redirects_within_http_are_followed(cache: Path, pair: Model, server: Se
 @pytest.mark.parametrize("to", ["http://mirror.invalid/a", "ftp://mirror.invalid/a"])
 def test_https_is_never_left(to: str) -> None:
     request = Request("https://mirror.invalid/a?signature=s3cret")
-    follow = acquisition._Redirects().redirect_request
+    follow = download._Redirects().redirect_request
     with pytest.raises(MaskwatchError, match=r"from https to .* is refused") as caught:
         follow(request, io.BytesIO(), 302, "Found", {}, to)
     assert "s3cret" not in str(caught.value)
@@ -228,7 +228,7 @@ def test_a_server_that_is_not_there(cache: Path, pair: Model) -> None:
 def test_a_server_that_falls_silent_is_given_up(
     cache: Path, pair: Model, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acquisition, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     server.serve("one.pt", ONE)
     server.stall = True
     assert "timed out" in refused(cache, "pull", "pair", "--url", server.url)
@@ -351,7 +351,7 @@ def test_a_pull_checks_that_weights_fit_before_it_remembers_their_hash(
     cache: Path, unpublished: None, seeded: bytes, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if the manifest named this server: it speaks no https, which is what a URL of the manifest must be.
-    monkeypatch.setattr(acquisition, "_source", lambda model, file, url: server.url + file.name)
+    monkeypatch.setattr(download, "_source", lambda model, file, url: server.url + file.name)
     server.serve(FILE, b"<html>the file has moved</html>")
     assert "weights" in refused(cache, "pull", NAME)
     server.serve(FILE, seeded)
@@ -589,14 +589,14 @@ import sys
 sys.modules["torch"] = None
 from dataclasses import replace
 import numpy as np
-from common.manifest import MODELS, ModelFile
+from common.models.manifest import MODELS, ModelFile
 MODELS[{NAME!r}] = replace(MODELS[{NAME!r}], files=(ModelFile({FILE!r}, None),))
 from common.settings import PipelineSettings
-from workers.bundles import import_bundle
+from workers.weights.bundles import import_bundle
 from workers.detection.registry import load_detector
 from workers.inference import Runtime
-from workers.structure import check_fits
-from workers.weights import cache_folder
+from workers.detection.structure import check_fits
+from workers.weights.files import cache_folder
 import_bundle(__import__("pathlib").Path({str(tmp_path / "bundle")!r}), check_fits)
 detector = load_detector(PipelineSettings(detector={NAME!r}).spec(cache_folder()), Runtime())
 detector.detect(np.zeros((64, 64, 3), np.uint8))

@@ -12,8 +12,8 @@ from redis import Redis
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import partitions
-from common.database import engine
+from common.database import partitions
+from common.database.sessions import engine
 from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states

@@ -15,8 +15,8 @@ from common.ledger import StaleJobError
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import maskwatch
-from workers.aggregation import summarize
-from workers.recording import record_image
+from workers.jobs.recording import record_image
+from workers.summaries.aggregation import summarize
 
 SEEN = ObservedAt(NOON, ObservedAtSource.KEY_PATTERN)
 ADA = {"MASKWATCH_OPERATOR": "Ada"}

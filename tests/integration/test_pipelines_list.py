@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from common import catalog, model_figures
+from common.catalog import places
 from common.cli import cli
-from common.model_figures import Confusion, keep_confusion
+from common.models import figures
+from common.models.figures import Confusion, keep_confusion
 from tests.pipelines import default_spec
 
 SPEC = default_spec()
@@ -20,15 +21,15 @@ SPEC = default_spec()
 def kept(tmp_path, monkeypatch):
     confusion = Confusion("compact", SPEC.classifier.sha256, (96, 4, 7), (1, 99, 3), SPEC.uncertain_below, "200 faces")
     keep_confusion(tmp_path / "figures.json", confusion)
-    monkeypatch.setattr(model_figures, "SHIPPED", tmp_path / "figures.json")
-    model_figures._shipped.cache_clear()
+    monkeypatch.setattr(figures, "SHIPPED", tmp_path / "figures.json")
+    figures._shipped.cache_clear()
     yield confusion
-    model_figures._shipped.cache_clear()
+    figures._shipped.cache_clear()
 
 
 def test_a_pipeline_shows_how_often_its_classifier_is_right(kept, session):
-    catalog.ensure_pipeline(session, SPEC)
-    catalog.ensure_pipeline(session, replace(SPEC, uncertain_below=0.9))
+    places.ensure_pipeline(session, SPEC)
+    places.ensure_pipeline(session, replace(SPEC, uncertain_below=0.9))
     session.commit()
     result = CliRunner().invoke(cli, ["pipelines", "list", "--json"], catch_exceptions=False)
     known, unknown = json.loads(result.stdout)

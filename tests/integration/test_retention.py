@@ -19,7 +19,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.database import engine
+from common.database.partitions import ensure_partitions
+from common.database.sessions import engine
+from common.database.tables import Base
 from common.domain import (
     FrameFaces,
     MaskwatchError,
@@ -31,14 +33,12 @@ from common.domain import (
     VideoInfo,
 )
 from common.ledger import ClaimedJob, StaleJobError, registration
-from common.partitions import ensure_partitions
-from common.tables import Base
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, rows, scalar, states
 from tests.photos import face_jpeg
 from tests.services import Bucket, locate, maskwatch, wait_until
-from workers import purging
-from workers.aggregation import summarize
-from workers.recording import record_chunk, record_image
+from workers.jobs.recording import record_chunk, record_image
+from workers.summaries import purging
+from workers.summaries.aggregation import summarize
 
 JANUARY, FEBRUARY, MARCH = (datetime(2026, month, 1, tzinfo=UTC) for month in (1, 2, 3))
 SUMMARY = "SELECT hour, frames, faces FROM compliance_hourly ORDER BY hour"
@@ -386,7 +386,7 @@ def _analyse_elsewhere(session: Session, bucket: Bucket, folder: Path, before: s
     session.rollback()
     code = (
         f"{before}\nimport uuid\nfrom common.domain import JobRef\nfrom common.settings import get_settings\n"
-        "from workers.jobs import run_jobs\n"
+        "from workers.jobs.run import run_jobs\n"
         f"run_jobs([JobRef({ref.id}, uuid.UUID('{ref.token}'))], worker='w/1', settings=get_settings())"
     )
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common.queues import Queue, TaskName, encode_refs, queue_length, redis_client, send
+from common.messaging.queues import Queue, TaskName, encode_refs, queue_length, redis_client, send
 from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states

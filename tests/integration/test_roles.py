@@ -13,8 +13,9 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
-from common import roles, schedule
-from common.tables import Base
+from common.catalog import schedule
+from common.database import roles
+from common.database.tables import Base
 from tests.ledger_rows import scalar, states
 from tests.photos import face_jpeg
 from tests.services import QUICK, Bucket, Services, locate, maskwatch, running, wait_until

@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from common.domain import Face
-from common.manifest import MODELS, ModelKind
+from common.models.manifest import MODELS, ModelKind
 from tests.photos import portrait
 from tests.pipelines import default_spec
+from workers.analysis.analyzer import load_analyzer
 from workers.classification.registry import load_classifier
 from workers.inference import Engine, Runtime
-from workers.pipeline import load_analyzer
 
 pytestmark = [
     pytest.mark.train,
@@ -87,9 +87,9 @@ def test_the_whole_pipeline_finds_the_same_faces(report: list[str]) -> None:
 
 def test_another_rounding_of_the_weights_would_be_noticed() -> None:
     """The control: weights of eight bits are too far off."""
+    from workers.classification.keras_session import KerasSession, to_keras
     from workers.classification.network_classifier import NetworkMaskClassifier
-    from workers.inference.keras_session import KerasSession, to_keras
-    from workers.weights import read_model
+    from workers.weights.files import read_model
 
     spec = default_spec()
     model = to_keras(read_model(spec.classifier), "rounded")

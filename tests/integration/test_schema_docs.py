@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.database.tables import Base
 from common.domain import JobState
-from common.tables import Base
 from tests.integration.reporting.archive import Archive
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "schema.md").read_text(encoding="utf-8")

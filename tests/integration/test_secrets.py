@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
-from common.queues import TaskName, send
+from common.messaging.queues import TaskName, send
 from tests.redis_server import PASSWORD as REDIS_PASSWORD
 from tests.redis_server import redis_server, shipped_users
 from tests.services import QUICK, Services, forget_settings, kill_tree, locate, maskwatch, running, wait_until
@@ -31,7 +31,7 @@ MARKS = ("Db-Secr3t", "p/ss:w@rd", "p%2Fss", "Aws-Secr3t", "Wr0ng-Secr3t")
 
 #: Makes the task fail in a way that nobody thought of, with secrets at hand in its frame.
 FAULT = """
-import workers.jobs
+import workers.jobs.run
 
 def run_jobs(*arguments, **options):
     from common.settings import get_settings
@@ -39,7 +39,7 @@ def run_jobs(*arguments, **options):
     url, password = database.url.get_secret_value(), database.password.get_secret_value()
     raise RuntimeError({said})
 
-workers.jobs.run_jobs = run_jobs
+workers.jobs.run.run_jobs = run_jobs
 """
 
 

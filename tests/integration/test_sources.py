@@ -9,18 +9,18 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import ledger, sources
-from common.cli.waiting import wait_for
+from common import ledger
+from common.cli.parts.waiting import wait_for
 from common.domain import JobRef, MaskwatchError, PausePolicy, Reason
-from common.ledger import StaleJobError
+from common.ledger import StaleJobError, circuit_breaker
 from common.settings import Settings, get_settings
 from producer import dispatch as dispatching
 from tests.faults import faulty_s3
 from tests.ledger_rows import claim, dispatch, planned, register, register_many, rows, scalar, states, take
 from tests.photos import face_jpeg
 from tests.services import Bucket, locate, maskwatch
-from workers.jobs import run_jobs
-from workers.recording import record_image
+from workers.jobs.recording import record_image
+from workers.jobs.run import run_jobs
 
 POLICY = PausePolicy(after_refusals=3, seconds=60, cap_seconds=600)
 
@@ -48,14 +48,14 @@ def test_a_denied_object_among_good_ones_is_quarantined(session: Session) -> Non
         record_image(session, good, [], good.observed_at)
         session.commit()
     assert states(session) == {"quarantined": 3, "succeeded": 3}
-    assert sources.list_paused(session) == []
+    assert circuit_breaker.list_paused(session) == []
 
 
 def test_a_source_that_denies_everything_pauses_and_loses_nothing(session: Session) -> None:
     register_many(session, 8)
     refuse(session, 4)
     assert states(session) == {"pending": 4, "quarantined": 2, "retry_wait": 2}
-    (paused,) = sources.list_paused(session)
+    (paused,) = circuit_breaker.list_paused(session)
     assert (paused.bucket, paused.reason, paused.detail) == ("s3://footage", "access_denied", "denied")
     assert dispatch(session) == []
     # What was quarantined before the source was found out waits, too.
@@ -81,7 +81,7 @@ def test_what_was_quarantined_before_for_a_reason_of_its_own_stays(session: Sess
     ledger.quarantine(session, other, Reason.UNREADABLE_IMAGE, "the source gave it")  # and so answered
     session.commit()
     refuse(session, 3)
-    assert len(sources.list_paused(session)) == 1
+    assert len(circuit_breaker.list_paused(session)) == 1
     assert ledger.recover_refused(session, policy=POLICY, max_attempts=10) == 2
     session.commit()
     assert sorted(row.reason for row in rows(session, "SELECT reason FROM jobs WHERE state = 'quarantined'")) == [
@@ -102,14 +102,14 @@ def test_a_paused_source_is_tried_with_one_job_at_a_time(session: Session) -> No
     assert 110 < scalar(session, waits) <= 120  # twice the first wait
     ledger.refuse(session, job, Reason.ACCESS_DENIED, "still", policy=POLICY, max_attempts=10, base=1, cap=1)
     session.commit()
-    assert dispatch(session) == [] and len(sources.list_paused(session)) == 1
+    assert dispatch(session) == [] and len(circuit_breaker.list_paused(session)) == 1
     (ref,) = trial(session)
     assert ref.id != job.ref.id  # another object: the first may be the only bad one
     (job,) = claim(session, [ref])
     assert job.observed_at is not None
     record_image(session, job, [], job.observed_at)
     session.commit()
-    assert sources.list_paused(session) == []
+    assert circuit_breaker.list_paused(session) == []
     assert len(dispatch(session)) == 3
 
 
@@ -159,7 +159,7 @@ def test_an_operator_resumes_a_source_and_that_is_recorded(session: Session) -> 
     again = maskwatch("sources", "resume", "s3://footage")
     assert again.returncode == 1 and "s3://footage is not paused (paused: none is)" in again.stderr
     with pytest.raises(MaskwatchError):
-        sources.resume(session, "s3://unheard-of")
+        circuit_breaker.resume(session, "s3://unheard-of")
 
 
 def test_a_bucket_that_denies_and_then_gives(
@@ -183,7 +183,7 @@ def test_a_bucket_that_denies_and_then_gives(
         assert maskwatch("backfill", bucket.uri, "--location", "lobby").returncode == 0
         settings = get_settings()
         work(session, settings)
-        assert len(sources.list_paused(session)) == 1
+        assert len(circuit_breaker.list_paused(session)) == 1
         dispatching.reconcile(settings)
         assert set(states(session)) <= {"retry_wait", "pending"}
         faults.clear()
@@ -192,7 +192,7 @@ def test_a_bucket_that_denies_and_then_gives(
             if states(session) == {"succeeded": 6}:
                 break
     assert states(session) == {"succeeded": 6}
-    assert sources.list_paused(session) == []
+    assert circuit_breaker.list_paused(session) == []
 
 
 def test_who_waits_is_told_of_a_pause(session: Session, capsys: pytest.CaptureFixture[str]) -> None:

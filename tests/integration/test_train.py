@@ -184,7 +184,7 @@ def test_onnx_and_keras_agree_in_batches_of_any_size(network, settings, tmp_path
 def test_keras_finds_its_weights_in_the_onnx_file(network, settings, tmp_path, half):
     import onnxruntime
 
-    from workers.inference.keras_session import to_keras
+    from workers.classification.keras_session import to_keras
     from workers.training.export import export_onnx
 
     crops = coarse_crops(4, 9)

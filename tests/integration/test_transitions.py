@@ -17,11 +17,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import ledger
+from common.database.tables import Location
 from common.domain import AttemptOutcome, JobKind, JobRef, JobState, Lane, ObservedAt, ObservedAtSource, Reason
 from common.ledger import ClaimedJob, Placement, StaleJobError, registration
 from common.ledger.states import FINAL_STATES, HOLDS, LISTED, as_markdown
 from common.ledger.transitions import Attempt, Unless, transition
-from common.tables import Location
 from tests.ledger_rows import NOON, planned, register, rows
 from tests.pipelines import default_spec
 

@@ -20,12 +20,10 @@ from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
 import migrations
-from common import __version__, ledger, versions
-from common.database import SCHEMA_REVISION, session_scope
-from common.domain import MaskwatchError
-from common.queues import encode_refs
-from common.settings import get_settings
-from common.versions import (
+from common import __version__, ledger
+from common.database import versions
+from common.database.sessions import SCHEMA_REVISION, session_scope
+from common.database.versions import (
     AGGREGATION_LOCK,
     MIGRATION_LOCK,
     NewerSchemaError,
@@ -37,13 +35,17 @@ from common.versions import (
     parse,
     wait_for_permission,
 )
+from common.domain import MaskwatchError
+from common.messaging.queues import encode_refs
+from common.settings import get_settings
 from migrations.compatibility import set_oldest
 from tests.ledger_rows import claim, dispatch, face, planned, register, rows, scalar, states
 from tests.services import forget_settings, maskwatch, running, wait_until
-from workers import attempts, tasks
-from workers.aggregation import summarize, summarize_batch
-from workers.jobs import run_jobs
-from workers.recording import record_image
+from workers import tasks
+from workers.jobs import attempts
+from workers.jobs.recording import record_image
+from workers.jobs.run import run_jobs
+from workers.summaries.aggregation import summarize, summarize_batch
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,17 +17,19 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
-from common import catalog, ledger, metrics
+from common import ledger
+from common.catalog import places
 from common.domain import Face, JobRef, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
+from common.observability import metrics
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
-from common.storage import open_bucket
+from common.storage.store import open_bucket
 from tests.ledger_rows import dispatch, rows, scalar, states
 from tests.mutants import UNFENCED, planted
 from tests.services import Bucket, Services
 from tests.videos import make_video, number_of
-from workers import attempts
-from workers.jobs import run_jobs
+from workers.jobs import attempts
+from workers.jobs.run import run_jobs
 
 #: Nine seconds before an hour begins.
 BEGAN = datetime(2026, 3, 2, 11, 59, 51, tzinfo=UTC)
@@ -67,8 +69,8 @@ def analyzer(monkeypatch: pytest.MonkeyPatch) -> ReadingAnalyzer:
 def plan(session: Session, bucket: Bucket, key: str, content: bytes) -> None:
     """Put a video into the bucket and register what lies there, in a zone whose hours begin at half past in UTC."""
     bucket.put(key, content)
-    location = catalog.add_location(session, "lobby", "UTC")
-    pipeline = catalog.ensure_pipeline(session, get_settings().pipeline_spec())
+    location = places.add_location(session, "lobby", "UTC")
+    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
     location.promoted_pipeline_id = pipeline.id
     found = PlannedObject(
         open_bucket(bucket.uri).stat(key), MediaKind.VIDEO, ObservedAt(BEGAN, ObservedAtSource.KEY_PATTERN)

@@ -11,19 +11,20 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import producer.dispatch
-from common import catalog, ledger
-from common.cli.waiting import in_words
+from common import ledger
+from common.catalog import places
+from common.cli.parts.waiting import in_words
 from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, Reason, VideoInfo
 from common.ledger import ClaimedJob, Progress, StaleJobError
+from common.messaging.queues import Queue, list_of, queue_length, redis_client
 from common.planning import PlannedObject, chunk_ranges
-from common.queues import Queue, list_of, queue_length, redis_client
 from common.settings import get_settings
-from common.storage import ObjectInfo
+from common.storage.store import ObjectInfo
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.pipelines import default_spec
 from tests.services import forget_settings
-from workers.recording import record_chunk, record_probe
+from workers.jobs.recording import record_chunk, record_probe
 
 BEGAN = ObservedAt(NOON, ObservedAtSource.CREATION_TIME)
 INFO = VideoInfo("mp4", "h264", 640, 480, 25.0, 0, 150.0, NOON)
@@ -31,8 +32,8 @@ INFO = VideoInfo("mp4", "h264", 640, 480, 25.0, 0, 150.0, NOON)
 
 def plan_video(session: Session, etag: str = "e1", *, sample_fps: float = 1.0, key: str = "gate.mp4") -> None:
     """Register a video, as a backfill with this sampling does."""
-    location = catalog.add_location(session, "lobby", "UTC")
-    pipeline = catalog.ensure_pipeline(session, default_spec(sample_fps=sample_fps))
+    location = places.add_location(session, "lobby", "UTC")
+    pipeline = places.ensure_pipeline(session, default_spec(sample_fps=sample_fps))
     location.promoted_pipeline_id = pipeline.id
     info = ObjectInfo("s3://footage", key, etag, 1000, NOON + timedelta(seconds=len(etag)))
     video = PlannedObject(info, MediaKind.VIDEO, None)
@@ -172,9 +173,9 @@ def test_a_version_that_comes_back_is_probed_again_and_may_get_other_chunks(sess
                 ObjectInfo("s3://footage", "gate.mp4", "e1", 1000, NOON + timedelta(hours=1)), MediaKind.VIDEO, None
             )
         ],
-        location=catalog.get_location(session, "lobby"),
+        location=places.get_location(session, "lobby"),
         camera=None,
-        pipeline=catalog.ensure_pipeline(session, get_settings().pipeline_spec()),
+        pipeline=places.ensure_pipeline(session, get_settings().pipeline_spec()),
         lane=Lane.BACKFILL,
     )
     session.commit()

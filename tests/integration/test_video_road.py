@@ -16,7 +16,7 @@ from PIL import Image
 from sqlalchemy.orm import Session
 
 from common.domain import JobRef
-from common.queues import TaskName, encode_refs, send
+from common.messaging.queues import TaskName, encode_refs, send
 from common.settings import get_settings
 from producer import dispatch
 from producer.submit import submit
@@ -25,7 +25,7 @@ from tests.mutants import UNFENCED, planted_in_processes
 from tests.photos import portrait
 from tests.services import QUICK, Bucket, Services, forget_settings, kill_tree, locate, maskwatch, running, wait_until
 from tests.videos import make_video
-from workers.aggregation import summarize
+from workers.summaries.aggregation import summarize
 
 #: What a second of video takes to analyse must be long against a poll of the database, and short all the same.
 FPS, SECONDS, CHUNK_SECONDS = 5, 8, 2

@@ -27,10 +27,10 @@ from tests.ledger_rows import rows, scalar, states, take
 from tests.mutants import injected
 from tests.photos import face_jpeg
 from tests.services import QUICK, Bucket, Services, forget_settings, locate, maskwatch, running, wait_until
-from workers import attempts
+from workers.analysis.analyzer import Analyzer
 from workers.detection import Detections
-from workers.jobs import run_jobs
-from workers.pipeline import Analyzer
+from workers.jobs import attempts
+from workers.jobs.run import run_jobs
 
 #: A busy machine takes its time to start a child and to load its models.
 LONG = 400
@@ -38,7 +38,7 @@ LONG = 400
 #: What a fault has to do with in the worker: `number` tells a picture, `note` writes a line to a file of the test.
 ANALYZE = """
 import os
-from workers.pipeline import Analyzer
+from workers.analysis.analyzer import Analyzer
 
 analyze = Analyzer._analyze
 
@@ -341,7 +341,7 @@ def test_without_giving_back_jobs_are_charged_with_the_full_disk(
 ) -> None:
     quick.setenv("MASKWATCH_LEDGER__LEASE_SECONDS", "30")
     enqueue_faces(session, bucket, 3)
-    off = "from workers import attempts\nattempts._release_if_possible = lambda job: None"
+    off = "from workers.jobs import attempts\nattempts._release_if_possible = lambda job: None"
     with at_work(tmp_path, injected(tmp_path, off)):
         wait_until(
             lambda: scalar(session, "SELECT sum(lost_leases) FROM jobs") > 0, seconds=LONG, what="a lease that ran out"

@@ -20,8 +20,8 @@ import yaml
 from click.testing import CliRunner
 
 from common.cli import COMMANDS, cli
-from common.metrics import TICKS
-from common.queues import ROUTES, Queue
+from common.messaging.queues import ROUTES, Queue
+from common.observability.metrics import TICKS
 from common.settings import Settings
 from tests.deployed import DEPLOY, ROOT, compose, dashboards, expressions, manifests, metrics_of, rules, targets
 
@@ -173,7 +173,7 @@ def queue_of(command: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
         yield Settings()
 
     with monkeypatch.context() as patched:
-        patched.setattr("common.cli.serving.deployment", deployment)
+        patched.setattr("common.cli.parts.serving.deployment", deployment)
         for module in ("workers.cli.worker", "workers.cli.aggregator", "producer.cli.producer"):
             patched.setattr(f"{module}.serve", lambda queue, *_, **__: served.append(queue))
         patched.setattr("workers.cli.worker.require_runtime", lambda *_: None)
@@ -402,7 +402,7 @@ def test_the_reader_of_expressions_sees_metrics_and_labels() -> None:
 
 
 def test_the_documents_name_every_metric() -> None:
-    from common.metrics import METRICS
+    from common.observability.metrics import METRICS
     from producer.gauges import GAUGES
 
     operations = (ROOT / "docs/operations.md").read_text()

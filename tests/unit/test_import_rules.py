@@ -103,12 +103,12 @@ def test_only_the_demo_uses_the_sample_footage() -> None:
 def test_another_user_of_the_sample_footage_is_found(tmp_path: Path, planted: str) -> None:
     for name, source in (
         ("common/sample/footage.py", "from common.sample import people\n"),
-        ("workers/images.py", planted),
-        ("workers/videos.py", '"""Not common/sample."""\nfrom common import samples\nNAME = "common.samples"\n'),
+        ("workers/jobs/images.py", planted),
+        ("workers/jobs/videos.py", '"""Not common/sample."""\nfrom common import samples\nNAME = "common.samples"\n'),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source)
-    assert users_of_sample(tmp_path) == {Path("workers/images.py")}
+    assert users_of_sample(tmp_path) == {Path("workers/jobs/images.py")}
 
 
 def foreign_to_sample(paths: list[Path]) -> set[str]:
@@ -140,18 +140,18 @@ def reachable(start: str) -> set[str]:
 @pytest.mark.parametrize(
     "start",
     [
-        "workers.pipeline",
-        "workers.decoding",
+        "workers.analysis.analyzer",
+        "workers.media.images",
         "workers.inference",
-        "workers.containers",
-        "workers.sampling",
-        "workers.frames",
-        "workers.overlap",
+        "workers.media.containers",
+        "workers.media.sampling",
+        "workers.media.frames",
+        "workers.media.prefetch",
     ],
 )
 def test_the_pipeline_knows_neither_queue_nor_database(start: str) -> None:
     modules = reachable(start)
-    assert start in modules and "common.domain" in reachable("workers.pipeline")
+    assert start in modules and "common.domain" in reachable("workers.analysis.analyzer")
     found = {
         name: roots(file) & {"celery", "kombu", "sqlalchemy", "psycopg", "redis"}
         for name in modules

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from common.domain import PipelineSpec
-from common.manifest import ModelKind, known_model
-from workers.classification import MaskClassifier
+from common.models.manifest import ModelKind, known_model
+from workers.classification import MaskClassifier, keras_session
 from workers.classification.network_classifier import NetworkMaskClassifier
-from workers.inference import Engine, Runtime, keras_session, onnx_session
+from workers.inference import Engine, Runtime, onnx_session
 
 
 def load_classifier(spec: PipelineSpec, runtime: Runtime) -> MaskClassifier:
     """The classifier of a pipeline.
 
-    Raises `MaskwatchError` for an unknown name, else errors as `workers.pipeline.load_analyzer`.
+    Raises `MaskwatchError` for an unknown name, else errors as `workers.analysis.analyzer.load_analyzer`.
     """
     known_model(spec.classifier.name, ModelKind.CLASSIFIER)
     engine = keras_session if runtime.engine is Engine.NATIVE else onnx_session

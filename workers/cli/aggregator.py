@@ -6,10 +6,10 @@ import os
 
 import click
 
-from common.celery_app import serve
-from common.cli.serving import ready_to_serve
-from common.metrics import Role
-from common.queues import Queue
+from common.cli.parts.serving import ready_to_serve
+from common.messaging.celery_app import serve
+from common.messaging.queues import Queue
+from common.observability.metrics import Role
 from workers.lifecycle import prepare_drain
 
 

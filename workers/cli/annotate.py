@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from common.cli.console import json_option
-from common.cli.options import runtime_options
+from common.cli.parts.console import json_option
+from common.cli.parts.options import runtime_options
 from common.domain import MaskwatchError
 from common.planning import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 

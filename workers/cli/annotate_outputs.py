@@ -15,13 +15,13 @@ from typing import Any
 
 import click
 
-from common.cli.console import bar, note, print_json
-from common.database import session_scope
-from common.deployment import deployment, has_aws_configuration, uses_embedded_stack
+from common.cli.parts.console import bar, note, print_json
+from common.cli.parts.deployment import deployment, has_aws_configuration, uses_embedded_stack
+from common.database.sessions import session_scope
 from common.domain import Face, MaskStatus, MaskwatchError, PermanentJobError, SourceChangedError, TransientJobError
 from common.settings import Settings, get_settings
-from common.storage import ObjectInfo, ObjectStore, open_source
-from workers.annotate import (
+from common.storage.store import ObjectInfo, ObjectStore, open_source
+from workers.annotation.pictures import (
     Annotated,
     Found,
     annotate_pictures,
@@ -35,7 +35,7 @@ from workers.annotate import (
     read_frame,
     write_whole,
 )
-from workers.annotate_video import annotate_video, clock
+from workers.annotation.video import annotate_video, clock
 from workers.cli.annotate import Asked
 
 

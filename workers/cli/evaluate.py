@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from common.cli import console
-from common.cli.options import runtime_options
+from common.cli.parts import console
+from common.cli.parts.options import runtime_options
 from common.domain import MaskwatchError
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
@@ -75,7 +75,7 @@ def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path
 @click.option("--at", "at_px", type=AT_PX, metavar="PX", help="Scale larger faces down to PX pixels first.")
 @click.option(
     "--keep-confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Also keep the confusion matrix there for `maskwatch pipelines list`, as common/model_figures.json does.",
+    help="Also keep the confusion matrix there for `maskwatch pipelines list`, as common/models/figures.json does.",
 )  # fmt: skip
 @OUT
 @runtime_options

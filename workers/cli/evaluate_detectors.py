@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli import console
-from common.cli.console import percent
+from common.cli.parts import console
+from common.cli.parts.console import percent
 from common.domain import MaskwatchError, PermanentJobError, PipelineSpec
 from common.settings import Settings, get_settings
 from workers.cli.evaluate_output import chosen_spec, prepare_folder, write_metrics
 from workers.detection import FaceDetector
 from workers.detection.registry import detector_names, load_detector
+from workers.evaluation import plots
+from workers.evaluation.detectors import CURVE_FROM, DetectorResults, evaluate_detector
+from workers.evaluation.faces import COMBINED_BINS, SIZE_BINS
 from workers.inference import Runtime, limit_opencv_threads, runtime_of
-from workers.training import plots
-from workers.training.evaluate import COMBINED_BINS, SIZE_BINS
-from workers.training.evaluate_detectors import CURVE_FROM, DetectorResults, evaluate_detector
 
 
 def run(folder: Path, only: Sequence[str], out: Path | None, *, as_json: bool) -> None:

@@ -7,18 +7,19 @@ from typing import Any
 
 import click
 
-from common.cli import console
-from common.cli.console import percent, print_line
+from common.cli.parts import console
+from common.cli.parts.console import percent, print_line
 from common.domain import PipelineSpec
-from common.model_figures import Confusion
-from common.model_figures import keep_confusion as store_confusion
+from common.models.figures import Confusion
+from common.models.figures import keep_confusion as store_confusion
 from common.settings import get_settings
 from workers.classification.registry import load_classifier
 from workers.cli.evaluate_output import chosen_spec, draw_grids, prepare_folder, print_calibration, write_metrics
+from workers.datasets import dataset
+from workers.evaluation import plots
+from workers.evaluation.calibration import reliability_bins
+from workers.evaluation.faces import FaceResults, confusion_rows, evaluate_faces
 from workers.inference import limit_opencv_threads, runtime_of
-from workers.training import dataset, plots
-from workers.training.calibration import reliability_bins
-from workers.training.evaluate import FaceResults, confusion_rows, evaluate_faces
 
 #: The faces that were held out when the shipped classifiers were fitted.
 HELD_OUT = Path(__file__).parents[1] / "classification" / "weights" / "held_out.txt"

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import console
-from common.cli.console import percent, print_line
+from common.cli.parts import console
+from common.cli.parts.console import percent, print_line
 from common.domain import MaskwatchError, PipelineSpec
 from common.settings import Settings
-from workers.training import plots
-from workers.training.evaluate import Mistake
+from workers.evaluation import plots
+from workers.evaluation.faces import Mistake
 
 
 def chosen_spec(settings: Settings, detector: str | None, classifier: str | None) -> PipelineSpec:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.cli import console
-from common.cli.console import percent, print_line
+from common.cli.parts import console
+from common.cli.parts.console import percent, print_line
 from common.domain import PipelineSpec
 from common.settings import get_settings
+from workers.analysis.analyzer import load_analyzer
 from workers.cli.evaluate_output import (
     chosen_spec,
     decimals,
@@ -17,12 +18,11 @@ from workers.cli.evaluate_output import (
     print_calibration,
     write_metrics,
 )
+from workers.evaluation import plots
+from workers.evaluation.calibration import reliability_bins
+from workers.evaluation.faces import JUDGED_FROM_PX, confusion_rows
+from workers.evaluation.scenes import SceneResults, evaluate_scenes
 from workers.inference import runtime_of
-from workers.pipeline import load_analyzer
-from workers.training import plots
-from workers.training.calibration import reliability_bins
-from workers.training.evaluate import JUDGED_FROM_PX, confusion_rows
-from workers.training.evaluate_scenes import SceneResults, evaluate_scenes
 
 
 def run(folder: Path, detector: str | None, classifier: str | None, out: Path | None, *, as_json: bool) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 
 import click
 
-from common.cli import console
+from common.cli.parts import console
 from common.domain import MaskwatchError
-from common.pins import is_sha256
-from workers import acquisition
-from workers.acquisition import Placed, import_files, known_files
-from workers.bundles import MANIFEST, export_bundle, import_bundle
-from workers.structure import check_fits, derive
-from workers.weights import USABLE, WRONG, FileStatus, ModelStatus, cache_folder, examine, local_models
+from common.models.pins import is_sha256
+from workers.detection.structure import check_fits, derive
+from workers.weights import download
+from workers.weights.bundles import MANIFEST, export_bundle, import_bundle
+from workers.weights.download import Placed, import_files, known_files
+from workers.weights.files import USABLE, WRONG, FileStatus, ModelStatus, cache_folder, examine, local_models
 
 
 @click.group()
@@ -129,7 +129,7 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
     for name in dict.fromkeys(names) if names else _pullable(url):
         try:
             with console.bar(name, in_bytes=True) as bar:
-                done = acquisition.pull(name, check_fits, url=url, sha256=sha256, on_progress=bar.show)
+                done = download.pull(name, check_fits, url=url, sha256=sha256, on_progress=bar.show)
         except MaskwatchError as error:
             if not everything:
                 raise

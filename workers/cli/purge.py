@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 
 import click
 
-from common import audit, ledger
-from common.cli.console import json_option, note, print_json
-from common.database import session_scope
-from common.deployment import deployment
+from common import ledger
+from common.cli.parts.console import json_option, note, print_json
+from common.cli.parts.deployment import deployment
+from common.database.sessions import session_scope
 from common.domain import MaskwatchError
-from common.storage import named_object
-from workers import aggregation, purging
+from common.ledger import audit
+from common.storage.store import named_object
+from workers.summaries import aggregation, purging
 
 
 @click.command()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from common.cli.console import json_option, note, print_json
-from common.deployment import deployment
-from workers import aggregation
+from common.cli.parts.console import json_option, note, print_json
+from common.cli.parts.deployment import deployment
+from workers.summaries import aggregation
 
 
 @click.command()

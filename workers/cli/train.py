@@ -17,11 +17,11 @@ from typing import Any
 
 import click
 
-from common.cli import console
+from common.cli.parts import console
 from common.domain import MaskwatchError
-from common.manifest import MODELS
+from common.models.manifest import MODELS
 from workers.training import pretrained, recipes
-from workers.weights import read_model
+from workers.weights.files import read_model
 
 
 @click.command()
@@ -87,7 +87,8 @@ def train(
     click.get_current_context().with_resource(_folder(out))
     _load_keras()
     # Imported here: --help needs none of what they load, and Keras reads its settings when it is imported.
-    from workers.training import dataset, fit, results
+    from workers.datasets import dataset
+    from workers.training import fit, results
 
     settings = recipes.settings_for(recipes.Recipe(recipe), arch)
     settings = recipes.with_stages(settings, recipes.read_stages(stages) if stages else None, epochs)

@@ -6,17 +6,17 @@ import os
 
 import click
 
-from common.celery_app import serve
-from common.cli.console import note
-from common.cli.options import put_setting, runtime_options
-from common.cli.serving import ready_to_serve
+from common.cli.parts.console import note
+from common.cli.parts.options import put_setting, runtime_options
+from common.cli.parts.serving import ready_to_serve
 from common.machine import oversubscribed
-from common.metrics import Role
-from common.queues import Queue
+from common.messaging.celery_app import serve
+from common.messaging.queues import Queue
+from common.observability.metrics import Role
 from common.settings import get_settings
 from workers.inference import runtime_of
+from workers.jobs.preflight import require_runtime
 from workers.lifecycle import prepare_drain
-from workers.readiness import require_runtime
 
 
 @click.command()

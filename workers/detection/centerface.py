@@ -17,7 +17,7 @@ from workers.detection._ops import MIN_SIDE_PX, clip, has_area, nms
 from workers.detection._scaling import resize, scale_for
 from workers.inference import Engine, Runtime, Session
 from workers.inference.onnx_session import load_session, with_free_size
-from workers.weights import read_model
+from workers.weights.files import read_model
 
 #: Names of the network's outputs: centre heatmap (1 channel), log sizes (h, w), centre offsets (y, x).
 OUTPUTS = ("537", "538", "539")
@@ -57,7 +57,7 @@ class CenterFace:
 
 
 def load_centerface(spec: PipelineSpec, runtime: Runtime) -> CenterFace:
-    """The detector with the weights the pipeline pins. Errors as `workers.pipeline.load_analyzer`."""
+    """The detector with the weights the pipeline pins. Errors as `workers.analysis.analyzer.load_analyzer`."""
     if runtime.engine is Engine.ONNX:
         return CenterFace(spec, load_session(spec.detector, runtime, free_size_outputs=OUTPUTS))
     return CenterFace(spec, _torch_session(spec.detector, runtime))

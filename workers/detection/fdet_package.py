@@ -26,7 +26,7 @@ from workers.detection import Detections
 from workers.detection._ops import MIN_SIDE_PX, clip, has_area, nms
 from workers.inference import Runtime
 from workers.inference.torch_session import torch_device
-from workers.weights import read_files, read_model
+from workers.weights.files import read_files, read_model
 
 #: fdet's name of the backbone of each model of the manifest.
 BACKBONES = {"fdet-retinaface": "RESNET50", "fdet-retinaface-mobilenet": "MOBILENET"}
@@ -64,7 +64,7 @@ class Fdet:
 def load_fdet_retinaface(spec: PipelineSpec, runtime: Runtime) -> Fdet:
     """fdet's RetinaFace with the weights the pipeline pins. It runs under torch, whatever the runtime's engine.
 
-    Errors as `workers.pipeline.load_analyzer` and `workers.inference.torch_weights`.
+    Errors as `workers.analysis.analyzer.load_analyzer` and `workers.inference.torch_weights`.
     """
     return Fdet(_retinaface(spec.detector, spec.detector_threshold, runtime))
 

@@ -15,7 +15,7 @@ from workers.detection import Detections
 from workers.detection._ops import MIN_SIDE_PX, clip, has_area
 from workers.detection._scaling import resize, scale_for
 from workers.inference import Runtime, limit_opencv_threads
-from workers.weights import read_model
+from workers.weights.files import read_model
 
 #: Each window is this much larger than the one before, and a face needs this many windows that agree: OpenCV's own.
 GROWTH, NEIGHBOURS = 1.1, 3
@@ -61,7 +61,7 @@ class Haar:
 def load_haar(spec: PipelineSpec, runtime: Runtime) -> Haar:
     """The detector with the cascade the pipeline pins. It runs on the CPU, whatever the runtime's engine and device.
 
-    Errors as `workers.weights.read_files`, and `MaskwatchError` if the file holds no cascade.
+    Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the file holds no cascade.
     """
     limit_opencv_threads(runtime.threads)
     return Haar(spec, read_model(spec.detector))

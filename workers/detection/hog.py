@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, PipelineSpec
-from workers import weights
 from workers.detection import Detections
 from workers.detection._ops import MIN_SIDE_PX, clip, has_area
 from workers.detection._scaling import resize, scale_for
 from workers.inference import Runtime
+from workers.weights import files
 
 #: How often the picture is doubled before the search, beside the pipeline's own enlarging: the detector's window has
 #: 80 pixels, so once finds faces of 40.
@@ -52,7 +52,7 @@ def load_hog(spec: PipelineSpec, runtime: Runtime) -> Hog:
 
     Raises `MaskwatchError` where dlib isn't installed, or is another version than the pinned one.
     """
-    weights.require(spec.detector)
+    files.require(spec.detector)
     try:
         import dlib
     except ModuleNotFoundError as error:

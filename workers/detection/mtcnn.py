@@ -22,7 +22,7 @@ from workers.inference import Engine, Runtime, Session
 from workers.inference.derived import derived_onnx
 from workers.inference.faults import in_parts
 from workers.inference.onnx_session import make_session
-from workers.weights import read_files
+from workers.weights.files import read_files
 
 NAMES = ("pnet", "rnet", "onet")
 #: Raised when the exported files change: see `derived_onnx`.
@@ -99,7 +99,7 @@ class Mtcnn:
 def load_mtcnn(spec: PipelineSpec, runtime: Runtime) -> Mtcnn:
     """The detector with the weights the pipeline pins.
 
-    Errors as `workers.pipeline.load_analyzer`, `derived_onnx` and `mtcnn_network.load_weights`.
+    Errors as `workers.analysis.analyzer.load_analyzer`, `derived_onnx` and `mtcnn_network.load_weights`.
     """
     return Mtcnn(spec, *_sessions(spec.detector, runtime))
 

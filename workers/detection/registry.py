@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.domain import PipelineSpec
-from common.manifest import ModelKind, known_model
+from common.models.manifest import ModelKind, known_model
 from workers.detection import FaceDetector
 from workers.detection.centerface import load_centerface
 from workers.detection.fdet_package import load_fdet_mtcnn, load_fdet_retinaface
@@ -36,7 +36,7 @@ def detector_names() -> tuple[str, ...]:
 def load_detector(spec: PipelineSpec, runtime: Runtime) -> FaceDetector:
     """The detector of a pipeline.
 
-    Raises `MaskwatchError` for an unknown name, else errors as `workers.pipeline.load_analyzer`.
+    Raises `MaskwatchError` for an unknown name, else errors as `workers.analysis.analyzer.load_analyzer`.
     """
     name = known_model(spec.detector.name, ModelKind.DETECTOR).name
     return _LOADERS[name](spec, runtime)

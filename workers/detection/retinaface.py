@@ -22,7 +22,7 @@ from workers.detection._scaling import resize, scale_for
 from workers.inference import Engine, Runtime, Session
 from workers.inference.derived import derived_onnx
 from workers.inference.onnx_session import make_session
-from workers.weights import read_model
+from workers.weights.files import read_model
 
 #: The backbone of each model of the manifest.
 BACKBONES: dict[str, Literal["resnet50", "mobilenet"]] = {
@@ -60,7 +60,7 @@ class RetinaFace:
 def load_retinaface(spec: PipelineSpec, runtime: Runtime) -> RetinaFace:
     """The detector with the weights the pipeline pins.
 
-    Errors as `workers.pipeline.load_analyzer`, `derived_onnx` and `retinaface_network.load_weights`.
+    Errors as `workers.analysis.analyzer.load_analyzer`, `derived_onnx` and `retinaface_network.load_weights`.
     """
     return RetinaFace(spec, _session(spec.detector, runtime))
 

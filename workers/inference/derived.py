@@ -15,7 +15,7 @@ import structlog
 
 from common.domain import MaskwatchError, ModelRef
 from common.files import write_atomically
-from workers.weights import cache_folder
+from workers.weights.files import cache_folder
 
 FOLDER = "derived"
 #: Beside each file: its SHA-256, as 64 hexadecimal digits.

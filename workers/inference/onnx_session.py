@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, ModelRef
 from workers.inference import Runtime
-from workers.weights import read_model
+from workers.weights.files import read_model
 
 
 class OnnxSession:
@@ -43,7 +43,7 @@ def load_session(model: ModelRef, runtime: Runtime, *, free_size_outputs: Sequen
     free_size_outputs: for an image-to-maps network exported with a fixed picture size: makes batch, height
     and width free, and keeps only these outputs, in this order, and what they need.
 
-    Errors as `workers.weights.read_files`, and `MaskwatchError` if the device isn't there.
+    Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the device isn't there.
     """
     return _load_session(model, runtime, tuple(free_size_outputs))
 

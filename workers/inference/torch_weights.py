@@ -1,6 +1,6 @@
 """Reads files of torch weights without executing anything in them, and puts them into a network that they must fit.
 
-Whether a file is the pinned one is the business of `workers.weights`.
+Whether a file is the pinned one is the business of `workers.weights.files`.
 """
 
 from __future__ import annotations

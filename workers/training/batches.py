@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.classification import _ops
-from workers.training import augment
-from workers.training.annotations import CLASS_NAMES
-from workers.training.augment import MaskPosition
-from workers.training.dataset import FaceSample
+from workers.datasets import augment
+from workers.datasets.annotations import CLASS_NAMES
+from workers.datasets.augment import MaskPosition
+from workers.datasets.dataset import FaceSample
 from workers.training.recipes import FitSettings, Recipe
 
 #: Shares of a class: faces of scenes, faces of any kind whose mask is worn wrongly (rare, and the hardest), and

@@ -1,7 +1,7 @@
 """From a fitted network to what a worker runs: an ONNX file that was checked against the network it came from.
 
 The file holds what a worker needs to know, too: the architecture, so that Keras can run the same weights (see
-`workers.inference.keras_session`), the temperature that is already in the last layer, and how it was trained.
+`workers.classification.keras_session`), the temperature that is already in the last layer, and how it was trained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.domain import MaskwatchError
 from common.files import write_atomically
 from workers.classification import networks
-from workers.training.annotations import CLASS_NAMES
+from workers.datasets.annotations import CLASS_NAMES
 from workers.training.recipes import FitSettings
 
 #: ONNX operator set: old enough for every ONNX Runtime this project supports.

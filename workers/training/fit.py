@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
 from workers.classification import _ops, networks
-from workers.training import augment
+from workers.datasets import augment
+from workers.datasets.dataset import FaceSample
 from workers.training.batches import batches_for, epoch_batches
-from workers.training.dataset import FaceSample
 from workers.training.recipes import FitSettings, Recipe, compile_model
 
 #: Faces of scenes below this don't judge epochs: their labels are guesses.

@@ -19,13 +19,15 @@ from common.machine import threads_per_process
 from common.settings import PipelineSettings
 from workers.classification import networks
 from workers.classification.network_classifier import NetworkMaskClassifier
+from workers.datasets import augment
+from workers.datasets.annotations import CLASS_NAMES
+from workers.datasets.dataset import FaceSample, FaceSet, Split
+from workers.evaluation import plots
+from workers.evaluation.calibration import fit_temperature, reliability_bins
+from workers.evaluation.faces import FaceResults, evaluate_faces
 from workers.inference import Runtime
 from workers.inference.onnx_session import make_session
-from workers.training import augment, batches, export, fit, plots
-from workers.training.annotations import CLASS_NAMES
-from workers.training.calibration import fit_temperature, reliability_bins
-from workers.training.dataset import FaceSample, FaceSet, Split
-from workers.training.evaluate import FaceResults, evaluate_faces
+from workers.training import batches, export, fit
 from workers.training.fit import Progress
 from workers.training.recipes import FitSettings, Recipe
 

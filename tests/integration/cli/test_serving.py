@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.queues import Queue, TaskName, queue_length, redis_client, send
+from common.messaging.queues import Queue, TaskName, queue_length, redis_client, send
 from tests.services import Services, maskwatch, running, wait_until
 
 URLS = ("MASKWATCH_DATABASE__URL", "MASKWATCH_BROKER__URL")
@@ -52,7 +52,7 @@ def test_an_app_that_nobody_told_of_a_broker_would_look_for_another_kind_of_it_f
     services: Services, tmp_path: Path
 ) -> None:
     """What `serve` prevents, and the test above looks for."""
-    code = "from common.celery_app import app; app.worker_main(['worker', '-P', 'solo', '-l', 'INFO'])"
+    code = "from common.messaging.celery_app import app; app.worker_main(['worker', '-P', 'solo', '-l', 'INFO'])"
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=output)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy.orm import Session
 
-from common import catalog
-from common.cli.sessions import Say, with_session
+from common.catalog import places
+from common.cli.parts.sessions import Say, with_session
 from common.domain import MaskwatchError
 from tests.ledger_rows import scalar
 
@@ -21,7 +21,7 @@ def test_what_a_command_says_comes_after_the_commit(session: Session) -> None:
 
     @with_session
     def command(given: Session, name: str) -> Say:
-        catalog.add_location(given, name, "UTC")
+        places.add_location(given, name, "UTC")
         given.flush()
         seen.append(locations(session))
         return lambda: seen.append(locations(session))
@@ -33,12 +33,12 @@ def test_what_a_command_says_comes_after_the_commit(session: Session) -> None:
 def test_an_error_of_the_command_rolls_back_and_one_of_what_it_says_does_not(session: Session) -> None:
     @with_session
     def fails(given: Session) -> Say:
-        catalog.add_location(given, "lobby", "UTC")
+        places.add_location(given, "lobby", "UTC")
         raise MaskwatchError("no")
 
     @with_session
     def says_no(given: Session) -> Say:
-        catalog.add_location(given, "yard", "UTC")
+        places.add_location(given, "yard", "UTC")
 
         def say() -> None:
             raise MaskwatchError("done, but not all of it")

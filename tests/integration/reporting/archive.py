@@ -11,10 +11,10 @@ from zoneinfo import ZoneInfo
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from common import sources
+from common.database.tables import Camera, ComplianceHour, FaceRow, FrameCount, Job, Location, MediaObject, Pipeline
 from common.domain import JobKind, JobState, Lane, MaskStatus, MediaKind, ObservedAtSource
+from common.ledger import circuit_breaker
 from common.ledger.states import FINAL_STATES
-from common.tables import Camera, ComplianceHour, FaceRow, FrameCount, Job, Location, MediaObject, Pipeline
 
 Statuses = tuple[int, int, int]
 Row = TypeVar("Row")
@@ -55,7 +55,7 @@ class Archive:
         return self._add(
             Job(
                 media_object_id=media.id,
-                source_id=sources.ensure(self.session, media.bucket),
+                source_id=circuit_breaker.ensure(self.session, media.bucket),
                 pipeline_id=pipeline.id,
                 kind=JobKind.IMAGE,
                 lane=Lane.BACKFILL,

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.database.tables import DirtyMark
 from common.domain import JobState, MaskwatchError
 from common.reporting.queries import (
     Figures,
@@ -21,7 +22,6 @@ from common.reporting.queries import (
     quarantined,
     totals,
 )
-from common.tables import DirtyMark
 from tests.integration.reporting.archive import Archive
 
 BERLIN, KOLKATA = "Europe/Berlin", "Asia/Kolkata"

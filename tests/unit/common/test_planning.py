@@ -32,7 +32,7 @@ from common.planning import (
     resolve_local,
     zone,
 )
-from common.storage import ObjectInfo
+from common.storage.store import ObjectInfo
 
 BERLIN = ZoneInfo("Europe/Berlin")
 MODIFIED = datetime(2026, 7, 1, 12, tzinfo=UTC)

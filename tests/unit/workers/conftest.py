@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from common import manifest
 from common.domain import ModelRef
-from common.manifest import Model, ModelFile, ModelKind
+from common.models import manifest
+from common.models.manifest import Model, ModelFile, ModelKind
 
 
 def brightness_network(side: int = 64) -> bytes:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.blocks import BlockReader
 from common.domain import MaskStatus, PermanentJobError, Reason
 from common.sample import walkers
 from common.sample.footage import DAYS, TIME_ZONES, make_footage, schedule
 from common.sample.ground_truth import GroundTruth, StoredFace, TruePicture, compare_with_ground_truth
+from common.storage.blocks import BlockReader
 from tests.pipelines import default_spec
-from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface
 from workers.inference import Runtime
+from workers.media.containers import VideoFile
 
 PER_CAMERA = 12
 

@@ -24,11 +24,11 @@ from common.sample.ground_truth import (
 from common.sample.scenes import FILMED
 from common.sample.walkers import Shown, cast, film
 from tests.pipelines import default_spec
-from workers.containers import VideoFile
 from workers.detection.centerface import load_centerface
-from workers.frames import to_picture
 from workers.inference import Runtime
-from workers.sampling import Grid, Sampler
+from workers.media.containers import VideoFile
+from workers.media.frames import to_picture
+from workers.media.sampling import Grid, Sampler
 
 SCENE = FILMED["lobby", "corridor"]
 START = datetime(2026, 3, 28, 9, 15, tzinfo=UTC)

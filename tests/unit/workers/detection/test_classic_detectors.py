@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError
-from common.manifest import MODELS
+from common.models.manifest import MODELS
 from common.sample.source_images import astronaut
 from tests.detector_files import spec_of
 from workers.detection import FaceDetector, haar, hog

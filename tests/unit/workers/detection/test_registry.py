@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from common.domain import MaskwatchError, ModelRef
-from common.manifest import MODELS, ModelKind
+from common.models.manifest import MODELS, ModelKind
 from tests.detector_files import put_in_cache, saved, spec_of
-from workers import weights
 from workers.detection.registry import detector_names, load_detector
 from workers.inference import Engine, Runtime
+from workers.weights import files
 
 
 def test_every_detector_of_the_manifest_can_be_loaded_by_its_name() -> None:
@@ -28,8 +28,8 @@ def test_every_detector_of_the_manifest_can_be_loaded_by_its_name() -> None:
 
 def what_is_missing(name: str) -> str | None:
     """What a detector lacks on this machine, and how to get it; None if it can be loaded."""
-    status = weights.examine(weights.local_models()[name])
-    return None if status.state in weights.USABLE else status.detail
+    status = files.examine(files.local_models()[name])
+    return None if status.state in files.USABLE else status.detail
 
 
 def test_what_a_detector_lacks_is_told(cache: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, ModelRef, PermanentJobError
-from common.manifest import MODELS
+from common.models.manifest import MODELS
 from common.sample.source_images import astronaut
 from common.settings import get_settings
 from tests.detector_files import put_in_cache, saved, spec_of, use_cache
@@ -131,7 +131,7 @@ def test_once_made_the_onnx_file_needs_no_weights(cache: Path, random_mobilenet:
     path.write_bytes(export_onnx(random_mobilenet))
     with pytest.raises(MaskwatchError, match="maskwatch models import"):  # nothing vouches for it
         load_retinaface(spec_of(model), Runtime())
-    from workers.weights import sha256_of
+    from workers.weights.files import sha256_of
 
     path.with_name(path.name + ".sha256").write_text(sha256_of(path))
     assert len(load_retinaface(spec_of(model, 0.99), Runtime()).detect(np.zeros((20, 30, 3), np.uint8))) < 99

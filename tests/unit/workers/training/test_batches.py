@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from workers.datasets.augment import MaskPosition
+from workers.datasets.dataset import FaceSample
 from workers.training import batches, recipes
-from workers.training.augment import MaskPosition
 from workers.training.batches import FieldBatches, NotebookBatches
-from workers.training.dataset import FaceSample
 
 SIZE = 64
 

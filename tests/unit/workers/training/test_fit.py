@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from common.domain import MaskwatchError
+from workers.datasets.dataset import FaceSample
 from workers.training import fit, recipes
-from workers.training.dataset import FaceSample
 
 FIELD = recipes.settings_for(recipes.Recipe.FIELD, "compact")
 

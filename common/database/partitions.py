@@ -1,0 +1,70 @@
+"""Monthly partitions of `faces`: made ahead by the migrator and the planner, never by a worker.
+
+Each is made in a transaction of its own, by a function of the schema (`make_faces_partition`) under an advisory lock:
+made concurrently, or inside a writer's transaction, they fail or deadlock. Rows that arrived before their partition
+wait in `faces_default` and are moved when it is made. While somebody reads `faces` for long, that is put off: nothing
+is lost by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+import psycopg
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
+
+from common.observability.logs import get_logger
+
+log = get_logger(__name__)
+
+
+def month_of(instant: datetime) -> datetime:
+    """The first instant of the UTC month of an aware datetime."""
+    return instant.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+
+
+def partition_name(month: datetime) -> str:
+    return f"faces_{month:%Y_%m}"
+
+
+def ensure_partitions(engine: Engine, instants: Iterable[datetime]) -> list[str]:
+    """Make the partitions that these instants fall into; returns the names of the new ones.
+
+    One whose lock can't be had within two seconds is left for the next call.
+    """
+    days = {instant.astimezone(UTC).date() for instant in instants}
+    wanted = {datetime(day.year, day.month, 1, tzinfo=UTC) for day in days}
+    made = []
+    for month in sorted(wanted):
+        if not _exists(engine, month):
+            try:
+                made += _make(engine, month)
+            except OperationalError as error:
+                if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                    raise
+                log.warning("partition put off: its table is being read", partition=partition_name(month))
+    return made
+
+
+def split_default(engine: Engine) -> list[str]:
+    """Make the partitions that rows in `faces_default` wait for; returns their names."""
+    with engine.connect() as connection:
+        waiting = connection.execute(text("SELECT DISTINCT date_trunc('month', observed_at, 'UTC') FROM faces_default"))
+        months = [row[0] for row in waiting]
+    return ensure_partitions(engine, months)
+
+
+def _exists(engine: Engine, month: datetime) -> bool:
+    query = "SELECT FROM pg_class WHERE relname = :name AND relnamespace = current_schema()::regnamespace"
+    with engine.connect() as connection:
+        return connection.execute(text(query), {"name": partition_name(month)}).first() is not None
+
+
+def _make(engine: Engine, month: datetime) -> list[str]:
+    with engine.begin() as connection:
+        connection.execute(text("SET LOCAL lock_timeout = '2s'"))
+        # A function of the schema's owner: the planner needs no right to change tables.
+        made = connection.scalar(text("SELECT make_faces_partition(:month)"), {"month": month})
+    return [partition_name(month)] if made else []

@@ -1,0 +1,130 @@
+"""What Maskwatch changes in kombu, all of it: each change with its reason, and with what of kombu's it stands on.
+
+kombu's private parts may change in any release. So pyproject.toml names one version of kombu, and
+tests/unit/common/messaging/test_kombu_patches.py knows the source of every function of kombu's that is replaced or
+called here: it fails, with the function's name, where another version has another one. Knows neither our app nor our
+queues.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty
+from typing import Any, ClassVar
+
+from kombu.transport import redis as redis_transport
+from kombu.transport.virtual import QoS as CountedMessages
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from common.domain import MaskwatchError
+from common.observability.logs import get_logger
+
+log = get_logger(__name__)
+
+#: What kombu puts between the name of a queue and a priority other than 0.
+PRIORITY_SEPARATOR = "\x06\x16"
+
+#: Gives the message that Celery gets to see for the bytes of a queue's list of some priority, or raises `ValueError`.
+Admit = Callable[[bytes, str, int], dict[str, Any]]
+
+
+def list_name(queue: str, priority: int) -> str:
+    """The Redis list in which kombu keeps the messages of a queue that have a priority (`Channel._q_for_pri`)."""
+    return f"{queue}{PRIORITY_SEPARATOR}{priority}" if priority else queue
+
+
+def apply() -> None:
+    """Have every channel of this process count messages as `QoS` does, and lock as `mutex` does."""
+    redis_transport.Channel.QoS = QoS
+    redis_transport.Mutex = mutex
+
+
+class QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
+    """Counts a message as taken, and as acknowledged, even if Redis could not be told.
+
+    Kombu's own leaves it counted as in hand when the connection breaks at that moment; a worker that takes one message
+    at a time then never asks for another, and so never notices that the connection is gone. And a Redis that is full
+    refuses to note either: without us the worker ends there, although it is what would make room again. What Redis
+    still holds of the message comes back later and is harmless: its token has changed.
+    """
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)
+        except ResponseError:
+            CountedMessages.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            super().ack(delivery_tag)
+        except ResponseError:
+            CountedMessages.ack(self, delivery_tag)
+        except Exception:
+            CountedMessages.ack(self, delivery_tag)
+            raise
+
+
+@contextmanager
+def mutex(client: Redis, name: str, expire: int) -> Iterator[None]:
+    """Kombu's lock around its search for messages that nobody acknowledged, without the Lua script that releases it:
+    so no user of ours needs the right to run scripts, which can keep Redis from all others."""
+    ours = uuid.uuid4().hex.encode()
+    if not client.set(name, ours, nx=True, ex=expire):
+        raise redis_transport.MutexHeld
+
+    def release(pipe: Any) -> None:
+        held = pipe.get(name)
+        pipe.multi()
+        if held == ours:  # else it has run out, and is somebody else's
+            pipe.delete(name)
+
+    try:
+        yield
+    finally:
+        client.transaction(release, name)
+
+
+class Channel(redis_transport.Channel):  # type: ignore[misc]  # kombu carries no types
+    """Kombu's channel, which hands on only what `admit` lets in: kombu itself believes what a message says, and some
+    that make no sense end the worker that reads them. Other messages are dropped, with a line in the log."""
+
+    admit: ClassVar[Admit]
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """As kombu's own; what differs is between reading and delivering."""
+        try:
+            try:
+                found = self.client.parse_response(self.client.connection, "BRPOP", **options)
+            except self.connection_errors:
+                self.client.connection.disconnect()
+                raise
+            if not found:
+                raise Empty
+            name, item = found
+            queue, _, priority = name.decode().partition(self.sep)
+            self._queue_cycle.rotate(queue)
+            try:
+                message = type(self).admit(item, queue, int(priority or 0))
+            except ValueError as error:
+                log.error("dropped a message that is none of ours", queue=queue, detail=str(error))
+            else:
+                self.connection._deliver(message, queue)
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+
+
+def deliver_only(admit: Admit) -> None:
+    """Hand on, of whatever this process takes from Redis, only what passes `admit`.
+
+    Raises `MaskwatchError` where another version of kombu reads its queues in another way: nothing may come in unseen.
+    """
+    for name in ("_brpop_read", "_flush_brpop_reauth", "sep"):
+        if not hasattr(redis_transport.Channel, name):
+            raise MaskwatchError(f"this version of kombu has no Channel.{name}; install the one that Maskwatch names")
+    Channel.admit = staticmethod(admit)
+    redis_transport.Transport.Channel = Channel

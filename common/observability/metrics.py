@@ -1,0 +1,402 @@
+"""Metrics for Prometheus: every one by name, how they are counted, and how a process serves them.
+
+Counting is for the hot path, so it is nothing at all until a process serves metrics (`serving`), and it never raises:
+a figure that is lost is no reason to lose a job. Prometheus's own library is imported only then.
+
+The children of a worker count in files of a folder that the main process makes for them, and it serves the sums
+(the library's multiprocess mode). What is read from the ledger is the business of `producer/gauges.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from common.domain import AttemptOutcome, Face, JobKind, JobState, Lane, MaskStatus, MaskwatchError, Reason, first_line
+from common.files import make_held, remove_left_over, replacing
+from common.observability.logs import get_logger
+from common.settings import MetricsSettings
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+log = get_logger(__name__)
+
+
+class Role(StrEnum):
+    """Which process serves a metric."""
+
+    PRODUCER = "producer"
+    WORKER = "worker"
+    AGGREGATOR = "aggregator"
+
+
+class Stage(StrEnum):
+    """A step of the work on a picture or a video."""
+
+    READ = "read"
+    DECODE = "decode"
+    DETECT = "detect"
+    CLASSIFY = "classify"
+    #: Of pictures, some at a time.
+    WRITE = "write"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What is counted, and every value that its labels can have: so no key and no id can become a label."""
+
+    name: str
+    help: str
+    roles: tuple[Role, ...]
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Upper bounds of a histogram, in seconds; a counter has none.
+    buckets: tuple[float, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+LANES = {lane: lane.name.lower() for lane in Lane}
+_LANES = tuple(LANES.values())
+_KINDS = tuple(kind.value for kind in JobKind)
+_REASONS = tuple(reason.value for reason in Reason)
+
+ATTEMPTS = Metric(
+    "maskwatch_attempts",
+    "Attempts at jobs that ended in a worker, by how they ended.",
+    (Role.WORKER,),
+    {"kind": _KINDS, "outcome": tuple(outcome.value for outcome in AttemptOutcome)},
+)
+ATTEMPT_SECONDS = Metric(
+    "maskwatch_attempt_seconds",
+    "From the begin of an attempt to its end.",
+    (Role.WORKER,),
+    {"kind": _KINDS},
+    (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900),
+)
+QUEUE_SECONDS = Metric(
+    "maskwatch_queue_seconds",
+    "From a job's being sent to its being claimed by a worker.",
+    (Role.WORKER,),
+    {"lane": _LANES},
+    (0.1, 0.5, 1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600),
+)
+STAGE_SECONDS = Metric(
+    "maskwatch_stage_seconds",
+    "Time of a step: read (an object, a block of a video), decode (a picture, the next frame of a video with what it"
+    " waits for its bytes), detect and classify (a picture; on a GPU a batch), write (the transaction that ends it).",
+    (Role.WORKER,),
+    {"stage": tuple(stage.value for stage in Stage)},
+    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+FRAMES = Metric(
+    "maskwatch_frames", "Pictures and frames of video that were analysed.", (Role.WORKER,), {"kind": _KINDS}
+)
+FACES = Metric(
+    "maskwatch_faces",
+    "Faces that were found, by what they were classified as.",
+    (Role.WORKER,),
+    {"status": tuple(status.value for status in MaskStatus)},
+)
+RETRIES = Metric("maskwatch_retries", "Attempts that will be tried again.", (Role.WORKER,), {"reason": _REASONS})
+QUARANTINES = Metric(
+    "maskwatch_quarantines", "Jobs put in quarantine by workers.", (Role.WORKER,), {"reason": _REASONS}
+)
+LEASE_LOSSES = Metric(
+    "maskwatch_lease_losses",
+    "Jobs lost by who held them: a lease ran out (producer), a child of a worker died, or a write was refused because"
+    " the job was no longer this worker's (taken back, cancelled or replaced).",
+    (Role.WORKER, Role.PRODUCER),
+    {"cause": ("expired", "crashed", "refused")},
+)
+DISPATCHED = Metric("maskwatch_dispatched_jobs", "Jobs sent to workers.", (Role.PRODUCER,), {"lane": _LANES})
+LOST_MESSAGES = Metric("maskwatch_lost_messages", "Jobs whose message got lost, to be sent again.", (Role.PRODUCER,))
+TICKS = Metric(
+    "maskwatch_ticks",
+    "Ticks of the producer's schedule that were worked off.",
+    (Role.PRODUCER,),
+    {"task": ("dispatch", "reconcile", "request_summary", "look_at_cameras")},
+)
+SUMMARIZED = Metric("maskwatch_summarized_hours", "Hours that were summarized again.", (Role.AGGREGATOR,))
+
+#: Every metric that is counted. (Those read from the ledger are in `producer/gauges.py`.)
+METRICS = (
+    ATTEMPTS, ATTEMPT_SECONDS, QUEUE_SECONDS, STAGE_SECONDS, FRAMES, FACES, RETRIES, QUARANTINES, LEASE_LOSSES,
+    DISPATCHED, LOST_MESSAGES, TICKS, SUMMARIZED,
+)  # fmt: skip
+
+#: Where the processes of a worker count: set by the main process, inherited by its children.
+_FOLDER = "MASKWATCH_METRICS_FOLDER"
+#: The same for Prometheus's library, which looks for it when it is imported.
+_LIBRARY_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+_PREFIX = "maskwatch-metrics-"
+#: Room that a process takes in the folder before it counts: a file that grows into a full disk would end the process
+#: (SIGBUS), and not raise. The metrics above need less, whatever happens.
+_FILE_BYTES = 512 * 1024
+#: The process number of the file that holds the sums of children that have ended.
+_ENDED = 0
+
+_on = _FOLDER in os.environ
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+# --- counting -----------------------------------------------------------------------------------------------
+
+
+def count(metric: Metric, amount: float = 1, **labels: str) -> None:
+    """Add to a counter. Nothing where metrics are off; never raises."""
+    if not _on or not amount:
+        return
+    try:
+        _series(metric, tuple(labels.items())).inc(amount)
+    except Exception:  # whatever it is, the job goes on
+        _give_up(metric)
+
+
+def observe(metric: Metric, seconds: float, **labels: str) -> None:
+    """Add a time to a histogram. Nothing where metrics are off; never raises."""
+    if not _on:
+        return
+    try:
+        _series(metric, tuple(labels.items())).observe(seconds)
+    except Exception:
+        _give_up(metric)
+
+
+def stage(name: Stage) -> AbstractContextManager[None]:
+    """Time a step of the work, also one that fails."""
+    return timed(STAGE_SECONDS, stage=name.value)
+
+
+def timed(metric: Metric, **labels: str) -> AbstractContextManager[None]:
+    """Time a block for a histogram, also one that raises."""
+    return _Timed(metric, labels) if _on else _NOTHING
+
+
+def analysed(kind: JobKind, frames: Sequence[Sequence[Face]]) -> None:
+    """Count the frames of a job that has succeeded, and their faces."""
+    if not _on:
+        return
+    count(FRAMES, len(frames), kind=kind.value)
+    for status, number in Counter(face.status for faces in frames for face in faces).items():
+        count(FACES, number, status=status.value)
+
+
+def failed(reason: Reason, state: JobState) -> None:
+    """Count an attempt that failed: tried again, or in quarantine."""
+    count(QUARANTINES if state is JobState.QUARANTINED else RETRIES, reason=reason.value)
+
+
+class _Timed:
+    def __init__(self, metric: Metric, labels: Mapping[str, str]) -> None:
+        self._metric, self._labels = metric, labels
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        observe(self._metric, time.perf_counter() - self._began, **self._labels)
+
+
+@lru_cache(maxsize=1024)
+def _series(metric: Metric, labels: tuple[tuple[str, str], ...]) -> Any:
+    """One series of a metric. Raises `ValueError` for a label value that the metric doesn't name."""
+    given = dict(labels)
+    unknown = {name for name, value in given.items() if value not in metric.labels.get(name, ())}
+    if unknown or set(given) != set(metric.labels):
+        raise ValueError(f"{metric.name} has the labels {dict(metric.labels)}, got {given}")
+    whole = _library_metric(metric)
+    return whole.labels(**given) if given else whole
+
+
+#: Guards making a metric: the caches above and below let two threads make the same one.
+_making = threading.Lock()
+_made: dict[str, Any] = {}
+
+
+def _library_metric(metric: Metric) -> Any:
+    with _making:
+        if metric.name not in _made:
+            _reserve()
+            from prometheus_client import Counter as LibraryCounter
+            from prometheus_client import Histogram
+
+            # No registry: what is served is read from the files of all processes.
+            if metric.buckets:
+                _made[metric.name] = Histogram(
+                    metric.name, metric.help, list(metric.labels), buckets=metric.buckets, registry=None
+                )
+            else:
+                _made[metric.name] = LibraryCounter(metric.name, metric.help, list(metric.labels), registry=None)
+        return _made[metric.name]
+
+
+def _reserve() -> None:
+    """Take this process's room in the folder. Raises `OSError` where there is none."""
+    for kind in ("counter", "histogram"):
+        path = _file(kind, os.getpid())
+        if path.exists():
+            continue
+        # Under its name only when it is whole: a scrape can't read an empty file, and would fail for all processes.
+        with replacing(path) as part, part.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+
+
+def _file(kind: str, process: int) -> Path:
+    return Path(os.environ[_FOLDER], f"{kind}_{process}.db")
+
+
+def _give_up(metric: Metric) -> None:
+    """Say once that this process counts no more: what goes wrong once goes wrong each time."""
+    global _on
+    _on = False
+    log.warning("metrics are off in this process: one could not be counted", metric=metric.name, exc_info=True)
+
+
+# --- serving ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(role: Role, settings: MetricsSettings, gauges: Callable[[], Iterable[Collector]] = tuple) -> Iterator[None]:
+    """Serve the metrics of this process and its children over HTTP meanwhile, if a port is configured.
+
+    `gauges` makes collectors of further ones. To be entered once in the life of a process, before its children start
+    and before anything imports Prometheus's library. Raises `MaskwatchError` where the port or a folder can't be had.
+    """
+    global _on
+    if not settings.port:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in (_FOLDER, _LIBRARY_FOLDER)}
+    with _folder() as folder:
+        os.environ |= {_FOLDER: str(folder), _LIBRARY_FOLDER: str(folder)}
+        _on = True
+        try:
+            # From the start, at 0: a rate knows an increase only from what was there before.
+            for metric in METRICS:
+                if role in metric.roles:
+                    for values in itertools.product(*metric.labels.values()):
+                        _series(metric, tuple(zip(metric.labels, values, strict=True)))
+            with _server(settings.host, settings.port, folder, gauges()):
+                yield
+        finally:
+            _on = False
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@contextmanager
+def _server(host: str, port: int, folder: Path, gauges: Iterable[Collector]) -> Iterator[None]:
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(_sums_of(folder))
+    for collector in gauges:
+        registry.register(collector)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise MaskwatchError(
+            f"metrics can't be served on {host}:{port}: {first_line(error)}; choose others with "
+            "MASKWATCH_METRICS__HOST and MASKWATCH_METRICS__PORT, one for each process of a machine"
+        ) from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _sums_of(folder: Path) -> Collector:
+    """A collector of the files of all processes in `folder`."""
+    from prometheus_client.multiprocess import MultiProcessCollector
+    from prometheus_client.registry import Collector
+
+    class Sums(Collector):
+        def __init__(self) -> None:
+            self._files = MultiProcessCollector(None, path=str(folder))
+            # Two who scrape at once must not meet in the middle of a sum.
+            self._lock = threading.Lock()
+
+        def collect(self) -> Iterable[Any]:
+            with self._lock:
+                fold_ended(folder)
+                return list(self._files.collect())
+
+    return Sums()
+
+
+def fold_ended(folder: Path) -> int:
+    """Add the counts of processes that have ended to one file, and remove theirs; returns how many files went.
+
+    A worker replaces its children now and then, for as long as it runs. Not removed without being added: a counter
+    must not go down.
+    """
+    from prometheus_client.mmap_dict import MmapedDict
+
+    folded = 0
+    for path in folder.glob("*.db"):
+        kind, _, number = path.stem.partition("_")
+        if int(number) == _ENDED or _runs(int(number)):
+            continue
+        sums = MmapedDict(str(folder / f"{kind}_{_ENDED}.db"))
+        try:
+            for key, value, _, _ in MmapedDict.read_all_values_from_file(str(path)):
+                total, _ = sums.read_value(key)
+                sums.write_value(key, total + value, 0.0)
+        finally:
+            sums.close()
+        path.unlink()
+        folded += 1
+    return folded
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, with the number of one of ours: looked at again when that has gone
+        return True
+    return True
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder to count in, held while it is used: so those that killed processes leave are told from ours."""
+    remove_left_over(_PREFIX, folder=True)
+    try:
+        path, handle = make_held(_PREFIX, folder=True)
+        # Where the sums of children will lie that have ended: made now, while there is room.
+        for kind in ("counter", "histogram"):
+            with (path / f"{kind}_{_ENDED}.db").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+    except OSError as error:
+        raise MaskwatchError(
+            f"no room for metrics in {tempfile.gettempdir()}: {first_line(error)}; make some there, or set TMPDIR"
+        ) from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)

@@ -1,0 +1,248 @@
+"""Images, frames of videos and stored faces, drawn: what `maskwatch annotate` writes. `workers/annotation/video.py`
+reads and writes whole videos."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from common.database.tables import FaceRow, MediaObject, Pipeline
+from common.domain import (
+    Face,
+    MaskStatus,
+    MaskwatchError,
+    MediaKind,
+    PermanentJobError,
+    PipelineSpec,
+    Reason,
+    SampleMode,
+    SourceChangedError,
+    TransientJobError,
+    first_line,
+)
+from common.planning import media_kind
+from common.settings import Settings
+from common.storage.store import FILE_BUCKET, ObjectInfo, ObjectStore, open_bucket, open_source
+from workers.analysis.analyzer import PictureAnalyzer, load_analyzer
+from workers.annotation.drawing import blur_faces, draw_faces, enlarge_for_labels
+from workers.annotation.video import frame_at, new_file
+from workers.inference import runtime_of
+from workers.jobs.videos import opened
+from workers.media.frames import to_picture
+from workers.media.images import decode_image
+
+JPEG_QUALITY = 92
+#: Seconds: more than a float rounds off, less than there is between two frames.
+_ROUNDING = Fraction(1, 100_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """What became of one picture: `picture` is the file that was written, or `error` says why there is none."""
+
+    source: str
+    picture: Path | None
+    faces: list[Face]
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        if self.error is not None:
+            return {"source": self.source, "error": self.error}
+        faces = [asdict(face) for face in self.faces]
+        return {"source": self.source, "picture": str(self.picture), "faces": faces}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies below a prefix: pictures; how many other objects were passed on the way; a video, if any was."""
+
+    pictures: list[ObjectInfo]
+    others: int
+    video: ObjectInfo | None
+
+
+def find_pictures(store: ObjectStore, prefix: str, out_dir: Path, limit: int | None) -> Found:
+    """The pictures below a prefix, at most `limit`.
+
+    What lies in `out_dir` are our own pictures of an earlier run: neither. An object that is named itself
+    is taken whatever its name, unless it is a video's.
+    """
+    own = f"{str(out_dir.absolute()).removeprefix('/')}/" if store.bucket == FILE_BUCKET else None
+    pictures: list[ObjectInfo] = []
+    others, video = 0, None
+    for page in store.list_pages(prefix):
+        for info in page:
+            if own is not None and info.key.startswith(own):
+                continue
+            kind = media_kind(info.key)
+            if kind is MediaKind.IMAGE or (kind is None and info.key == prefix):
+                pictures.append(info)
+                if len(pictures) == limit:
+                    return Found(pictures, others, video)
+                continue
+            others += 1
+            if kind is MediaKind.VIDEO and video is None:
+                video = info
+    return Found(pictures, others, video)
+
+
+def annotate_pictures(
+    store: ObjectStore,
+    pictures: list[ObjectInfo],
+    analyzer: PictureAnalyzer,
+    out_dir: Path,
+    settings: Settings,
+    *,
+    blur: bool,
+) -> Iterator[Annotated]:
+    """Analyse, draw and write each picture; one that can't be read gives an error, and the rest goes on.
+
+    Raises `MaskwatchError` if the folder can't be written to.
+    """
+    for info in pictures:
+        try:
+            data = store.read(info.key, info.etag, settings.storage.max_object_bytes)
+            image = decode_image(data, max_pixels=settings.worker.max_image_pixels).rgb
+            faces = analyzer.analyze(image)
+        except (PermanentJobError, TransientJobError, SourceChangedError) as error:
+            yield Annotated(info.uri, None, [], str(error))
+            continue
+        path = out_dir / picture_name(info)
+        _write(path, drawn(image, faces, blur=blur), "JPEG", quality=JPEG_QUALITY)
+        yield Annotated(info.uri, path, faces)
+
+
+def drawn(image_rgb: Any, faces: list[Face], *, blur: bool, emphasised: int | None = None) -> Any:
+    """A picture (uint8 RGB) with its faces drawn, enlarged if the labels need it."""
+    if blur:
+        image_rgb = blur_faces(image_rgb, faces)
+    return draw_faces(*enlarge_for_labels(image_rgb, faces), emphasised=emphasised)
+
+
+def _write(path: Path, image_rgb: Any, kind: str, **options: Any) -> None:
+    try:
+        Image.fromarray(image_rgb).save(path, kind, **options)
+    except OSError as error:
+        raise MaskwatchError(f"can't write {path}: {first_line(error)}") from error
+
+
+def picture_name(info: ObjectInfo) -> str:
+    """A file name for the annotated picture of an object: the same every time, another for every object.
+
+    Keys are data and may hold anything. So of the last part only letters, digits, `_` and `-` remain, and a
+    hash of the whole URI tells equal ones apart.
+    """
+    last = info.key.rstrip("/").rpartition("/")[2]
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", last.rpartition(".")[0] or last)[:80].strip("_-")
+    digest = hashlib.sha256(info.uri.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{stem or 'picture'}-{digest}.jpg"
+
+
+def configured_analyzer(settings: Settings) -> PictureAnalyzer:
+    """The models of the configured pipeline, loaded. Raises `MaskwatchError` where one can't be used."""
+    try:
+        return load_analyzer(settings.pipeline_spec(), runtime_of(settings, processes=1))
+    except PermanentJobError as error:
+        raise MaskwatchError(error.detail) from error
+
+
+# --- frames of videos ---
+
+
+def read_frame(info: ObjectInfo, at: Fraction, mode: SampleMode | None, settings: Settings) -> tuple[Any, float]:
+    """The picture (uint8 RGB) that a video shows at a time, and since when; with a mode, of the frames it looks at."""
+    with opened(info, settings) as video:
+        seconds = video.info().duration_seconds
+        length = Fraction(seconds) if seconds is not None and mode is None else None
+        sample = frame_at(video, at, length, info.uri, mode or SampleMode.FRAMES)
+        return to_picture(sample.frame), float(sample.at)
+
+
+def one_video(source: str, out: Path, settings: Settings) -> ObjectInfo:
+    """The one video that a source is, and not the file that is about to be written."""
+    store, prefix = open_source(source, settings)
+    found = list(islice((info for page in store.list_pages(prefix) for info in page), 2))
+    if not found:
+        raise MaskwatchError(f"there is nothing at {source}; name a video")
+    info = found[0]
+    # Keys come in their order: the one that is named itself is the first.
+    if len(found) > 1 and info.key != prefix:
+        raise MaskwatchError(f"{source} holds several objects, and {out} takes one video: name it")
+    if media_kind(info.key) is MediaKind.IMAGE:
+        raise MaskwatchError(f"{info.uri} is a picture, and {out} takes a video; for pictures, --out names a folder")
+    if info.bucket == FILE_BUCKET and out.exists() and out.samefile(Path("/", info.key)):
+        raise MaskwatchError(f"{out} is the video itself, which would be lost; name another --out")
+    return info
+
+
+def write_whole(out: Path, image_rgb: Any) -> None:
+    """Write a PNG that appears under its name when it is complete."""
+    with new_file(out) as part:
+        _write(part, image_rgb, "PNG")
+
+
+# --- stored faces ---
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFaces:
+    """The stored faces of one picture or frame. mode: of a video, which frames were looked at; None: a picture."""
+
+    info: ObjectInfo
+    mode: SampleMode | None
+    offset_seconds: float
+    ids: list[int]
+    faces: list[Face]
+
+
+def look_up(session: Session, face_id: int) -> StoredFaces:
+    """A stored face and the others of its picture or frame. Raises `MaskwatchError` where there is none of this id."""
+    row = session.scalars(select(FaceRow).where(FaceRow.id == face_id)).first()
+    if row is None:
+        raise MaskwatchError(f"there is no face {face_id}; take a face_id from the view face_results")
+    together = session.scalars(
+        select(FaceRow)
+        .where(
+            FaceRow.job_id == row.job_id,
+            FaceRow.offset_seconds == row.offset_seconds,
+            FaceRow.observed_at == row.observed_at,
+        )
+        .order_by(FaceRow.id)
+    ).all()
+    media = session.get_one(MediaObject, row.media_object_id)
+    spec = PipelineSpec.from_dict(session.get_one(Pipeline, row.pipeline_id).spec)
+    return StoredFaces(
+        ObjectInfo(media.bucket, media.key, media.etag, media.size_bytes, media.last_modified),
+        spec.sample if media.kind is MediaKind.VIDEO else None,
+        row.offset_seconds,
+        [each.id for each in together],
+        [
+            Face(f.x1, f.y1, f.x2, f.y2, f.p_face, f.p_with_mask, f.p_without_mask, MaskStatus(f.status))
+            for f in together
+        ],
+    )
+
+
+def read_again(stored: StoredFaces, settings: Settings) -> Any:
+    """The picture or frame, uint8 RGB, as it was analysed. Errors of jobs, where it isn't the same any more."""
+    info = stored.info
+    if stored.mode is None:
+        data = open_bucket(info.bucket).read(info.key, info.etag, settings.storage.max_object_bytes)
+        return decode_image(data, max_pixels=settings.worker.max_image_pixels).rgb
+    # The stored offset is the exact one, rounded to a float: the frame is the last until just behind it.
+    image, shown_at = read_frame(info, Fraction(stored.offset_seconds) + _ROUNDING, stored.mode, settings)
+    if abs(shown_at - stored.offset_seconds) > _ROUNDING:
+        raise PermanentJobError(
+            Reason.TRUNCATED_VIDEO, f"{info.uri} has no frame at {stored.offset_seconds} s any more"
+        )
+    return image

@@ -1,0 +1,390 @@
+"""One job's way through this process: claimed with others, held by a heartbeat, ended one way or another.
+
+What a job does is the business of `workers.jobs.images` and `workers.jobs.videos`. Whatever goes wrong in it ends in
+the ledger, and the other jobs go on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from types import TracebackType
+
+import psycopg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from common import ledger
+from common.database import versions
+from common.database.sessions import DatabaseDownError, is_lost, session_scope, transact
+from common.database.tables import Camera, Location, Pipeline
+from common.domain import (
+    REFUSALS,
+    ArchivedError,
+    AttemptOutcome,
+    JobKind,
+    JobRef,
+    JobState,
+    MaskwatchError,
+    MediaKind,
+    PermanentJobError,
+    PipelineSpec,
+    Reason,
+    SampleMode,
+    SourceChangedError,
+    TransientJobError,
+    UnknownSpecError,
+    first_line,
+)
+from common.ledger import ClaimedJob, Registered, StaleJobError
+from common.observability import metrics
+from common.observability.logs import get_logger, working_on
+from common.planning import PlannedObject
+from common.settings import Settings
+from common.storage.store import open_bucket
+from workers.analysis.analyzer import PictureAnalyzer, load_analyzer
+from workers.inference import Runtime, runtime_of
+from workers.inference.faults import OutOfModelMemoryError
+
+log = get_logger(__name__)
+
+
+def analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+    """The loaded models of a pipeline. Pipelines that differ only in which frames of a video they see share them."""
+    return _loaded(replace(spec, sample=SampleMode.FRAMES, sample_fps=1.0), runtime)
+
+
+@lru_cache(maxsize=2)
+def _loaded(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+    """Two, so that a change of pipeline in mid-archive does not thrash."""
+    return load_analyzer(spec, runtime)
+
+
+def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[ClaimedJob]:
+    """The jobs of a message, held by this process. Jobs whose token has changed since they were sent are not ours to
+    do, and are dropped."""
+    with session_scope(one_statement=True) as session:
+        jobs = ledger.claim(session, refs, worker=worker, lease_seconds=settings.ledger.lease_seconds)
+    if len(jobs) < len(refs):
+        log.info("dropped jobs of an outdated message", dropped=len(refs) - len(jobs))
+    for job in jobs:
+        metrics.observe(metrics.QUEUE_SECONDS, job.queued_seconds, lane=metrics.LANES[job.lane])
+    return jobs
+
+
+@lru_cache(maxsize=1)
+def check_version() -> None:
+    """Raise `OutdatedProgramError` if the database takes no worker of this version any more. Asked once per process:
+    the worker was started before that was written, its children are replaced now and then."""
+    with session_scope() as session:
+        versions.check_part(session, versions.Part.WORKER)
+
+
+def require_version(jobs: Sequence[ClaimedJob]) -> None:
+    """Raise `UnfitWorkerError`, with the jobs given back, if this version may not do any."""
+    try:
+        check_version()
+    except versions.OutdatedProgramError as error:
+        release(jobs)
+        raise UnfitWorkerError(str(error)) from error
+
+
+def give_back_unknown(jobs: Sequence[ClaimedJob], settings: Settings) -> list[ClaimedJob]:
+    """Give back the jobs whose pipeline only a newer version knows; returns the others.
+
+    They wait for a while before they are sent again, because the next worker may be of this version, too.
+    """
+    known = []
+    for job in jobs:
+        try:
+            job.spec  # noqa: B018 - reads it, or raises
+        except UnknownSpecError as error:
+            detail = f"pipeline {job.pipeline_id}: {error}"
+            _tell_once(detail)
+            _give_back(job, detail, settings)
+        else:
+            known.append(job)
+    return known
+
+
+@lru_cache(maxsize=256)
+def _tell_once(detail: str) -> None:
+    log.warning("its jobs are given back", detail=detail)
+
+
+def _give_back(job: ClaimedJob, detail: str, settings: Settings) -> None:
+    with _released(job), session_scope() as session:
+        ledger.give_back(session, job, detail, check_seconds=settings.ledger.retry_cap_seconds)
+
+
+def load_models(jobs: Sequence[ClaimedJob], settings: Settings) -> None:
+    """Load what these jobs need; to be called under their heartbeat, since it may take longer than a lease.
+
+    Raises `UnfitWorkerError`, with the jobs given back, where it can't be loaded.
+    """
+    try:
+        # A probe only reads a header.
+        for spec in {job.spec for job in jobs if job.kind is not JobKind.PROBE}:
+            analyzer(spec, runtime_of(settings))
+    except Exception as error:  # whatever a runtime raises when it can't load a model
+        release(jobs)
+        raise UnfitWorkerError(str(error)) from error
+
+
+def release(jobs: Iterable[ClaimedJob]) -> None:
+    """Give jobs back that were not done, their attempts refunded."""
+    for job in jobs:
+        with _released(job), session_scope() as session:
+            ledger.release(session, job)
+
+
+@contextmanager
+def _released(job: ClaimedJob) -> Iterator[None]:
+    """Count a job that is given back, unless it is no longer ours."""
+    try:
+        yield
+    except StaleJobError:
+        log.info("lost before release", job=job.ref.id)
+        metrics.count(metrics.LEASE_LOSSES, cause="refused")
+    else:
+        _ended(job, AttemptOutcome.RELEASED)
+
+
+def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings, *, ends: bool = True) -> bool:
+    """Do a job's work, which ends the job itself when it succeeds; end it otherwise. Whether it succeeded.
+
+    Work that does not end the job when it succeeds is to be followed by `record`.
+    """
+    with metrics.timed(metrics.ATTEMPT_SECONDS, kind=job.kind.value):
+        done = record(job, work, settings)
+    if done and ends:
+        succeeded(job)
+    return done
+
+
+def record(job: ClaimedJob, write: Callable[[], None], settings: Settings) -> bool:
+    """Write down what a job's work has found; end it otherwise if that can't be done. Whether it could."""
+    with working_on(job.ref.id, job.attempt):
+        return _settle(job, write, settings)
+
+
+def succeeded(job: ClaimedJob) -> None:
+    """The job has ended well: count it."""
+    _ended(job, AttemptOutcome.SUCCEEDED)
+
+
+def _ended(job: ClaimedJob, outcome: AttemptOutcome) -> None:
+    metrics.count(metrics.ATTEMPTS, kind=job.kind.value, outcome=outcome.value)
+
+
+def _settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bool:
+    try:
+        try:
+            work()
+            return True
+        except DrainedError:
+            release([job])
+            log.info("given back", job=job.ref.id, uri=job.uri)
+        except ArchivedError as error:
+            _await_restore(job, str(error), settings)
+        except (PermanentJobError, TransientJobError) as error:
+            _fail(job, error, settings)
+        except SourceChangedError as error:
+            _plan_new_version(job, str(error), settings)
+        except OutOfModelMemoryError as error:
+            # Tried again, but not for ever: who took the memory may give it back.
+            _fail(job, TransientJobError(Reason.MODEL_OUT_OF_MEMORY, str(error)), settings)
+        except StaleJobError:
+            raise
+        except DatabaseDownError:
+            _release_if_possible(job)
+            raise
+        except Exception as error:
+            if (lost := _lost(error)) is not None:
+                _release_if_possible(job)
+                raise DatabaseDownError(f"the database took no rows ({first_line(lost)})") from error
+            # A fault of ours or of a library: tried again, then kept for a person to look at.
+            log.exception("unexpected error", job=job.ref.id, uri=job.uri)
+            _fail(job, TransientJobError(Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}"), settings)
+    except StaleJobError as error:
+        log.warning("stale commit refused", job=job.ref.id, uri=job.uri, detail=str(error))
+        metrics.count(metrics.LEASE_LOSSES, cause="refused")
+    return False
+
+
+def _lost(error: Exception) -> DBAPIError | None:
+    """The error as SQLAlchemy's, if it means that the database is away or has no room; else None."""
+    if isinstance(error, psycopg.OperationalError):
+        # A COPY goes past SQLAlchemy, so what stops it comes as psycopg's own.
+        error = DBAPIError("COPY", None, error)
+    return error if isinstance(error, DBAPIError) and is_lost(error) else None
+
+
+def _release_if_possible(job: ClaimedJob) -> None:
+    """Give a job back that the database would not take the results of: its disk may be full and still hold the ledger.
+
+    A database that is away can't be told; then the lease runs out, and the job is found.
+    """
+    try:
+        release([job])
+    except (MaskwatchError, DBAPIError):
+        log.warning("not given back; its lease will run out", job=job.ref.id, uri=job.uri)
+
+
+def _fail(job: ClaimedJob, error: PermanentJobError | TransientJobError, settings: Settings) -> None:
+    """End an attempt that failed: tried again, or quarantined; a refusal also counts against its source."""
+    limits = settings.ledger
+    detail = f"{job.uri}: {error.detail}"
+    with session_scope() as session:
+        if error.reason in REFUSALS:
+            state = ledger.refuse(
+                session,
+                job,
+                error.reason,
+                detail,
+                policy=limits.pause_policy,
+                max_attempts=limits.max_attempts,
+                base=limits.retry_base_seconds,
+                cap=limits.retry_cap_seconds,
+            )
+        elif isinstance(error, TransientJobError):
+            state = ledger.retry_later(
+                session,
+                job,
+                error.reason,
+                detail,
+                max_attempts=limits.max_attempts,
+                base=limits.retry_base_seconds,
+                cap=limits.retry_cap_seconds,
+            )
+        else:
+            ledger.quarantine(session, job, error.reason, detail)
+            state = JobState.QUARANTINED
+    _failed(job, error.reason, state)
+    log.warning(
+        "failed", job=job.ref.id, uri=job.uri, reason=error.reason.value, detail=error.detail, state=state.value
+    )
+
+
+def _failed(job: ClaimedJob, reason: Reason, state: JobState) -> None:
+    metrics.failed(reason, state)
+    _ended(job, AttemptOutcome.QUARANTINED if state is JobState.QUARANTINED else AttemptOutcome.RETRIED)
+
+
+def _await_restore(job: ClaimedJob, detail: str, settings: Settings) -> None:
+    """The object lies in an archive: wait for it if it was asked for."""
+    with session_scope() as session:
+        state = ledger.await_restore(
+            session,
+            job,
+            detail,
+            check_seconds=settings.storage.restore_check_seconds,
+            wait_seconds=settings.storage.restore_wait_seconds,
+        )
+    _failed(job, Reason.ARCHIVED, state)
+    log.info("archived", job=job.ref.id, uri=job.uri, state=state.value)
+
+
+def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
+    """The object was replaced after planning: end this job, and register what lies there now."""
+    try:
+        found = open_bucket(job.bucket).stat(job.key)
+    except (PermanentJobError, TransientJobError) as error:
+        _fail(job, error, settings)
+        return
+    if found.etag == job.etag:
+        _fail(job, TransientJobError(Reason.STORAGE_UNAVAILABLE, f"{detail}, and then had it again"), settings)
+        return
+    kind = MediaKind.IMAGE if job.kind is JobKind.IMAGE else MediaKind.VIDEO
+
+    def plan(session: Session) -> Registered:
+        location = session.get_one(Location, job.location_id)
+        camera = session.get_one(Camera, job.camera_id) if job.camera_id is not None else None
+        pipeline = session.get_one(Pipeline, job.pipeline_id)
+        ledger.source_changed(session, job, f"{job.uri}: {detail}")
+        return ledger.register(
+            session,
+            [PlannedObject(found, kind, job.key_time)],
+            location=location,
+            camera=camera,
+            pipeline=pipeline,
+            lane=job.lane,
+            backfill_id=job.backfill_id,
+            newest=True,
+        )
+
+    registered = transact(plan)
+    _ended(job, AttemptOutcome.SOURCE_CHANGED)
+    log.info("source changed", job=job.ref.id, uri=job.uri, planned=registered.new)
+
+
+class UnfitWorkerError(Exception):
+    """This worker can't load what its jobs are pinned to; others may. It must stop, not fail them one by one."""
+
+
+class UnknownPipelineError(Exception):
+    """All jobs of a message were of pipelines that only a newer version knows, and were given back."""
+
+
+class DrainedError(Exception):
+    """The worker is asked to stop, and this job has time: it is given back."""
+
+
+class Heartbeat:
+    """Renews the leases of a group's unfinished jobs from a thread of its own, while there is progress.
+
+    `lost` holds the ids that the ledger no longer counts as ours. Their work is not interrupted (native code
+    can't be), but its commit would be refused.
+    """
+
+    def __init__(self, jobs: Sequence[ClaimedJob], settings: Settings) -> None:
+        self.lost: set[int] = set()
+        self._limits = settings.ledger
+        self._held = {job.ref.id: job.ref for job in jobs}
+        self._progress_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def done(self, job: ClaimedJob) -> None:
+        """The job has ended: no lease to renew, and a sign of progress."""
+        with self._lock:
+            self._held.pop(job.ref.id, None)
+            self._progress_at = time.monotonic()
+
+    def progress(self) -> None:
+        """A part of a job is done."""
+        with self._lock:
+            self._progress_at = time.monotonic()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._limits.heartbeat_seconds):
+            with self._lock:
+                held = dict(self._held)
+                stalled = time.monotonic() - self._progress_at > self._limits.stall_seconds
+            if stalled:
+                log.error("no progress: leases are left to run out", jobs=sorted(held))
+                continue
+            try:
+                with session_scope() as session:
+                    mine = ledger.renew(session, list(held.values()), lease_seconds=self._limits.lease_seconds)
+            except (MaskwatchError, DBAPIError):
+                log.warning("heartbeat failed", exc_info=True)
+                continue
+            with self._lock:
+                # A job that ended while we asked is not lost, it is done.
+                self.lost |= {job_id for job_id in held if job_id not in mine and job_id in self._held}

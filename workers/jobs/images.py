@@ -1,0 +1,173 @@
+"""Image jobs of a group: while one picture is analysed the next ones are read, and those that are done are recorded
+together."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from common.database.sessions import DatabaseDownError, session_scope
+from common.domain import Face, ObservedAt, PermanentJobError, Reason
+from common.ledger import ClaimedJob
+from common.observability import metrics
+from common.observability.logs import get_logger, working_on
+from common.observability.metrics import Stage
+from common.planning import observed_from_file, zone
+from common.settings import Settings
+from common.storage.store import open_bucket
+from workers.inference import runtime_of
+from workers.jobs import attempts
+from workers.jobs.attempts import Heartbeat
+from workers.jobs.recording import Picture, record_images
+from workers.media.images import decode_image
+
+log = get_logger(__name__)
+
+
+def analyze_images(
+    jobs: Sequence[ClaimedJob],
+    heartbeat: Heartbeat,
+    settings: Settings,
+    *,
+    draining: Callable[[], bool],
+    deadline: float,
+) -> int:
+    """End each of these jobs, or give it back if there is no time left; returns how many pictures were analysed.
+
+    deadline: by `time.monotonic()`. Looked at between pictures: Celery's soft limit would raise in the middle of
+    whatever runs just then.
+    """
+    waiting = deque(jobs)
+    recorder = _Recorder(heartbeat, settings)
+    try:
+        for job, read in read_ahead(jobs, settings):
+            if draining() or time.monotonic() > deadline:
+                break
+            waiting.popleft()
+            picture = _analyze(job, read, settings) if job.ref.id not in heartbeat.lost else None
+            if picture is None:
+                heartbeat.done(job)
+            else:
+                recorder.pictures.append(picture)
+                heartbeat.progress()
+            recorder.record_if_due()
+        recorder.record()
+    finally:
+        # Not begun or not recorded, because we were asked to stop, ran out of time, or met what stops us: somebody else
+        # may have them.
+        left = [*(picture.job for picture in recorder.pictures), *waiting]
+        attempts.release(job for job in left if job.ref.id not in heartbeat.lost)
+    return recorder.recorded
+
+
+def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> Picture | None:
+    """What is in a picture; None where that can't be said, and the job has ended otherwise."""
+    found: list[Picture] = []
+
+    def work() -> None:
+        found.append(Picture(job, *analyze_bytes(job, read(), settings)))
+
+    return found[0] if attempts.settle(job, work, settings, ends=False) else None
+
+
+class _Recorder:
+    """Records pictures that are analysed, some at a time: one transaction takes longer than its rows."""
+
+    def __init__(self, heartbeat: Heartbeat, settings: Settings) -> None:
+        self.pictures: deque[Picture] = deque()
+        self.recorded = 0
+        self._heartbeat = heartbeat
+        self._settings = settings
+        self._recorded_at = time.monotonic()
+
+    def record_if_due(self) -> None:
+        """Record what is waiting, if the last time was long enough ago."""
+        if time.monotonic() - self._recorded_at >= self._settings.worker.record_seconds:
+            self.record()
+
+    def record(self) -> None:
+        """Record all that are waiting. One that can't be must not keep the others out: then each goes by itself."""
+        if len(self.pictures) > 1:
+            self._record_together()
+        while self.pictures:
+            picture = self.pictures[0]
+            try:
+                succeeded = attempts.record(picture.job, partial(self._write, [picture]), self._settings)
+            except DatabaseDownError:
+                self.pictures.popleft()  # given back already, if that could be done
+                raise
+            self.pictures.popleft()
+            self._ended(picture, succeeded=succeeded)
+        self._recorded_at = time.monotonic()
+
+    def _record_together(self) -> None:
+        try:
+            self._write(self.pictures)
+        except Exception:  # a job that was lost, purged time, no database: told by each of them
+            log.info("recorded one by one", pictures=len(self.pictures), exc_info=True)
+        else:
+            while self.pictures:
+                self._ended(self.pictures.popleft(), succeeded=True)
+
+    def _write(self, pictures: Collection[Picture]) -> None:
+        with metrics.stage(Stage.WRITE), session_scope() as session:
+            record_images(session, pictures)
+
+    def _ended(self, picture: Picture, *, succeeded: bool) -> None:
+        if succeeded:
+            self.recorded += 1
+            attempts.succeeded(picture.job)
+            metrics.analysed(picture.job.kind, [picture.faces])
+        self._heartbeat.done(picture.job)
+
+
+def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[list[Face], ObservedAt]:
+    """The faces in these bytes, and when the camera saw them."""
+    with metrics.stage(Stage.DECODE):
+        image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
+    faces = attempts.analyzer(job.spec, runtime_of(settings)).analyze(image.rgb)
+    check_faces(len(faces), Reason.IMAGE_TOO_LARGE, settings)
+    return faces, observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
+
+
+def check_faces(count: int, reason: Reason, settings: Settings) -> None:
+    """Raises `PermanentJobError` for more faces than a photograph can show: a pattern made for the detector."""
+    limit = settings.worker.max_faces
+    if count > limit:
+        raise PermanentJobError(
+            reason, f"{count:,} faces were found in it, the limit is {limit:,}; is it one? MASKWATCH_WORKER__MAX_FACES"
+        )
+
+
+def read_ahead(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:
+    """Each job with a function that returns its object's bytes, or raises what reading them raised.
+
+    Up to `worker.read_ahead` objects, and no more than `worker.read_ahead_bytes`, are fetched ahead.
+    """
+    ahead: deque[tuple[ClaimedJob, Future[bytes]]] = deque()
+    to_start = deque(jobs)
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="read") as pool:
+        try:
+            while ahead or to_start:
+                while to_start and (not ahead or _has_room([job for job, _ in ahead], to_start[0], settings)):
+                    job = to_start.popleft()
+                    ahead.append((job, pool.submit(_read, job, settings)))
+                job, future = ahead.popleft()
+                yield job, future.result
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _has_room(ahead: Sequence[ClaimedJob], following: ClaimedJob, settings: Settings) -> bool:
+    size = sum(job.size_bytes for job in ahead) + following.size_bytes
+    return len(ahead) <= settings.worker.read_ahead and size <= settings.worker.read_ahead_bytes
+
+
+def _read(job: ClaimedJob, settings: Settings) -> bytes:
+    # In a thread of its own, for a job that is worked on later.
+    with working_on(job.ref.id, job.attempt), metrics.stage(Stage.READ):
+        return open_bucket(job.bucket).read(job.key, job.etag, settings.storage.max_object_bytes)

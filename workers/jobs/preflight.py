@@ -1,0 +1,69 @@
+"""Whether this machine can run what it is asked to: engine, device, models. Asked once, before any work is claimed.
+
+`python -m workers.jobs.preflight ENGINE DEVICE` analyses one picture that way, in a process of its own: only a forward
+pass shows that a GPU and its libraries work, and the memory it takes there should go when it is done.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from common.domain import MaskwatchError, PipelineSpec
+from common.machine import missing_for, require_device
+from common.settings import PipelineSettings, Settings
+from workers.inference import Engine, Runtime, runtime_of
+from workers.weights.files import cache_folder, require
+
+#: Of the trial on a GPU: loading CUDA's libraries from a cold disk takes most of it.
+TRIAL_SECONDS = 180.0
+
+
+def require_runtime(runtime: Runtime) -> None:
+    """Raises `MaskwatchError` where the engine isn't installed, the GPU isn't there, or it can't be used."""
+    if (missing := missing_for(runtime.engine)) is not None:
+        raise MaskwatchError(missing)
+    require_device(runtime.device)
+    if runtime.device == "cpu":
+        return
+    command = [sys.executable, "-m", "workers.jobs.preflight", runtime.engine, runtime.device]
+    try:
+        trial = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise MaskwatchError(
+            f"device {runtime.device} did not finish one picture within {TRIAL_SECONDS:.0f} s; check `nvidia-smi`"
+        ) from error
+    if trial.returncode:
+        said = trial.stderr.strip().splitlines() or [f"the trial ended with exit code {trial.returncode}"]
+        raise MaskwatchError(f"device {runtime.device} can't be used: {said[-1].removeprefix('error: ')}")
+
+
+def require_models(spec: PipelineSpec) -> None:
+    """Raises `MaskwatchError` where a model of the pipeline isn't here, or isn't the pinned one."""
+    for ref in (spec.detector, spec.classifier):
+        require(ref)
+
+
+def require_ready(settings: Settings) -> None:
+    """Raises `MaskwatchError` where workers with these settings could not do the jobs that the settings plan."""
+    require_runtime(runtime_of(settings))
+    require_models(settings.pipeline_spec())
+
+
+def _try(engine: str, device: str) -> None:
+    import numpy as np
+
+    # Imported here: only the process that tries the device loads decoders and models.
+    from workers.analysis.analyzer import load_analyzer
+
+    # The pipeline of a new installation, whose models ship with it: what is configured may lie elsewhere yet.
+    analyzer = load_analyzer(PipelineSettings().spec(cache_folder()), Runtime(Engine(engine), device))
+    analyzer.analyze(np.zeros((64, 64, 3), np.uint8))
+
+
+if __name__ == "__main__":
+    try:
+        _try(*sys.argv[1:])
+    except Exception as error:  # whatever a runtime raises: its last line is what the worker tells
+        print(f"error: {type(error).__name__ if not str(error) else error}", file=sys.stderr)
+        sys.exit(1)

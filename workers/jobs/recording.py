@@ -1,0 +1,180 @@
+"""What a finished job leaves behind, in the one transaction that ends it: the state, the faces, what was
+looked at, and the marks that its hours must be summarized again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from psycopg import Connection
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from common import ledger
+from common.database.sessions import sql
+from common.domain import Face, FrameFaces, ObservedAt, PermanentJobError, Reason, VideoInfo
+from common.ledger import ClaimedJob, purged_detail
+from common.ledger.retention import PURGED_BEFORE_SQL, purged_before
+
+_COPY_FACES = (
+    "COPY faces (observed_at, job_id, media_object_id, location_id, camera_id, pipeline_id,"
+    " x1, y1, x2, y2, size_px, p_face, p_with_mask, p_without_mask, status, offset_seconds, track_id) FROM STDIN"
+)
+
+#: Frames of jobs into the hours of their locations, but for purged ones; gives how many frames that were.
+_COUNT_FRAMES = (
+    "WITH counted AS ("  # noqa: S608 - constants
+    " INSERT INTO frame_counts (job_id, hour, location_id, camera_id, pipeline_id, frames, seconds)"
+    " SELECT job, date_trunc('hour', at, zone) AS hour, location, camera, pipeline, count(*), sum(seconds)"
+    " FROM json_to_recordset(CAST(:frames AS json)) AS seen (job bigint, at timestamptz, seconds float8)"
+    " JOIN json_to_recordset(CAST(:jobs AS json))"
+    " AS of (job bigint, zone text, location int, camera int, pipeline int) USING (job)"
+    f" WHERE date_trunc('hour', at, zone) >= {PURGED_BEFORE_SQL}"
+    " GROUP BY job, hour, location, camera, pipeline RETURNING location_id, pipeline_id, hour, frames"
+    "), marked AS (INSERT INTO dirty_marks (location_id, pipeline_id, hour)"
+    " SELECT DISTINCT location_id, pipeline_id, hour FROM counted"
+    ") SELECT coalesce(sum(frames), 0) FROM counted"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """Why a job that succeeded could do a part of its range only."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What was found in the picture of an image job, and when the camera saw it."""
+
+    job: ClaimedJob
+    faces: Sequence[Face]
+    seen: ObservedAt
+
+
+def record_image(session: Session, job: ClaimedJob, faces: Sequence[Face], seen: ObservedAt) -> None:
+    """End an image job with its faces. Raises `StaleJobError`, and writes nothing, if the job was lost;
+    `PermanentJobError` if it was seen in purged time."""
+    record_images(session, [Picture(job, faces, seen)])
+
+
+def record_images(session: Session, pictures: Collection[Picture]) -> None:
+    """End image jobs with their faces, in the statements that one takes: all of them, or none. Raises as
+    `record_image`, if it is so of any."""
+    ledger.succeed_all(session, [(picture.job, picture.seen) for picture in pictures])
+    # A picture counts as one frame of no length, faces or not.
+    stored = _count(session, [(picture.job, picture.seen.instant, 0.0) for picture in pictures])
+    if stored < len(pictures):
+        for picture in pictures:
+            _leave_out_purged(session, picture.job, [picture.seen.instant])
+    _copy(
+        session,
+        [(picture.job, picture.seen.instant, 0.0, face, None) for picture in pictures for face in picture.faces],
+    )
+
+
+def record_probe(
+    session: Session,
+    job: ClaimedJob,
+    info: VideoInfo,
+    seen: ObservedAt,
+    ranges_ms: Sequence[tuple[int, int]],
+) -> None:
+    """End a probe with the plan of its video. Raises `StaleJobError`, and writes nothing, if the job was lost."""
+    ledger.plan_chunks(session, job, info, ranges_ms)
+    ledger.succeed(session, job, ledger.settled_start(session, job) or seen)
+
+
+def record_chunk(session: Session, job: ClaimedJob, frames: Sequence[FrameFaces], shortfall: Shortfall | None) -> None:
+    """End a chunk with its frames; those of purged time are left out. Raises `StaleJobError`, and writes nothing, if
+    the job was lost; `PermanentJobError` if all frames were seen in purged time."""
+    began = job.observed_at
+    assert began is not None, "a chunk is planned by a probe, which settles when the recording began"
+    placed = [(began.instant + timedelta(seconds=frame.offset_seconds), frame) for frame in frames]
+    # So that what follows comes after this transaction's first write: see `purged_before`.
+    session.execute(text("SELECT pg_current_xact_id()"))
+    stored = _leave_out_purged(session, job, [at for at, _ in placed])
+    if not all(stored):
+        placed = [pair for pair, kept in zip(placed, stored, strict=True) if kept]
+        shortfall = Shortfall(
+            Reason.PURGED, f"{job.uri}: {stored.count(False)} frames were seen in purged time and left out"
+        )
+    ledger.succeed(
+        session,
+        job,
+        began,
+        reason=shortfall.reason if shortfall else None,
+        detail=shortfall.detail if shortfall else None,
+    )
+    _count(session, [(job, at, frame.covers_seconds) for at, frame in placed])
+    _copy(
+        session,
+        [
+            (job, at, frame.offset_seconds, face, track_id)
+            for at, frame in placed
+            for face, track_id in zip(frame.faces, frame.track_ids, strict=True)
+        ],
+    )
+
+
+def _leave_out_purged(session: Session, job: ClaimedJob, ats: Sequence[datetime]) -> list[bool]:
+    """Which of these instants lie in hours of the location that may be stored; `PermanentJobError` if none does."""
+    purged = purged_before(session)
+    if purged is None or not ats:
+        return [True] * len(ats)
+    stored = session.scalars(
+        text(
+            "SELECT date_trunc('hour', at, :zone) >= :purged"
+            " FROM unnest(CAST(:ats AS timestamptz[])) WITH ORDINALITY AS seen (at, number) ORDER BY number"
+        ),
+        {"zone": job.time_zone, "purged": purged, "ats": list(ats)},
+    ).all()
+    if not any(stored):
+        raise PermanentJobError(Reason.PURGED, purged_detail(ats[0], purged))
+    return list(stored)
+
+
+def _count(session: Session, frames: Sequence[tuple[ClaimedJob, datetime, float]]) -> int:
+    """Count frames (of which job, when seen, seconds they stand for) in the hours of their locations, and mark these.
+    Those of purged hours are left out; returns how many were not. After this transaction's first write."""
+    jobs = {job.ref.id: job for job, _, _ in frames}
+    counted = session.scalar(
+        sql(_COUNT_FRAMES),
+        {
+            "frames": json.dumps(
+                [{"job": job.ref.id, "at": at.isoformat(), "seconds": seconds} for job, at, seconds in frames]
+            ),
+            "jobs": json.dumps(
+                [
+                    {
+                        "job": job_id,
+                        "zone": job.time_zone,
+                        "location": job.location_id,
+                        "camera": job.camera_id,
+                        "pipeline": job.pipeline_id,
+                    }
+                    for job_id, job in jobs.items()
+                ]
+            ),
+        },
+    )
+    return int(counted or 0)
+
+
+def _copy(session: Session, faces: Sequence[tuple[ClaimedJob, datetime, float, Face, int | None]]) -> None:
+    """Store faces: of which job, when seen, the offset in the video, the face, its track."""
+    if not faces:
+        return
+    # COPY is about eight times faster than inserts, and is part of the session's transaction all the same.
+    connection = session.connection().connection.driver_connection
+    assert isinstance(connection, Connection)
+    with connection.cursor() as cursor, cursor.copy(_COPY_FACES) as copy:
+        for job, at, offset, face, track_id in faces:
+            owner = (job.ref.id, job.media_object_id, job.location_id, job.camera_id, job.pipeline_id)
+            box = (face.x1, face.y1, face.x2, face.y2, face.size_px)
+            found = (face.p_face, face.p_with_mask, face.p_without_mask, face.status.value)
+            copy.write_row((at, *owner, *box, *found, offset, track_id))

@@ -32,8 +32,9 @@ from benchmarks.notebook_baseline import (
     models_from,
     opened,
 )
-from common.cli.parts.console import percent
 from common.domain import Face, MaskStatus, MaskwatchError, PipelineSpec
+from common.models.pipeline import spec_of
+from common.reporting.tables import percent
 from common.sample.ground_truth import match
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _box(face: Face) -> tuple[float, float, float, float]:
 
 def as_faces(notebook: Iterable[NotebookFace], image_rgb: Pixels) -> list[Face]:
     """The notebook's faces in Maskwatch's words: boxes end at the picture's edge, and nothing is uncertain."""
-    from workers.analysis.analyzer import face_of
+    from workers.classification.verdict import face_of
 
     height, width = image_rgb.shape[:2]
     faces = []
@@ -121,15 +122,18 @@ def twin_spec(backbone: Backbone = "mobilenet") -> PipelineSpec:
     boxes are, nothing uncertain. Raises `MaskwatchError` where no hash of the detector is known."""
     from common.settings import PipelineSettings, get_settings
 
-    return PipelineSettings(
-        detector=TWINS[backbone],
-        classifier=CLASSIFIER,
-        detector_threshold=THRESHOLD,
-        enlarge_below_px=0,
-        shrink_above_px=LONGEST_PX,
-        widen_below_px=0,
-        uncertain_below=0.5,
-    ).spec(get_settings().models_dir)
+    return spec_of(
+        PipelineSettings(
+            detector=TWINS[backbone],
+            classifier=CLASSIFIER,
+            detector_threshold=THRESHOLD,
+            enlarge_below_px=0,
+            shrink_above_px=LONGEST_PX,
+            widen_below_px=0,
+            uncertain_below=0.5,
+        ),
+        get_settings().models_dir,
+    )
 
 
 def agreement_on(
@@ -185,7 +189,7 @@ def on_scenes(folder: Path, loop: NotebookLoop, twin: PipelineSpec, shipped: Pip
     """Notebook, its twin and the shipped defaults on labelled scenes; and how far the first two agree there."""
     from common.machine import usable_cores
     from common.settings import get_settings
-    from workers.analysis.analyzer import load_analyzer
+    from workers.analysis.load import load_analyzer
     from workers.evaluation.scenes import evaluate_scenes
     from workers.inference import Runtime
 
@@ -220,7 +224,7 @@ def on_the_same_faces(notebook: SceneResults, shipped: SceneResults) -> dict[str
 def on_videos(videos: Sequence[Path], loop: NotebookLoop, twin: PipelineSpec, every: int, limit: int | None) -> Any:
     """How far notebook and twin agree on frames of each video, by its name."""
     from common.machine import usable_cores
-    from workers.analysis.analyzer import load_analyzer
+    from workers.analysis.load import load_analyzer
     from workers.inference import Runtime
 
     analyzer = load_analyzer(twin, Runtime(threads=usable_cores()))
@@ -283,7 +287,7 @@ def main(
     try:
         with models_from(weights):
             loop, twin = NotebookLoop(backbone), twin_spec(backbone)
-            shipped = PipelineSettings().spec(get_settings().models_dir)
+            shipped = spec_of(PipelineSettings(), get_settings().models_dir)
             result = {
                 "videos": on_videos(videos, loop, twin, every, limit),
                 "scenes": None if scenes is None else on_scenes(scenes, loop, twin, shipped),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import click
 
-from common.storage.store import ObjectInfo
+from common.domain import ObjectInfo
 
 FOLDERS = 64
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)

@@ -19,6 +19,8 @@ import click
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.models.pipeline import pipeline_spec
+
 #: A quarter each: done; done; pending; pending of a paused backfill.
 FILL = """
 WITH objects AS (
@@ -69,7 +71,7 @@ def measure(jobs: int, seconds: float) -> dict:  # type: ignore[type-arg]
     with deployment() as settings:
         with session_scope() as session:
             location = places.add_location(session, "archive", "UTC")
-            pipeline = places.ensure_pipeline(session, settings.pipeline_spec())
+            pipeline = places.ensure_pipeline(session, pipeline_spec(settings))
             source = circuit_breaker.ensure(session, "s3://archive")
             for _ in range(2):
                 session.add(

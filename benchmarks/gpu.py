@@ -28,6 +28,7 @@ from typing import Any
 import click
 
 from benchmarks.models import CANDIDATES, FDET_NAMES, pictures, write_weights
+from common.models.pipeline import spec_of
 
 DETECTORS = ("retinaface-resnet50", "retinaface-mobilenet", "centerface")
 SIZES = ((640, 480), (1920, 1080))
@@ -144,7 +145,9 @@ def load(folder: Path, name: str, frames: Any, device: Any) -> Any:
     from workers.detection.retinaface_network import load_weights
 
     precision = torch.float32 if device.type == "cpu" else torch.float16
-    spec = replace(PipelineSettings().spec(get_settings().models_dir), enlarge_below_px=0, shrink_above_px=LONGER_PX)
+    spec = replace(
+        spec_of(PipelineSettings(), get_settings().models_dir), enlarge_below_px=0, shrink_above_px=LONGER_PX
+    )
     if name == "centerface":
         return load_device_detector(spec, device, precision)
     path = weights_of(folder, BACKBONES[name])

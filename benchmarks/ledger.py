@@ -24,6 +24,8 @@ from pathlib import Path
 import click
 from sqlalchemy import text
 
+from common.models.pipeline import pipeline_spec
+
 DONE = "SELECT count(*) FROM jobs WHERE state = 'succeeded'"
 
 #: By partial indexes: to count, over and over, takes time from what is measured.
@@ -97,10 +99,9 @@ def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
     from common import ledger
     from common.catalog import places
     from common.database.sessions import session_scope
-    from common.domain import Lane, MediaKind, ObservedAt, ObservedAtSource
+    from common.domain import Lane, MediaKind, ObjectInfo, ObservedAt, ObservedAtSource
     from common.planning import PlannedObject
     from common.settings import get_settings
-    from common.storage.store import ObjectInfo
     from producer.dispatch import dispatch, reconcile
 
     os.environ["MASKWATCH_WORKER__GROUP_SIZE"] = str(group_size)
@@ -109,7 +110,7 @@ def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
     now = datetime(2026, 3, 2, 12, tzinfo=UTC)
     with session_scope() as session:
         location = places.add_location(session, "ledger", "UTC")
-        pipeline = places.ensure_pipeline(session, settings.pipeline_spec())
+        pipeline = places.ensure_pipeline(session, pipeline_spec(settings))
         session.flush()
         infos = [ObjectInfo("s3://x", f"{number:09}.jpg", "e", 1, now) for number in range(first, first + jobs)]
         seen = ObservedAt(now, ObservedAtSource.KEY_PATTERN)
@@ -127,7 +128,7 @@ def through_the_ledger(first: int, jobs: int, group_size: int) -> float:
 
     before = done()
     serve = (
-        "from common.messaging.celery_app import serve; from common.messaging.queues import Queue;"
+        "from common.messaging.serve import serve; from common.messaging.queues import Queue;"
         " serve(Queue.MEDIA, 'noop', pool='prefork', tasks='benchmarks.noop_tasks')"
     )
     while dispatch(settings):

@@ -26,6 +26,8 @@ from typing import Any
 
 import click
 
+from common.models.pipeline import spec_of
+
 SIZES = ((640, 480), (1000, 562))
 BACKBONES = ("mobilenet", "resnet50")
 #: What the manifest calls fdet's own detectors.
@@ -155,7 +157,7 @@ def detector(backbone: str, path: Path, picture: Any, threads: int, rounds: int)
     runtime = Runtime(threads=threads)
     sessions = {engine: session(engine, backbone, path, runtime) for engine in ("onnx", "native")}
     score = threshold(sessions["onnx"], picture)
-    spec = replace(PipelineSettings().spec(get_settings().models_dir), enlarge_below_px=0, detector_threshold=score)
+    spec = replace(spec_of(PipelineSettings(), get_settings().models_dir), enlarge_below_px=0, detector_threshold=score)
     model = MODELS[FDET_NAMES[backbone]]
     pinned = ModelRef(model.name, str(model.sha256_with([hashlib.sha256(path.read_bytes()).hexdigest()])))
     ours = {engine: RetinaFace(spec, loaded) for engine, loaded in sessions.items()}

@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import MaskStatus, MaskwatchError
+from common.models.pipeline import spec_of
 
 Backbone = Literal["mobilenet", "resnet50"]
 Pixels = NDArray[np.uint8]
@@ -138,7 +139,7 @@ def load_fdet(backbone: Backbone, threads: int | None = None) -> Any:
 
     _, detector = pinned_model(DETECTORS[backbone], ModelKind.DETECTOR, cache_folder())
     pinned = f"{detector.name}@{detector.sha256}"
-    spec = PipelineSettings(detector=pinned, detector_threshold=THRESHOLD).spec(cache_folder())
+    spec = spec_of(PipelineSettings(detector=pinned, detector_threshold=THRESHOLD), cache_folder())
     # What is behind our protocol: this clips boxes and switches gradients off, which the notebook doesn't.
     return load_fdet_retinaface(spec, Runtime(Engine.NATIVE, threads=threads or usable_cores()))._detector
 

@@ -21,6 +21,8 @@ from pathlib import Path
 import click
 import psutil
 
+from common.models.pipeline import pipeline_spec
+
 BUCKET = "benchmark"
 
 
@@ -137,13 +139,13 @@ def through_the_road(prefix: str, parts: dict[str, list[int]]) -> dict[str, floa
 def through_a_loop(prefix: str, s3: int | None) -> dict[str, float]:
     """CPU seconds (of the S3 server, too) and wall time of one round in a plain loop with one thread."""
     from common.settings import get_settings
-    from common.storage.store import open_source
-    from workers.analysis.analyzer import load_analyzer
+    from common.storage.opening import open_source
+    from workers.analysis.load import load_analyzer
     from workers.inference import Runtime
     from workers.media.images import decode_image
 
     settings = get_settings()
-    analyzer = load_analyzer(settings.pipeline_spec(), Runtime(threads=1))
+    analyzer = load_analyzer(pipeline_spec(settings), Runtime(threads=1))
     store, below = open_source(f"s3://{BUCKET}/{prefix}", settings)
     with cpu_of({"s3": [s3] if s3 else []}) as spent:
         before, started = time.process_time(), time.perf_counter()

@@ -18,6 +18,8 @@ from pathlib import Path
 import click
 from sqlalchemy import text
 
+from common.models.pipeline import pipeline_spec
+
 #: Faces per hour of the location: the same in every archive, so that what differs is how many hours there are.
 PER_HOUR = 1000
 
@@ -80,7 +82,7 @@ def measure(sizes: list[int], rounds: int) -> list[dict[str, float]]:
     with deployment() as settings:
         with session_scope() as session:
             places.add_location(session, "archive", "UTC")
-            places.ensure_pipeline(session, settings.pipeline_spec())
+            places.ensure_pipeline(session, pipeline_spec(settings))
             session.execute(text(ONE_JOB))
         stored = 0
         for size in sizes:

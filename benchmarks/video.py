@@ -33,6 +33,7 @@ import numpy as np
 
 from benchmarks.models import machine
 from common.domain import MaskwatchError
+from common.models.pipeline import pipeline_spec
 
 BYTES_RATIO, BYTES_SLACK = 1.5, 2**20
 KEYFRAMES_BAR = 4.0
@@ -187,13 +188,14 @@ def keyframes(folder: Path, seconds: int, rounds: int) -> dict[str, Any]:
 def pipeline(folder: Path, rounds: int, limit: int) -> dict[str, Any]:
     """CPU time of a video's way from its file to faces, every frame of it, against a loop of decoding and models."""
     from common.settings import get_settings
-    from workers.analysis.analyzer import Picture, analyze_frames, load_analyzer
+    from workers.analysis.load import load_analyzer
+    from workers.analysis.video import Picture, analyze_frames
     from workers.inference import Runtime
     from workers.media.frames import to_picture
     from workers.media.sampling import Grid, Sampler
 
     path = sample_video(folder)
-    analyzer = load_analyzer(get_settings().pipeline_spec(), Runtime(threads=1))
+    analyzer = load_analyzer(pipeline_spec(get_settings()), Runtime(threads=1))
     worker = get_settings().worker
 
     def alone() -> int:
@@ -246,14 +248,14 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
     from benchmarks.notebook_baseline import NotebookLoop, models_from, run_video
     from common.machine import usable_cores
     from common.settings import get_settings
-    from workers.analysis.analyzer import load_analyzer
+    from workers.analysis.load import load_analyzer
     from workers.inference import Runtime
 
     weights = data and data / "weights"
     path = sample_video(folder)
     with models_from(weights):
         runtime = Runtime(threads=usable_cores())
-        twin, shipped = twin_spec(), get_settings().pipeline_spec()
+        twin, shipped = twin_spec(), pipeline_spec(get_settings())
         analyzers = {"twin": load_analyzer(twin, runtime), "shipped": load_analyzer(shipped, runtime)}
         loops = {"mirrored": NotebookLoop(), "plain": NotebookLoop(mirrored=False)}
         for loop in loops.values():
@@ -285,7 +287,7 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
 def through_ours(path: Path, analyzer: Any, limit: int) -> list[Any]:
     """The faces of the first frames of a video, every one of them, by our pipeline."""
     from common.settings import get_settings
-    from workers.analysis.analyzer import Picture, analyze_frames
+    from workers.analysis.video import Picture, analyze_frames
     from workers.media.frames import to_picture
     from workers.media.sampling import Grid, Sampler
 

@@ -8,11 +8,15 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+from common.models.pipeline import pipeline_spec
 from common.settings import get_settings
-from common.storage.store import open_bucket, split_uri
-from workers.analysis.analyzer import analyze_frames, load_analyzer
+from common.storage.opening import open_bucket
+from common.storage.store import split_uri
+from workers.analysis.load import load_analyzer
+from workers.analysis.video import analyze_frames
 from workers.inference import runtime_of
-from workers.jobs.videos import opened, pictures
+from workers.jobs.videos import pictures
+from workers.media.opening import opened
 from workers.media.sampling import Grid, Sampler
 
 
@@ -20,7 +24,7 @@ def main(path: Path) -> None:
     """Analyse the whole of a video in one chunk, at one frame a second."""
     settings = get_settings()
     bucket, key = split_uri(f"file://{path.absolute()}")
-    spec = settings.pipeline_spec()
+    spec = pipeline_spec(settings)
     analyzer = load_analyzer(spec, runtime_of(settings, processes=1))
     started = time.perf_counter()
     with opened(open_bucket(bucket).stat(key), settings) as video:

@@ -375,3 +375,32 @@ class FrameFaces:
     covers_seconds: float
     faces: tuple[Face, ...]
     track_ids: tuple[int, ...]
+
+
+#: The storage classes that hold nothing readable until it is restored ("Understanding and managing Amazon S3 storage
+#: classes", S3 User Guide). Glacier Instant Retrieval is none of them.
+ARCHIVES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One version of one object as listed; bucket + "/" + key is its URI."""
+
+    bucket: str
+    key: str
+    etag: str
+    size_bytes: int
+    last_modified: datetime
+    #: As S3 names it; None for its standard class, and where there are none.
+    storage_class: str | None = None
+    #: Of an object in an archive: a copy of it can be read for now.
+    restored: bool = False
+
+    @property
+    def uri(self) -> str:
+        return f"{self.bucket}/{self.key}"
+
+    @property
+    def archived(self) -> bool:
+        """Whether it has to be restored before it can be read."""
+        return self.storage_class in ARCHIVES and not self.restored

@@ -1,44 +1,23 @@
 """From listed objects to planned work: pure rules, no input or output.
 
-What an object is, when a camera saw it, and why it can't be planned.
+What an object is, how a video is cut into chunks, and why something can't be planned.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
-from itertools import takewhile
-from zoneinfo import ZoneInfo, available_timezones
+from datetime import datetime, timedelta
+from zoneinfo import ZoneInfo
 
-from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, Reason
-from common.storage.store import ObjectInfo
+from common.domain import MediaKind, ObjectInfo, ObservedAt, ObservedAtSource, Reason
+from common.timestamps import LocalTimeError, TimePattern, resolve_local
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mts", "gif"})
 
 #: A key that seems to name another year was not written by a camera.
 PLAUSIBLE_YEARS = range(1970, 2200)
-
-#: A container that says it was made before this had no clock: MP4 itself is of 2001.
-PLAUSIBLE_CREATION_YEAR = 2000
-
-#: strptime directive → what it matches.
-_DIRECTIVES = {
-    "Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{1,2}", "d": r"\d{1,2}", "H": r"\d{1,2}", "I": r"\d{1,2}",
-    "M": r"\d{1,2}", "S": r"\d{1,2}", "f": r"\d{1,6}", "j": r"\d{1,3}", "p": r"[AaPp][Mm]",
-    "b": r"[A-Za-z]{3}", "B": r"[A-Za-z]{3,9}", "z": r"Z|[+-]\d{2}:?\d{2}",
-}  # fmt: skip
-
-
-#: Directives that are plain numbers, and what of a time they tell.
-_UNITS = {"Y": "year", "m": "month", "d": "day", "H": "hour", "M": "minute", "S": "second"}
-
-
-class LocalTimeError(ValueError):
-    """A local time that its zone skips (clocks set forward), or that no calendar reaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,128 +34,6 @@ class PlannedObject:
     def best_known_time(self) -> datetime:
         """The time `--since` and `--until` go by: the key's, otherwise LastModified."""
         return self.observed_at.instant if self.observed_at else self.info.last_modified
-
-
-class TimePattern:
-    """When a picture was taken, as its key tells it: literal text, strptime directives, and `*` for any
-    text without a slash. The pattern is matched against the end of the key, from a slash or the start.
-
-    A directive that appears twice must match the same text both times.
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-        self._regex = _compile(pattern)
-        names = self._regex.groupindex.keys()
-        #: The pattern's directives, where all are plain numbers. Of nearly all patterns they are, and strptime would
-        #: take longer than all the rest of planning.
-        self._numbers = [name for name in _UNITS if name in names] if {*"Ymd"} <= names <= {*_UNITS, "f"} else []
-        self._units = [_UNITS[name] for name in self._numbers]
-
-    def match(self, key: str) -> datetime | None:
-        """The time in this key (naive, or aware where the pattern has %z); None if it doesn't match."""
-        found = self._regex.search(key)
-        if found is None:
-            return None
-        try:
-            if self._numbers:
-                numbers = dict(zip(self._units, map(int, found.group(*self._numbers)), strict=True))
-                if "f" in self._regex.groupindex:
-                    numbers["microsecond"] = int(found["f"].ljust(6, "0"))
-                return datetime(**numbers)  # type: ignore[arg-type]  # noqa: DTZ001
-            values = found.groupdict()
-            return datetime.strptime(  # noqa: DTZ007 - the caller knows the zone
-                " ".join(values.values()), " ".join(f"%{name}" for name in values)
-            )
-        except ValueError:
-            return None  # looks right and isn't a time: month 13, 30 February
-
-    def key_before(self, key: str, local: datetime) -> str | None:
-        """What all keys of this time or later come after, in a source whose keys are like this one; None where keys
-        don't sort by time."""
-        before_date, _, _ = self.pattern.partition("%")
-        found = self._regex.search(key)
-        if found is None or "*" in before_date:
-            return None
-        # From the largest unit to the smallest, as far as the key goes in that order, each in its full width.
-        names = sorted(self._regex.groupindex, key=lambda name: found.start(name))
-        ordered = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], zip(names, "YmdHMSf", strict=False))]
-        if len(ordered) < 3:
-            return None
-        start, result = 0, ""
-        for name in ordered:
-            text = local.strftime(f"%{name}")
-            if len(found[name]) != len(text):
-                return None
-            result += key[start : found.start(name)] + text
-            start = found.end(name)
-        return result
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    regex = ""
-    names: list[str] = []
-    for token in re.findall(r"%.|\*|[^%*]+|%", pattern, flags=re.DOTALL):
-        if token == "*":
-            regex += "[^/]*"
-        elif token == "%%":
-            regex += "%"
-        elif token.startswith("%"):
-            name = token[1:]
-            if name not in _DIRECTIVES:
-                known = " ".join(f"%{directive}" for directive in _DIRECTIVES)
-                raise MaskwatchError(f"unknown directive {token!r} in the time pattern {pattern!r}; known: {known}")
-            regex += f"(?P={name})" if name in names else f"(?P<{name}>{_DIRECTIVES[name]})"
-            names.append(name)
-        else:
-            regex += re.escape(token)
-    has_date = {"j"} <= set(names) or ({"d"} <= set(names) and bool({"m", "b", "B"} & set(names)))
-    if not ({"Y", "y"} & set(names)) or not has_date:
-        raise MaskwatchError(f"the time pattern {pattern!r} must hold a date: a year, a month and a day, or %Y and %j")
-    return re.compile(rf"(?:^|/){regex.removeprefix('/')}\Z")
-
-
-@lru_cache(maxsize=256)
-def zone(name: str) -> ZoneInfo:
-    """The IANA time zone of that name. Raises `MaskwatchError` with an example for any other word.
-
-    Remembered, because the list of names is read from the disk each time (5 ms).
-    """
-    # "CET" and its like mean other things to Postgres than to Python: only places, and UTC.
-    if name not in available_timezones() or ("/" not in name and name != "UTC"):
-        close = [known for known in sorted(available_timezones()) if f"/{name.lower()}" in known.lower()][:3]
-        hint = ", ".join(close) if close else "Europe/Berlin, Asia/Kolkata, UTC"
-        raise MaskwatchError(f"unknown time zone {name!r}; expected an IANA name such as {hint}")
-    return ZoneInfo(name)
-
-
-def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
-    """The instant (UTC) of a local time, and whether that local time occurred twice (the first is taken).
-
-    An aware datetime is converted as it is. Raises `LocalTimeError` for a time the clocks skipped.
-    """
-    try:
-        if local.tzinfo is not None:
-            return local.astimezone(UTC), False
-        first, second = local.replace(tzinfo=where, fold=0), local.replace(tzinfo=where, fold=1)
-        instant = first.astimezone(UTC)
-        if first.utcoffset() == second.utcoffset():
-            return instant, False
-        # The clocks change: forward, where the time comes back as another one, or back.
-        back = instant.astimezone(where).replace(tzinfo=None)
-    except OverflowError as error:
-        raise LocalTimeError(f"the time {local.isoformat(sep=' ')} is out of range") from error
-    if back != local:
-        raise LocalTimeError(f"the local time {local.isoformat(sep=' ')} does not exist in {where.key}")
-    return instant, True
-
-
-def hour_of(instant: datetime, where: ZoneInfo) -> datetime:
-    """The instant that an instant's hour of a place begins."""
-    local = instant.astimezone(where)
-    return (instant - timedelta(minutes=local.minute, seconds=local.second, microseconds=local.microsecond)).astimezone(
-        UTC
-    )
 
 
 def media_kind(key: str) -> MediaKind | None:
@@ -238,42 +95,3 @@ def archived_detail(info: ObjectInfo) -> str:
         f"{info.uri} lies in the storage class {info.storage_class}: the backfill with --restore asks for it, and it "
         "is analysed when it is back"
     )
-
-
-def recording_start(
-    planned: ObservedAt | None, created_at: datetime | None, last_modified: datetime, duration_seconds: float | None
-) -> ObservedAt:
-    """When a recording began: the key's time, else the container's creation time (aware), else LastModified minus the
-    duration, for a camera uploads a recording when it ends.
-
-    A clock that was never set (containers count from 1904 or 1970) or is ahead of the upload says nothing useful.
-    """
-    if planned is not None:
-        return planned
-    if (
-        created_at is not None
-        and created_at.year >= PLAUSIBLE_CREATION_YEAR
-        and created_at <= last_modified + timedelta(days=1)
-    ):
-        return ObservedAt(created_at.astimezone(UTC), ObservedAtSource.CREATION_TIME)
-    return ObservedAt(last_modified - timedelta(seconds=duration_seconds or 0), ObservedAtSource.LAST_MODIFIED)
-
-
-def observed_from_file(
-    planned: ObservedAt | None, taken_at: datetime | None, last_modified: datetime, where: ZoneInfo
-) -> ObservedAt:
-    """When a picture was taken: the key's time, else EXIF's (naive: local to `where`), else LastModified.
-
-    A camera whose clock was never set, or which names a time that its zone skips, says nothing useful:
-    then the next best source is taken.
-    """
-    if planned is not None:
-        return planned
-    if taken_at is not None:
-        try:
-            instant, ambiguous = resolve_local(taken_at, where)
-        except LocalTimeError:
-            return ObservedAt(last_modified, ObservedAtSource.LAST_MODIFIED)
-        if instant <= last_modified + timedelta(days=1):
-            return ObservedAt(instant, ObservedAtSource.EXIF, ambiguous)
-    return ObservedAt(last_modified, ObservedAtSource.LAST_MODIFIED)

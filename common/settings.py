@@ -21,8 +21,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from common.domain import MaskwatchError, PausePolicy, PipelineSpec, SampleMode
-from common.models.manifest import ModelKind, pinned_model
+from common.domain import MaskwatchError, PausePolicy, SampleMode
 
 _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch" / "models"
 
@@ -103,15 +102,6 @@ class PipelineSettings(BaseModel):
     uncertain_below: float = Field(0.6, ge=0.5, le=1)
     sample_fps: float = Field(1.0, gt=0, le=240, description="frames looked at per second of video")
     sample: SampleMode = Field(SampleMode.FRAMES, description="frames, or keyframes: cheaper, as many as the video has")
-
-    def spec(self, models_dir: Path) -> PipelineSpec:
-        """The pipeline these settings describe, with the weights that the manifest or the files in `models_dir` pin."""
-        values = self.model_dump(exclude={"detector", "classifier", "detector_threshold"})
-        model, detector = pinned_model(self.detector, ModelKind.DETECTOR, models_dir)
-        _, classifier = pinned_model(self.classifier, ModelKind.CLASSIFIER, models_dir)
-        threshold = model.threshold if self.detector_threshold is None else self.detector_threshold
-        assert threshold is not None, f"{model.name} has no threshold in the manifest"
-        return PipelineSpec(detector=detector, classifier=classifier, detector_threshold=threshold, **values)
 
 
 class WorkerSettings(BaseModel):
@@ -218,10 +208,6 @@ class Settings(BaseSettings):
     ledger: LedgerSettings = LedgerSettings()
     dispatch: DispatchSettings = DispatchSettings()
     metrics: MetricsSettings = MetricsSettings()
-
-    def pipeline_spec(self) -> PipelineSpec:
-        """The configured pipeline, with the weights that the manifest or this machine pins."""
-        return self.pipeline.spec(self.models_dir)
 
     @classmethod
     def settings_customise_sources(

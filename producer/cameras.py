@@ -16,11 +16,12 @@ from common.catalog.schedule import Look, LookLostError
 from common.database.partitions import ensure_partitions
 from common.database.sessions import engine, session_scope, transact
 from common.database.tables import Camera, Location, Pipeline
-from common.domain import Lane, MaskwatchError, TimeRange
+from common.domain import Lane, MaskwatchError, ObjectInfo, TimeRange
 from common.observability.logs import get_logger
-from common.planning import TimePattern, zone
 from common.settings import Settings
-from common.storage.store import ObjectInfo, ObjectStore, open_source
+from common.storage.opening import open_source
+from common.storage.store import ObjectStore
+from common.timestamps import TimePattern, zone
 from producer.listing import Page, Rules, list_range, plan_pages
 
 log = get_logger(__name__)

@@ -15,11 +15,12 @@ from common import ledger
 from common.catalog import places
 from common.database.sessions import session_scope
 from common.database.tables import Pipeline
-from common.domain import MediaKind, SampleMode
-from common.planning import TimePattern, zone
+from common.domain import MediaKind, ObjectInfo, SampleMode
+from common.models.pipeline import pipeline_spec
 from common.reporting.cost_model import Origin, Rate, Throughput, measured
 from common.settings import Settings
-from common.storage.store import ObjectInfo, open_source
+from common.storage.opening import open_source
+from common.timestamps import TimePattern, zone
 from producer.inventory import open_inventory
 from producer.listing import Page, Rules, list_range, plan_pages
 from producer.submit import first_look, range_of
@@ -118,7 +119,7 @@ def estimate(
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
     inventory = open_inventory(inventory_uri, store.bucket, settings) if inventory_uri else None
-    spec = settings.pipeline_spec()
+    spec = pipeline_spec(settings)
     with session_scope() as session:
         location = places.get_location(session, location_name)
         pipeline_id = session.scalar(select(Pipeline.id).where(Pipeline.fingerprint == spec.fingerprint))

@@ -22,9 +22,17 @@ from urllib.parse import unquote_plus
 
 from pydantic import BaseModel, Field, ValidationError
 
-from common.domain import MaskwatchError, PermanentJobError, SourceChangedError, TransientJobError, first_line
+from common.domain import (
+    MaskwatchError,
+    ObjectInfo,
+    PermanentJobError,
+    SourceChangedError,
+    TransientJobError,
+    first_line,
+)
 from common.settings import Settings
-from common.storage.store import FILE_BUCKET, ObjectInfo, ObjectStore, open_source
+from common.storage.opening import open_source
+from common.storage.store import FILE_BUCKET, ObjectStore
 
 #: What is read of a row: the name in configurations and CSV files, and that in Parquet files.
 COLUMNS = {

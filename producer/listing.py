@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
-from common.domain import TimeRange
-from common.planning import PlannedObject, TimePattern, hour_of, plan_object
-from common.storage.store import ObjectInfo, ObjectStore, is_storable
+from common.domain import ObjectInfo, TimeRange
+from common.planning import PlannedObject, plan_object
+from common.storage.store import ObjectStore, is_storable
+from common.timestamps import TimePattern, hour_of
 
 #: Objects per batch, which is registered in one transaction: with more, nothing gets quicker.
 BATCH = 2000

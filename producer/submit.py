@@ -22,13 +22,15 @@ from common.catalog import places as catalog
 from common.database.partitions import ensure_partitions
 from common.database.sessions import engine, session_scope, transact
 from common.database.tables import Backfill, BackfillPart, Camera, Location, Pipeline
-from common.domain import Lane, MaskwatchError, PermanentJobError, Reason, TimeRange, TransientJobError
+from common.domain import Lane, MaskwatchError, ObjectInfo, PermanentJobError, Reason, TimeRange, TransientJobError
 from common.ledger import circuit_breaker
 from common.ledger.audit import operator
-from common.planning import TimePattern, resolve_local, zone
+from common.models.pipeline import pipeline_spec
 from common.reporting.coverage import coverage, failed_jobs
 from common.settings import Settings
-from common.storage.store import ObjectInfo, ObjectStore, open_source
+from common.storage.opening import open_source
+from common.storage.store import ObjectStore
+from common.timestamps import TimePattern, resolve_local, zone
 from producer.inventory import Inventory, open_inventory
 from producer.listing import Page, Rules, divide, list_range, plan_pages
 
@@ -120,7 +122,7 @@ def submit(
     with session_scope() as session:
         location = catalog.get_location(session, location_name)
         camera = catalog.get_camera(session, location, camera_name) if camera_name else None
-        pipeline = catalog.ensure_pipeline(session, settings.pipeline_spec())
+        pipeline = catalog.ensure_pipeline(session, pipeline_spec(settings))
         session.flush()
     places = Places(location, camera, pipeline)
     where = zone(location.time_zone)

@@ -13,8 +13,9 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
+from common.domain import ObjectInfo
 from common.settings import Settings, get_settings
-from common.storage.store import ObjectInfo, S3Store
+from common.storage.s3 import S3Store
 from tests.services import Bucket, Services, forget_settings, start_services
 
 # How long an example takes says something about the machine, not about the code.

@@ -10,11 +10,11 @@ from sqlalchemy.orm import Session
 
 from common import ledger
 from common.catalog import places
-from common.domain import Face, JobRef, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
+from common.domain import Face, JobRef, Lane, MaskStatus, MediaKind, ObjectInfo, ObservedAt, ObservedAtSource
 from common.ledger import ClaimedJob, Dispatch, Registered
+from common.models.pipeline import pipeline_spec
 from common.planning import PlannedObject
 from common.settings import get_settings
-from common.storage.store import ObjectInfo
 
 NOON = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 
@@ -26,7 +26,7 @@ def planned(key: str, *, etag: str = "e1", at: datetime = NOON, modified: dateti
 
 def register(session: Session, *objects: PlannedObject, zone: str = "UTC", lane: Lane = Lane.BACKFILL) -> Registered:
     location = places.add_location(session, "lobby", zone)
-    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
+    pipeline = places.ensure_pipeline(session, pipeline_spec(get_settings()))
     location.promoted_pipeline_id = pipeline.id
     result = ledger.register(session, objects, location=location, camera=None, pipeline=pipeline, lane=lane)
     session.commit()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from common.database.sessions import DatabaseDownError
+from common.database.errors import DatabaseDownError
 from common.database.versions import OutdatedProgramError
 from common.messaging.celery_app import app
 from common.messaging.queues import TaskName, decode_refs

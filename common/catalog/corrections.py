@@ -19,11 +19,11 @@ from sqlalchemy.orm import Session
 from common import ledger
 from common.catalog.schedule import interrupt_looks
 from common.database.tables import Backfill, Camera, Location
-from common.domain import MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, Reason
+from common.domain import MaskwatchError, MediaKind, ObjectInfo, ObservedAt, ObservedAtSource, Reason
 from common.ledger import audit
 from common.ledger.retention import PURGED_BEFORE_SQL, purged_before
-from common.planning import PlannedObject, TimePattern, hour_of, observed_from_file, plan_object, zone
-from common.storage.store import ObjectInfo
+from common.planning import PlannedObject, plan_object
+from common.timestamps import TimePattern, hour_of, observed_from_file, zone
 
 #: Objects per statement.
 BATCH = 2000

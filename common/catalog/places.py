@@ -13,9 +13,10 @@ from sqlalchemy.orm import Session
 from common.catalog.schedule import check_schedule, interrupt_looks
 from common.database.tables import Camera, CameraSlot, ComplianceHour, Location, Pipeline
 from common.domain import MaskwatchError, PipelineSpec
-from common.planning import TimePattern, zone
+from common.models.pipeline import pipeline_spec
 from common.settings import Settings
-from common.storage.store import open_source
+from common.storage.opening import open_source
+from common.timestamps import TimePattern, zone
 
 
 def add_location(session: Session, name: str, time_zone: str) -> Location:
@@ -107,7 +108,7 @@ def configure_camera(session: Session, camera: Camera, settings: Settings, optio
     if "expects" in text_of and camera.expected_since is None:
         camera.expected_since = now
     if scheduled and camera.pipeline_id is None:
-        pipeline = ensure_pipeline(session, settings.pipeline_spec())
+        pipeline = ensure_pipeline(session, pipeline_spec(settings))
         camera.pipeline_id = pipeline.id
         location = session.get_one(Location, camera.location_id)
         if location.promoted_pipeline_id is None:

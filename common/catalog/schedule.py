@@ -20,7 +20,7 @@ from sqlalchemy import CursorResult, text
 from sqlalchemy.orm import Session
 
 from common.domain import MaskwatchError
-from common.planning import zone
+from common.timestamps import zone
 
 #: Slots noted down per camera and tick at most: after a long outage it takes a few ticks.
 SLOTS_AT_ONCE = 5000

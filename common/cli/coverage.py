@@ -7,12 +7,13 @@ from dataclasses import asdict
 import click
 
 from common.catalog import places
-from common.cli.parts.console import json_option, note, percent, print_json, print_table
+from common.cli.parts.console import json_option, note, print_json, print_table
 from common.cli.parts.deployment import deployment
 from common.cli.parts.options import parse_bounds
 from common.database.sessions import session_scope
 from common.reporting.coverage import CoverageHour
 from common.reporting.coverage import coverage as hours_of
+from common.reporting.tables import percent
 
 
 @click.command()

@@ -29,6 +29,7 @@ from common.machine import (
 )
 from common.messaging.broker import BrokerDownError, broker_error, credentials, place
 from common.messaging.queues import Queue, queue_length, redis_client
+from common.models.pipeline import pipeline_spec
 from common.settings import Settings, get_settings
 from workers.weights import files
 
@@ -125,7 +126,7 @@ def _examine_models(settings: Settings) -> list[Check]:
     found: list[Check] = []
     configured: dict[str, ModelRef] = {}
     try:
-        spec = settings.pipeline_spec()
+        spec = pipeline_spec(settings)
         configured = {ref.name: ref for ref in (spec.detector, spec.classifier)}
         found.append(("pipeline", True, ", ".join(f"{ref.name} {ref.sha256[:12]}" for ref in configured.values())))
     except MaskwatchError as error:

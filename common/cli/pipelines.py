@@ -9,10 +9,12 @@ import click
 from sqlalchemy.orm import Session
 
 from common.catalog import places
-from common.cli.parts.console import json_option, note, percent, print_json, print_table
+from common.cli.parts.console import json_option, note, print_json, print_table
 from common.cli.parts.sessions import Say, with_session
 from common.domain import PipelineSpec, UnknownSpecError
 from common.models.figures import Confusion, confusion_of
+from common.models.pipeline import pipeline_spec
+from common.reporting.tables import percent
 from common.settings import get_settings
 
 
@@ -83,7 +85,7 @@ def promote_pipeline(session: Session, location: str, pipeline_id: int | None) -
     if pipeline_id is not None:
         chosen = places.get_pipeline(session, pipeline_id)
     else:
-        chosen = places.ensure_pipeline(session, get_settings().pipeline_spec())
+        chosen = places.ensure_pipeline(session, pipeline_spec(get_settings()))
     covered = places.hours_by_pipeline(session, place)
     before = place.promoted_pipeline_id
     places.promote(session, place, chosen)

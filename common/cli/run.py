@@ -23,11 +23,11 @@ from common.cli.summary import print_compliance
 from common.database.sessions import session_scope
 from common.database.tables import Location
 from common.domain import MaskwatchError
-from common.planning import TimePattern
 from common.reporting import queries
 from common.reporting.tables import as_dict
 from common.settings import get_settings
-from common.storage.store import open_source
+from common.storage.opening import open_source
+from common.timestamps import TimePattern
 from workers.jobs.preflight import require_ready
 
 

@@ -1,5 +1,5 @@
-"""Engines, sessions and the state of the schema. Everything below the tasks, the commands and dispatch
-receives a `session`; only those open one."""
+"""Engines, sessions and the state of the schema; `errors` has what goes wrong. Everything below the tasks, the commands
+and dispatch receives a `session`; only those open one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sqlalchemy import URL, Engine, TextClause, TextualSelect, column, create_en
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, ProgrammingError
 from sqlalchemy.orm import Session
 
+from common.database.errors import MissingRightError, down, is_lost
 from common.domain import MaskwatchError, first_line
 from common.settings import DatabaseSettings, get_settings
 
@@ -183,7 +184,7 @@ def explained() -> Iterator[None]:
         raise
     except DBAPIError as error:
         if is_lost(error):
-            raise _down(error) from error
+            raise down(error) from error
         raise
 
 
@@ -209,51 +210,11 @@ class NotMigratedError(MaskwatchError):
     """The schema lacks what this version needs: it is older, or there is none."""
 
 
-class DatabaseDownError(MaskwatchError):
-    """Postgres can't be reached, has dropped the connection, or lets nobody in."""
-
-
-class MissingRightError(MaskwatchError):
-    """The role we are may not do this."""
-
-
-#: What Postgres says when it lets us not in, and what to do. By its words: libpq tells no SQLSTATE of a connection
-#: that was not made. In another language (lc_messages) they are not known again, and the general sentence says them.
-_NOT_LET_IN = (
-    ("password authentication failed", "check the user in MASKWATCH_DATABASE__URL and MASKWATCH_DATABASE__PASSWORD"),
-    ("no password supplied", "set MASKWATCH_DATABASE__PASSWORD"),
-    ("no pg_hba.conf entry", "the server takes no such connection: is sslmode needed, is this host allowed?"),
-    ("does not exist", "check MASKWATCH_DATABASE__URL"),
-    ("too many clients", "all of its connections are in use: raise max_connections, or run fewer processes"),
-    ("too many connections", "all that this role may have are in use: raise its limit, or run fewer processes"),
-    ("remaining connection slots", "all of its connections are in use: raise max_connections, or run fewer processes"),
-    ("certificate", "check sslmode and sslrootcert in MASKWATCH_DATABASE__URL"),
-)
-
-
-def _down(error: DBAPIError) -> DatabaseDownError:
-    line = first_line(error)
-    for words, what_to_do in _NOT_LET_IN:
-        if words in line:
-            return DatabaseDownError(f"the database let us not in ({line}): {what_to_do}")
-    return DatabaseDownError(f"the database does not answer ({line}): is Postgres running?")
-
-
 def _role() -> str:
     """Who we are to Postgres, for a message."""
     configured = get_settings().database.url
     user = _parsed(configured.get_secret_value()).username if configured is not None else None
     return f"the database role {user}" if user else "this database role"
-
-
-def is_lost(error: DBAPIError) -> bool:
-    """Whether an error means that the database is away, rather than that it refused a statement.
-
-    No SQLSTATE: no connection was made. 08: connection exceptions; 53: out of resources, connections among
-    them; 57P: shut down, crashed, starting up (PostgreSQL's Appendix A, "Error Codes").
-    """
-    state = getattr(error.orig, "sqlstate", None)
-    return error.connection_invalidated or state is None or state.startswith(("08", "53", "57P"))
 
 
 def schema_revision(session: Session) -> str | None:

@@ -7,14 +7,12 @@ written there. So a program may work on a newer schema than it knows. docs/versi
 
 from __future__ import annotations
 
-import time
 from enum import StrEnum
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common import __version__
-from common.cli.parts.console import note
 from common.database.sessions import (
     NOT_MIGRATED,
     SCHEMA_REVISION,
@@ -32,8 +30,6 @@ MIGRATION_LOCK = 0x6D77_6D69
 #: may go on until it commits: "maskwatch aggregation".
 AGGREGATION_LOCK = 0x6D77_6167
 
-#: Seconds after which a program that may not go on looks again.
-WAIT_SECONDS = 10.0
 
 OLDEST_VERSION = """
 SELECT version
@@ -107,24 +103,6 @@ def check_schema(part: Part = Part.COMMAND) -> None:
         if found is None or (found != SCHEMA_REVISION and not is_newer(found)):
             raise NotMigratedError(NOT_MIGRATED.format(found=found or "no schema", need=SCHEMA_REVISION))
         check_part(session, part)
-
-
-def wait_for_permission(part: Part) -> None:
-    """Return when this version may work on the database as this part; says once why it waits.
-
-    Raises `MaskwatchError` for whatever else is wrong with the database.
-    """
-    told = None
-    while True:
-        try:
-            check_schema(part)
-        except OutdatedProgramError as error:
-            if str(error) != told:
-                told = str(error)
-                note(f"waiting, as the {part.value} may not go on: {told}")
-            time.sleep(WAIT_SECONDS)
-        else:
-            return
 
 
 def hold_schema(session: Session) -> None:

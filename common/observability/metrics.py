@@ -1,37 +1,30 @@
-"""Metrics for Prometheus: every one by name, how they are counted, and how a process serves them.
+"""Metrics for Prometheus: every one by name, and how they are counted.
 
-Counting is for the hot path, so it is nothing at all until a process serves metrics (`serving`), and it never raises:
-a figure that is lost is no reason to lose a job. Prometheus's own library is imported only then.
+Counting is for the hot path, so it is nothing at all until a process serves metrics (`exporter.serving`), and it never
+raises: a figure that is lost is no reason to lose a job. Prometheus's own library is imported only then.
 
 The children of a worker count in files of a folder that the main process makes for them, and it serves the sums
-(the library's multiprocess mode). What is read from the ledger is the business of `producer/gauges.py`.
+(`common/observability/exporter.py`). What is read from the ledger is the business of `producer/gauges.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common.domain import AttemptOutcome, Face, JobKind, JobState, Lane, MaskStatus, MaskwatchError, Reason, first_line
-from common.files import make_held, remove_left_over, replacing
+from common.domain import AttemptOutcome, Face, JobKind, JobState, Lane, MaskStatus, Reason
+from common.files import replacing
 from common.observability.logs import get_logger
-from common.settings import MetricsSettings
-
-if TYPE_CHECKING:
-    from prometheus_client.registry import Collector
 
 log = get_logger(__name__)
 
@@ -140,21 +133,13 @@ METRICS = (
 )  # fmt: skip
 
 #: Where the processes of a worker count: set by the main process, inherited by its children.
-_FOLDER = "MASKWATCH_METRICS_FOLDER"
-#: The same for Prometheus's library, which looks for it when it is imported.
-_LIBRARY_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-_PREFIX = "maskwatch-metrics-"
+FOLDER = "MASKWATCH_METRICS_FOLDER"
 #: Room that a process takes in the folder before it counts: a file that grows into a full disk would end the process
 #: (SIGBUS), and not raise. The metrics above need less, whatever happens.
-_FILE_BYTES = 512 * 1024
-#: The process number of the file that holds the sums of children that have ended.
-_ENDED = 0
+FILE_BYTES = 512 * 1024
 
-_on = _FOLDER in os.environ
+_on = FOLDER in os.environ
 _NOTHING: AbstractContextManager[None] = nullcontext()
-
-
-# --- counting -----------------------------------------------------------------------------------------------
 
 
 def count(metric: Metric, amount: float = 1, **labels: str) -> None:
@@ -162,7 +147,7 @@ def count(metric: Metric, amount: float = 1, **labels: str) -> None:
     if not _on or not amount:
         return
     try:
-        _series(metric, tuple(labels.items())).inc(amount)
+        series(metric, tuple(labels.items())).inc(amount)
     except Exception:  # whatever it is, the job goes on
         _give_up(metric)
 
@@ -172,9 +157,15 @@ def observe(metric: Metric, seconds: float, **labels: str) -> None:
     if not _on:
         return
     try:
-        _series(metric, tuple(labels.items())).observe(seconds)
+        series(metric, tuple(labels.items())).observe(seconds)
     except Exception:
         _give_up(metric)
+
+
+def switch(*, on: bool) -> None:
+    """Whether this process counts, from now on. Its folder must be set before."""
+    global _on
+    _on = on
 
 
 def stage(name: Stage) -> AbstractContextManager[None]:
@@ -215,7 +206,7 @@ class _Timed:
 
 
 @lru_cache(maxsize=1024)
-def _series(metric: Metric, labels: tuple[tuple[str, str], ...]) -> Any:
+def series(metric: Metric, labels: tuple[tuple[str, str], ...]) -> Any:
     """One series of a metric. Raises `ValueError` for a label value that the metric doesn't name."""
     given = dict(labels)
     unknown = {name for name, value in given.items() if value not in metric.labels.get(name, ())}
@@ -255,11 +246,11 @@ def _reserve() -> None:
             continue
         # Under its name only when it is whole: a scrape can't read an empty file, and would fail for all processes.
         with replacing(path) as part, part.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+            os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
 
 
 def _file(kind: str, process: int) -> Path:
-    return Path(os.environ[_FOLDER], f"{kind}_{process}.db")
+    return Path(os.environ[FOLDER], f"{kind}_{process}.db")
 
 
 def _give_up(metric: Metric) -> None:
@@ -267,136 +258,3 @@ def _give_up(metric: Metric) -> None:
     global _on
     _on = False
     log.warning("metrics are off in this process: one could not be counted", metric=metric.name, exc_info=True)
-
-
-# --- serving ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(role: Role, settings: MetricsSettings, gauges: Callable[[], Iterable[Collector]] = tuple) -> Iterator[None]:
-    """Serve the metrics of this process and its children over HTTP meanwhile, if a port is configured.
-
-    `gauges` makes collectors of further ones. To be entered once in the life of a process, before its children start
-    and before anything imports Prometheus's library. Raises `MaskwatchError` where the port or a folder can't be had.
-    """
-    global _on
-    if not settings.port:
-        yield
-        return
-    before = {name: os.environ.get(name) for name in (_FOLDER, _LIBRARY_FOLDER)}
-    with _folder() as folder:
-        os.environ |= {_FOLDER: str(folder), _LIBRARY_FOLDER: str(folder)}
-        _on = True
-        try:
-            # From the start, at 0: a rate knows an increase only from what was there before.
-            for metric in METRICS:
-                if role in metric.roles:
-                    for values in itertools.product(*metric.labels.values()):
-                        _series(metric, tuple(zip(metric.labels, values, strict=True)))
-            with _server(settings.host, settings.port, folder, gauges()):
-                yield
-        finally:
-            _on = False
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-
-
-@contextmanager
-def _server(host: str, port: int, folder: Path, gauges: Iterable[Collector]) -> Iterator[None]:
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    registry = CollectorRegistry()
-    registry.register(_sums_of(folder))
-    for collector in gauges:
-        registry.register(collector)
-    try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        raise MaskwatchError(
-            f"metrics can't be served on {host}:{port}: {first_line(error)}; choose others with "
-            "MASKWATCH_METRICS__HOST and MASKWATCH_METRICS__PORT, one for each process of a machine"
-        ) from error
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def _sums_of(folder: Path) -> Collector:
-    """A collector of the files of all processes in `folder`."""
-    from prometheus_client.multiprocess import MultiProcessCollector
-    from prometheus_client.registry import Collector
-
-    class Sums(Collector):
-        def __init__(self) -> None:
-            self._files = MultiProcessCollector(None, path=str(folder))
-            # Two who scrape at once must not meet in the middle of a sum.
-            self._lock = threading.Lock()
-
-        def collect(self) -> Iterable[Any]:
-            with self._lock:
-                fold_ended(folder)
-                return list(self._files.collect())
-
-    return Sums()
-
-
-def fold_ended(folder: Path) -> int:
-    """Add the counts of processes that have ended to one file, and remove theirs; returns how many files went.
-
-    A worker replaces its children now and then, for as long as it runs. Not removed without being added: a counter
-    must not go down.
-    """
-    from prometheus_client.mmap_dict import MmapedDict
-
-    folded = 0
-    for path in folder.glob("*.db"):
-        kind, _, number = path.stem.partition("_")
-        if int(number) == _ENDED or _runs(int(number)):
-            continue
-        sums = MmapedDict(str(folder / f"{kind}_{_ENDED}.db"))
-        try:
-            for key, value, _, _ in MmapedDict.read_all_values_from_file(str(path)):
-                total, _ = sums.read_value(key)
-                sums.write_value(key, total + value, 0.0)
-        finally:
-            sums.close()
-        path.unlink()
-        folded += 1
-    return folded
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's, with the number of one of ours: looked at again when that has gone
-        return True
-    return True
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """A folder to count in, held while it is used: so those that killed processes leave are told from ours."""
-    remove_left_over(_PREFIX, folder=True)
-    try:
-        path, handle = make_held(_PREFIX, folder=True)
-        # Where the sums of children will lie that have ended: made now, while there is room.
-        for kind in ("counter", "histogram"):
-            with (path / f"{kind}_{_ENDED}.db").open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
-    except OSError as error:
-        raise MaskwatchError(
-            f"no room for metrics in {tempfile.gettempdir()}: {first_line(error)}; make some there, or set TMPDIR"
-        ) from error
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)

@@ -18,7 +18,6 @@ from PIL import Image, UnidentifiedImageError
 from sqlalchemy.orm import Session
 
 from common import __version__
-from common.cli.parts.console import percent
 from common.domain import MaskwatchError, first_line
 from common.files import write_atomically
 from common.reporting import tables
@@ -35,6 +34,7 @@ from common.reporting.queries import (
     quarantined,
     totals,
 )
+from common.reporting.tables import percent
 
 #: A page with more pictures than this is slow to open and to send.
 MAX_PICTURES = 12

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from common.cli.parts.console import percent
 from common.reporting.queries import ComplianceRow, Figures, Period
 
 #: Shown where there is no figure.
@@ -64,3 +63,8 @@ def as_csv(rows: Sequence[ComplianceRow]) -> str:
     for row in rows:
         writer.writerow({**as_dict(row), "start": row.start.isoformat()})
     return buffer.getvalue()
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] for people, as `71.4 %`; a dash where there was nothing to be counted."""
+    return "–" if value is None else f"{100 * value:.1f} %"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from common.cli.parts.serving import ready_to_serve
-from common.messaging.celery_app import serve
 from common.messaging.queues import Queue
+from common.messaging.serve import serve
 from common.observability.metrics import Role
 from producer.tasks import schedule
 

@@ -33,6 +33,7 @@ from common.domain import (
     Lane,
     MaskStatus,
     MediaKind,
+    ObjectInfo,
     ObservedAt,
     ObservedAtSource,
     PausePolicy,
@@ -40,8 +41,8 @@ from common.domain import (
     VideoInfo,
 )
 from common.ledger import ClaimedJob, Dispatch, DispatchedJob, Registered, StaleJobError
-from common.planning import PlannedObject, chunk_ranges, observed_from_file, recording_start, zone
-from common.storage.store import ObjectInfo
+from common.planning import PlannedObject, chunk_ranges
+from common.timestamps import observed_from_file, recording_start, zone
 from producer.dispatch import group
 from tests.chaos.hands import DeadlockError, Hand, Hands, Task
 from tests.chaos.promises import FACES, SECONDS, BrokenPromiseError, Listed, Promises

@@ -16,6 +16,7 @@ from common.catalog import places
 from common.database.tables import Location, Pipeline
 from common.database.versions import OutdatedProgramError
 from common.ledger import StaleJobError
+from common.models.pipeline import pipeline_spec
 from common.settings import get_settings
 from tests.chaos.actors import RESET, SLOW, ZONE, LedgerMachine, Plant, Stage
 from tests.chaos.hands import Hands, open_hands
@@ -90,7 +91,7 @@ def _explore(stage: Stage, examples: int, seed: int, shrink: bool) -> None:
 
 def _catalog(hands: Hands) -> tuple[Location, tuple[Pipeline, Pipeline]]:
     """One location and two pipelines, for all examples."""
-    spec = get_settings().pipeline_spec()
+    spec = pipeline_spec(get_settings())
     with Session(hands.engine, expire_on_commit=False) as session:
         location = places.add_location(session, "lobby", ZONE)
         first = places.ensure_pipeline(session, spec)

@@ -14,7 +14,7 @@ from common.models.manifest import MODELS
 from common.sample.source_images import astronaut
 from tests.agreement import compare, scenes
 from tests.pipelines import default_spec
-from workers.analysis.analyzer import load_analyzer
+from workers.analysis.load import load_analyzer
 from workers.detection import centerface
 from workers.inference import Runtime
 from workers.inference.onnx_session import load_session

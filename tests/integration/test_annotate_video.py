@@ -29,7 +29,7 @@ from common.catalog import places
 from common.domain import Face, Lane, MaskStatus, MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, SampleMode
 from common.planning import PlannedObject
 from common.settings import get_settings
-from common.storage.store import open_bucket
+from common.storage.opening import open_bucket
 from tests.ledger_rows import dispatch, rows
 from tests.photos import jpeg, portrait
 from tests.pipelines import default_spec
@@ -37,7 +37,7 @@ from tests.services import Bucket
 from tests.videos import index_first, make_video, number_of
 from workers.annotation.drawing import COLOURS
 from workers.cli.annotate import annotate
-from workers.jobs import attempts
+from workers.jobs import models
 from workers.jobs.run import run_jobs
 from workers.media.frames import to_picture
 
@@ -70,7 +70,7 @@ class FakeAnalyzer:
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
     monkeypatch.setattr(workers.annotation.pictures, "load_analyzer", lambda spec, runtime: fake)
-    monkeypatch.setattr(attempts, "analyzer", lambda spec, runtime: fake)
+    monkeypatch.setattr(models, "analyzer", lambda spec, runtime: fake)
     return fake
 
 

@@ -16,10 +16,11 @@ from sqlalchemy.orm import Session
 from common import ledger
 from common.catalog import backfills
 from common.database.sessions import engine
-from common.domain import ArchivedError, JobRef, Lane, MaskwatchError
+from common.domain import ArchivedError, JobRef, Lane, MaskwatchError, ObjectInfo
 from common.messaging.queues import Queue, decode_refs, list_of, queue_length, redis_client
 from common.settings import Settings, get_settings
-from common.storage.store import ObjectInfo, S3Store, open_bucket
+from common.storage.opening import open_bucket
+from common.storage.s3 import S3Store
 from producer import listing, submit
 from producer.dispatch import dispatch, reconcile
 from producer.submit import BackfillReport, Restore

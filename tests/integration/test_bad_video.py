@@ -26,7 +26,7 @@ from common import ledger
 from common.domain import Face, MaskStatus, ObservedAt, ObservedAtSource, PermanentJobError, SampleMode
 from common.planning import PlannedObject, media_kind
 from common.settings import Settings, get_settings
-from common.storage.store import open_bucket
+from common.storage.opening import open_bucket
 from tests.faults import faulty_s3
 from tests.hostile_files import (
     DREF,
@@ -51,7 +51,7 @@ from tests.ledger_rows import NOON, dispatch, register, rows, scalar
 from tests.photos import empty_jpeg
 from tests.services import Bucket, Services
 from tests.videos import index_first, make_video, number_of, numbered
-from workers.jobs import attempts
+from workers.jobs import models
 from workers.jobs.run import run_jobs
 from workers.media.containers import VideoFile, _deny
 from workers.media.frames import to_picture
@@ -86,7 +86,7 @@ class FakeAnalyzer:
 @pytest.fixture
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
-    monkeypatch.setattr(attempts, "analyzer", lambda spec, runtime: fake)
+    monkeypatch.setattr(models, "analyzer", lambda spec, runtime: fake)
     return fake
 
 

@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session
 from common.catalog import schedule
 from common.catalog.schedule import LookLostError, slots
 from common.database.sessions import session_scope
-from common.domain import MaskwatchError
-from common.planning import TimePattern
+from common.domain import MaskwatchError, ObjectInfo
 from common.settings import get_settings
-from common.storage.store import ObjectInfo, S3Store
+from common.storage.s3 import S3Store
+from common.timestamps import TimePattern
 from producer import cameras, dispatch, listing
 from producer.cameras import look_at, tick
 from tests.ledger_rows import rows, scalar, states

@@ -15,11 +15,12 @@ from sqlalchemy.orm import Session
 from common import ledger
 from common.catalog import corrections, places
 from common.database.tables import Backfill, Camera, Location, Pipeline
-from common.domain import FrameFaces, Lane, MaskStatus, MaskwatchError, VideoInfo
+from common.domain import FrameFaces, Lane, MaskStatus, MaskwatchError, ObjectInfo, VideoInfo
 from common.ledger import ClaimedJob, StaleJobError, circuit_breaker, registration
-from common.planning import TimePattern, observed_from_file, plan_object, recording_start, zone
+from common.models.pipeline import pipeline_spec
+from common.planning import plan_object
 from common.settings import get_settings
-from common.storage.store import ObjectInfo
+from common.timestamps import TimePattern, observed_from_file, recording_start, zone
 from tests.ledger_rows import coverage_by_both, face, rows, scalar, states, take
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.pipelines import default_spec
@@ -60,7 +61,7 @@ OTHERS = [
 def add(session: Session, name: str, time_zone: str, pattern: str | None = PATTERN) -> tuple[Location, Camera]:
     """A location and a camera of the same name, whose keys have this pattern."""
     location = places.add_location(session, name, time_zone)
-    location.promoted_pipeline_id = places.ensure_pipeline(session, get_settings().pipeline_spec()).id
+    location.promoted_pipeline_id = places.ensure_pipeline(session, pipeline_spec(get_settings())).id
     camera = places.add_camera(session, location, "gate")
     camera.time_pattern = pattern
     session.commit()
@@ -84,7 +85,7 @@ def enqueue(
         [item for item in planned if item],
         location=location,
         camera=camera,
-        pipeline=pipeline or places.ensure_pipeline(session, get_settings().pipeline_spec()),
+        pipeline=pipeline or places.ensure_pipeline(session, pipeline_spec(get_settings())),
         lane=Lane.LIVE,
     )
     session.commit()
@@ -381,7 +382,7 @@ def replace_first(session: Session, location: Location, camera: Camera) -> None:
     info = ObjectInfo("s3://footage", f"a/{KEYED[0]}", "e2", 1000, UPLOADED + timedelta(hours=1))
     newer = plan_object(info, TimePattern(PATTERN), zone("UTC"))
     assert newer is not None
-    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
+    pipeline = places.ensure_pipeline(session, pipeline_spec(get_settings()))
     ledger.register(session, [newer], location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE)
     session.commit()
 
@@ -469,7 +470,7 @@ def test_a_worker_that_is_just_recording_is_waited_for(session: Session, monkeyp
 
 def test_a_backfill_that_is_limited_in_time_comes_first(session: Session) -> None:
     wrong, camera = add(session, "lobby", "UTC")
-    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
+    pipeline = places.ensure_pipeline(session, pipeline_spec(get_settings()))
     backfill = Backfill(
         source="s3://footage/",
         source_id=circuit_breaker.ensure(session, "s3://footage"),

@@ -12,15 +12,8 @@ from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from common.database.sessions import (
-    DatabaseDownError,
-    MissingRightError,
-    address,
-    engine,
-    make_engine,
-    session_scope,
-    transact,
-)
+from common.database.errors import DatabaseDownError, MissingRightError
+from common.database.sessions import address, engine, make_engine, session_scope, transact
 from common.domain import MaskwatchError
 from common.settings import DatabaseSettings, Settings
 from tests.services import Services, maskwatch

@@ -19,12 +19,13 @@ from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.database.sessions import DatabaseDownError, engine, session_scope
+from common.database.errors import DatabaseDownError
+from common.database.sessions import engine, session_scope
 from common.domain import Reason, SourceChangedError
 from common.messaging.broker import BrokerDownError
 from common.messaging.queues import Queue, queue_length, redis_client
 from common.settings import Settings, StorageSettings, get_settings
-from common.storage.store import open_source
+from common.storage.opening import open_source
 from producer.dispatch import dispatch, reconcile, request_summary
 from tests.chaos.lab import SMALL, Lab
 from tests.faults import Fault, faulty_s3

@@ -35,13 +35,14 @@ from common.domain import (
     TransientJobError,
 )
 from common.ledger import ClaimedJob
+from common.models.pipeline import pipeline_spec
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
-from common.storage.store import open_bucket
+from common.storage.opening import open_bucket
 from tests.ledger_rows import NOON, dispatch, face, register, rows, scalar
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import Bucket, wait_until
-from workers.jobs import attempts, images
+from workers.jobs import images, models
 from workers.jobs.attempts import UnfitWorkerError
 from workers.jobs.images import read_ahead
 from workers.jobs.run import run_jobs
@@ -65,7 +66,7 @@ class FakeAnalyzer:
 @pytest.fixture
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
-    monkeypatch.setattr(attempts, "analyzer", lambda spec, threads: fake)
+    monkeypatch.setattr(models, "analyzer", lambda spec, threads: fake)
     return fake
 
 
@@ -248,7 +249,7 @@ def test_a_worker_that_cannot_load_the_models_gives_its_jobs_back(
     def missing(spec: object, threads: int) -> None:
         raise MaskwatchError("no such weights here")
 
-    monkeypatch.setattr(attempts, "analyzer", missing)
+    monkeypatch.setattr(models, "analyzer", missing)
     with pytest.raises(UnfitWorkerError, match="no such weights here"):
         analyze(plan_group(session, bucket, 2))
     assert rows(session, JOBS) == [pending(1), pending(2)]
@@ -271,7 +272,7 @@ def test_leases_are_kept_while_models_are_loaded(
                 expired.append(ledger.recover_expired(other, max_lost_leases=10))
         return analyzer
 
-    monkeypatch.setattr(attempts, "analyzer", load_slowly)
+    monkeypatch.setattr(models, "analyzer", load_slowly)
     assert analyze(plan_group(session, bucket, 2)) == 2
     assert expired == [0]
 
@@ -354,7 +355,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
 
 def claimed(sizes: Sequence[int]) -> list[ClaimedJob]:
     """Jobs 1, 2, ... of objects of these sizes. Nothing of them is in the ledger."""
-    spec = get_settings().pipeline_spec()
+    spec = pipeline_spec(get_settings())
     return [
         ClaimedJob(
             ref=JobRef(number, uuid.uuid4()),

@@ -17,7 +17,7 @@ from common import ledger
 from common.database.tables import Base
 from common.domain import MaskwatchError
 from common.settings import get_settings
-from common.storage.store import open_bucket
+from common.storage.opening import open_bucket
 from producer import estimate, listing, submit
 from producer.submit import BackfillReport, Restore
 from tests import inventories

@@ -21,6 +21,7 @@ from common.database.sessions import engine, make_engine, session_scope, sql
 from common.domain import JobRef, JobState, Lane, MaskStatus, ObservedAt, ObservedAtSource, Reason
 from common.ledger import ClaimedJob, StaleJobError, transitions
 from common.ledger import attempts as attempts_of_ledger
+from common.models.pipeline import pipeline_spec
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
 from common.storage.store import FILE_BUCKET
@@ -453,7 +454,7 @@ def test_what_no_pattern_could_place_waits_for_one_that_can(session: Session) ->
     register(session, lost)
     assert ledger.retry(session, by="op") == []  # it would count under its upload time
     location = places.add_location(session, "tokyo", "Asia/Tokyo")
-    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
+    pipeline = places.ensure_pipeline(session, pipeline_spec(get_settings()))
     ledger.register(
         session, [planned("a.jpg")], location=location, camera=None, pipeline=pipeline, lane=Lane.BACKFILL
     )  # another location's clock must not place it

@@ -591,6 +591,7 @@ from dataclasses import replace
 import numpy as np
 from common.models.manifest import MODELS, ModelFile
 MODELS[{NAME!r}] = replace(MODELS[{NAME!r}], files=(ModelFile({FILE!r}, None),))
+from common.models.pipeline import spec_of
 from common.settings import PipelineSettings
 from workers.weights.bundles import import_bundle
 from workers.detection.registry import load_detector
@@ -598,7 +599,7 @@ from workers.inference import Runtime
 from workers.detection.structure import check_fits
 from workers.weights.files import cache_folder
 import_bundle(__import__("pathlib").Path({str(tmp_path / "bundle")!r}), check_fits)
-detector = load_detector(PipelineSettings(detector={NAME!r}).spec(cache_folder()), Runtime())
+detector = load_detector(spec_of(PipelineSettings(detector={NAME!r}), cache_folder()), Runtime())
 detector.detect(np.zeros((64, 64, 3), np.uint8))
 """
     environment = {**os.environ, "MASKWATCH_MODELS_DIR": str(there)}

@@ -19,7 +19,8 @@ from benchmarks import notebook_baseline
 from benchmarks.agreement import Agreement, as_faces, frames_rgb_of, label_of, twin_spec
 from benchmarks.notebook_baseline import CLASSES, NotebookFace, NotebookLoop, models_from, run_video
 from common.domain import MaskStatus, MaskwatchError
-from workers.analysis.analyzer import face_of, load_analyzer
+from workers.analysis.load import load_analyzer
+from workers.classification.verdict import face_of
 from workers.inference import Runtime
 from workers.media.images import decode_image
 

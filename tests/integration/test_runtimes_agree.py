@@ -16,7 +16,7 @@ from common.domain import Face
 from common.models.manifest import MODELS, ModelKind
 from tests.photos import portrait
 from tests.pipelines import default_spec
-from workers.analysis.analyzer import load_analyzer
+from workers.analysis.load import load_analyzer
 from workers.classification.registry import load_classifier
 from workers.inference import Engine, Runtime
 

@@ -21,6 +21,8 @@ from sqlalchemy.orm import Session
 
 import migrations
 from common import __version__, ledger
+from common.cli.parts import deployment
+from common.cli.parts.deployment import wait_for_permission
 from common.database import versions
 from common.database.sessions import SCHEMA_REVISION, session_scope
 from common.database.versions import (
@@ -33,7 +35,6 @@ from common.database.versions import (
     check_schema,
     hold_schema,
     parse,
-    wait_for_permission,
 )
 from common.domain import MaskwatchError
 from common.messaging.queues import encode_refs
@@ -193,9 +194,9 @@ def test_who_waits_says_so_once_and_goes_on(
             with engine.begin() as connection:
                 write_oldest(connection, "worker", __version__)
 
-    monkeypatch.setattr(versions.time, "sleep", sleep)
+    monkeypatch.setattr(deployment.time, "sleep", sleep)
     wait_for_permission(Part.WORKER)
-    assert turns == [versions.WAIT_SECONDS] * 3
+    assert turns == [deployment.WAIT_SECONDS] * 3
     assert " ".join(capsys.readouterr().err.split()).count("waiting, as the worker may not go on") == 1
 
 

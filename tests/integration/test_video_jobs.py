@@ -20,15 +20,16 @@ from sqlalchemy.orm import Session
 from common import ledger
 from common.catalog import places
 from common.domain import Face, JobRef, Lane, MaskStatus, MediaKind, ObservedAt, ObservedAtSource
+from common.models.pipeline import pipeline_spec
 from common.observability import metrics
 from common.planning import PlannedObject
 from common.settings import Settings, get_settings
-from common.storage.store import open_bucket
+from common.storage.opening import open_bucket
 from tests.ledger_rows import dispatch, rows, scalar, states
 from tests.mutants import UNFENCED, planted
 from tests.services import Bucket, Services
 from tests.videos import make_video, number_of
-from workers.jobs import attempts
+from workers.jobs import models
 from workers.jobs.run import run_jobs
 
 #: Nine seconds before an hour begins.
@@ -62,7 +63,7 @@ class ReadingAnalyzer:
 @pytest.fixture
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> ReadingAnalyzer:
     fake = ReadingAnalyzer()
-    monkeypatch.setattr(attempts, "analyzer", lambda spec, runtime: fake)
+    monkeypatch.setattr(models, "analyzer", lambda spec, runtime: fake)
     return fake
 
 
@@ -70,7 +71,7 @@ def plan(session: Session, bucket: Bucket, key: str, content: bytes) -> None:
     """Put a video into the bucket and register what lies there, in a zone whose hours begin at half past in UTC."""
     bucket.put(key, content)
     location = places.add_location(session, "lobby", "UTC")
-    pipeline = places.ensure_pipeline(session, get_settings().pipeline_spec())
+    pipeline = places.ensure_pipeline(session, pipeline_spec(get_settings()))
     location.promoted_pipeline_id = pipeline.id
     found = PlannedObject(
         open_bucket(bucket.uri).stat(key), MediaKind.VIDEO, ObservedAt(BEGAN, ObservedAtSource.KEY_PATTERN)

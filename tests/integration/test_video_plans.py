@@ -14,12 +14,22 @@ import producer.dispatch
 from common import ledger
 from common.catalog import places
 from common.cli.parts.waiting import in_words
-from common.domain import FrameFaces, JobKind, Lane, MediaKind, ObservedAt, ObservedAtSource, Reason, VideoInfo
+from common.domain import (
+    FrameFaces,
+    JobKind,
+    Lane,
+    MediaKind,
+    ObjectInfo,
+    ObservedAt,
+    ObservedAtSource,
+    Reason,
+    VideoInfo,
+)
 from common.ledger import ClaimedJob, Progress, StaleJobError
 from common.messaging.queues import Queue, list_of, queue_length, redis_client
+from common.models.pipeline import pipeline_spec
 from common.planning import PlannedObject, chunk_ranges
 from common.settings import get_settings
-from common.storage.store import ObjectInfo
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, register_many, rows, scalar, states
 from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.pipelines import default_spec
@@ -175,7 +185,7 @@ def test_a_version_that_comes_back_is_probed_again_and_may_get_other_chunks(sess
         ],
         location=places.get_location(session, "lobby"),
         camera=None,
-        pipeline=places.ensure_pipeline(session, get_settings().pipeline_spec()),
+        pipeline=places.ensure_pipeline(session, pipeline_spec(get_settings())),
         lane=Lane.BACKFILL,
     )
     session.commit()

@@ -21,6 +21,7 @@ from PIL import Image
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from common.models.pipeline import pipeline_spec
 from common.settings import get_settings
 from producer import dispatch
 from tests.ledger_rows import rows, scalar, states, take
@@ -29,7 +30,7 @@ from tests.photos import face_jpeg
 from tests.services import QUICK, Bucket, Services, forget_settings, locate, maskwatch, running, wait_until
 from workers.analysis.analyzer import Analyzer
 from workers.detection import Detections
-from workers.jobs import attempts
+from workers.jobs import models
 from workers.jobs.run import run_jobs
 
 #: A busy machine takes its time to start a child and to load its models.
@@ -403,8 +404,8 @@ def test_a_picture_that_fits_no_memory_is_tried_again_and_then_kept_with_what_to
 
     quick.setenv("MASKWATCH_LEDGER__MAX_ATTEMPTS", str(tries))
     forget_settings()
-    small = Analyzer(get_settings().pipeline_spec(), Small(), None)  # type: ignore[arg-type]
-    quick.setattr(attempts, "analyzer", lambda spec, runtime: small)
+    small = Analyzer(pipeline_spec(get_settings()), Small(), None)  # type: ignore[arg-type]
+    quick.setattr(models, "analyzer", lambda spec, runtime: small)
     enqueue(session, bucket, 1, 2, 3)
     refs = take(session, 9)
     session.commit()

@@ -1,29 +1,24 @@
-"""From pictures and video frames to their faces: detect, widen, crop, classify, link.
+"""From pictures to their faces on a CPU: detect, widen, crop, classify.
 
 Knows neither queues nor databases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.domain import Face, FrameFaces, MaskStatus, PipelineSpec
+from common.domain import Face, PipelineSpec
 from common.observability import metrics
 from common.observability.metrics import Stage
-from workers.analysis.tracking import FaceTracker
 from workers.classification import MaskClassifier
 from workers.classification._ops import crop_for_classification
+from workers.classification.verdict import face_of
 from workers.detection import FaceDetector
-from workers.inference import Runtime, limit_opencv_threads
 from workers.inference.faults import OutOfModelMemoryError, told
-from workers.media.prefetch import ahead
 
 
 class PictureAnalyzer(Protocol):
@@ -36,17 +31,6 @@ class PictureAnalyzer(Protocol):
     def analyze_batch(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
         """The faces of each frame, uint8 (height, width, 3), in the order of the frames; as `analyze`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A frame of a video as it is analysed. rgb: uint8 (height, width, 3), upright. at, covers: seconds, exact."""
-
-    rgb: NDArray[np.uint8]
-    #: When it is shown, from the start of the file.
-    at: Fraction
-    #: The part of the video that it stands for.
-    covers: Fraction
 
 
 class Analyzer:
@@ -98,73 +82,3 @@ class Analyzer:
             face_of(box, float(score), float(p_with), self.spec.uncertain_below)
             for box, score, (p_with, _) in zip(boxes, found.scores, probabilities, strict=True)
         ]
-
-
-def analyze_frames(
-    pictures: Iterable[Picture],
-    analyzer: PictureAnalyzer,
-    frames_per_second: float,
-    *,
-    buffer_bytes: int,
-    batch: int,
-) -> Generator[FrameFaces, None, None]:
-    """The faces of a video's frames, in their order, linked into tracks.
-
-    Frames are read and decoded in a thread of their own, up to `buffer_bytes` ahead (one frame at least), while the
-    ones before them are analysed; those of one size that wait are analysed together, `batch` at most. What the other
-    thread raises is raised here, after the frames that came before.
-    """
-    tracker = FaceTracker(frames_per_second)
-    groups = ahead(
-        pictures,
-        size_of=lambda picture: picture.rgb.nbytes,
-        alike=lambda a, b: a.rgb.shape == b.rgb.shape,
-        max_size=buffer_bytes,
-        max_items=batch,
-    )
-    with closing(groups):
-        for group in groups:
-            faces = analyzer.analyze_batch([picture.rgb for picture in group])
-            for picture, found in zip(group, faces, strict=True):
-                at = float(picture.at)
-                yield FrameFaces(at, float(picture.covers), tuple(found), tuple(tracker.update(found, at)))
-
-
-def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
-    """The pipeline with its pinned models loaded. On a GPU it is one whose frames stay there.
-
-    Models are loaded once per process. Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the device
-    isn't there.
-    """
-    # Imported here, so that an analyser made of other models (in tests, say) needs no runtime.
-    from workers.classification.registry import load_classifier
-    from workers.detection.registry import load_detector
-
-    if runtime.device != "cpu":
-        # Imported here: torch is not installed everywhere.
-        from workers.inference.torch_session import torch_device
-
-        torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
-        # Imported here: torch is not installed everywhere.
-        from workers.analysis.device.analyzer import load_device_analyzer
-
-        return load_device_analyzer(spec, runtime)
-    limit_opencv_threads(runtime.threads)
-    return Analyzer(spec, load_detector(spec, runtime), load_classifier(spec, runtime))
-
-
-def face_of(
-    box_xyxy: tuple[float, float, float, float], score: float, p_with_mask: float, uncertain_below: float
-) -> Face:
-    """What is recorded of a detection and of what the classifier says of it; both probabilities in or near [0, 1]."""
-    # The network's two float32 add up to 1 only nearly: the second follows from the first.
-    p_with_mask = min(1.0, max(0.0, p_with_mask))
-    p_without_mask = 1.0 - p_with_mask
-    if max(p_with_mask, p_without_mask) < uncertain_below:
-        status = MaskStatus.UNCERTAIN
-    elif p_with_mask >= p_without_mask:
-        status = MaskStatus.WITH_MASK
-    else:
-        status = MaskStatus.WITHOUT_MASK
-    x1, y1, x2, y2 = box_xyxy
-    return Face(x1, y1, x2, y2, min(1.0, max(0.0, score)), p_with_mask, p_without_mask, status)

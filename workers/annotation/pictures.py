@@ -22,6 +22,7 @@ from common.domain import (
     MaskStatus,
     MaskwatchError,
     MediaKind,
+    ObjectInfo,
     PermanentJobError,
     PipelineSpec,
     Reason,
@@ -30,16 +31,19 @@ from common.domain import (
     TransientJobError,
     first_line,
 )
+from common.models.pipeline import pipeline_spec
 from common.planning import media_kind
 from common.settings import Settings
-from common.storage.store import FILE_BUCKET, ObjectInfo, ObjectStore, open_bucket, open_source
-from workers.analysis.analyzer import PictureAnalyzer, load_analyzer
+from common.storage.opening import open_bucket, open_source
+from common.storage.store import FILE_BUCKET, ObjectStore
+from workers.analysis.analyzer import PictureAnalyzer
+from workers.analysis.load import load_analyzer
 from workers.annotation.drawing import blur_faces, draw_faces, enlarge_for_labels
 from workers.annotation.video import frame_at, new_file
 from workers.inference import runtime_of
-from workers.jobs.videos import opened
 from workers.media.frames import to_picture
 from workers.media.images import decode_image
+from workers.media.opening import opened
 
 JPEG_QUALITY = 92
 #: Seconds: more than a float rounds off, less than there is between two frames.
@@ -151,7 +155,7 @@ def picture_name(info: ObjectInfo) -> str:
 def configured_analyzer(settings: Settings) -> PictureAnalyzer:
     """The models of the configured pipeline, loaded. Raises `MaskwatchError` where one can't be used."""
     try:
-        return load_analyzer(settings.pipeline_spec(), runtime_of(settings, processes=1))
+        return load_analyzer(pipeline_spec(settings), runtime_of(settings, processes=1))
     except PermanentJobError as error:
         raise MaskwatchError(error.detail) from error
 

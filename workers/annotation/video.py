@@ -22,16 +22,15 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 from common import files
-from common.domain import Face, MaskStatus, MaskwatchError, SampleMode, VideoInfo, first_line
+from common.domain import Face, MaskStatus, MaskwatchError, ObjectInfo, SampleMode, VideoInfo, first_line
 from common.settings import Settings
-from common.storage.store import ObjectInfo
 from workers.analysis.analyzer import PictureAnalyzer
 from workers.analysis.tracking import FaceTracker
 from workers.annotation.drawing import blur_faces, draw_faces
 from workers.inference import runtime_of
-from workers.jobs.videos import block_reader
 from workers.media.containers import VideoFile
 from workers.media.frames import to_picture
+from workers.media.opening import block_reader
 from workers.media.prefetch import ahead
 from workers.media.sampling import Grid, Sample, Sampler
 
@@ -165,7 +164,7 @@ def annotate_video(
     every frame. blur: hide the faces under their boxes. begins, reached: called with the length of the video, if it
     tells one, and with the time that was reached, in seconds.
 
-    Raises `MaskwatchError` if `out` can't be written, otherwise as `workers.jobs.videos.opened` and `Sampler`.
+    Raises `MaskwatchError` if `out` can't be written, otherwise as `workers.media.opening.opened` and `Sampler`.
     """
     with _sounding(info, settings) as video, new_file(out) as part:
         header = video.info()
@@ -270,7 +269,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _sounding(info: ObjectInfo, settings: Settings) -> Iterator[SoundingVideo]:
-    """As `workers.jobs.videos.opened`, with its sound."""
+    """As `workers.media.opening.opened`, with its sound."""
     with block_reader(info, settings.storage) as reader:
         threads = runtime_of(settings).threads
         video = SoundingVideo(reader, max_pixels=settings.worker.max_frame_pixels, threads=threads)

@@ -12,7 +12,7 @@ from workers.inference import Engine, Runtime, onnx_session
 def load_classifier(spec: PipelineSpec, runtime: Runtime) -> MaskClassifier:
     """The classifier of a pipeline.
 
-    Raises `MaskwatchError` for an unknown name, else errors as `workers.analysis.analyzer.load_analyzer`.
+    Raises `MaskwatchError` for an unknown name, else errors as `workers.analysis.load.load_analyzer`.
     """
     known_model(spec.classifier.name, ModelKind.CLASSIFIER)
     engine = keras_session if runtime.engine is Engine.NATIVE else onnx_session

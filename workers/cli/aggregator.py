@@ -7,8 +7,8 @@ import os
 import click
 
 from common.cli.parts.serving import ready_to_serve
-from common.messaging.celery_app import serve
 from common.messaging.queues import Queue
+from common.messaging.serve import serve
 from common.observability.metrics import Role
 from workers.lifecycle import prepare_drain
 

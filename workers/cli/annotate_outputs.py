@@ -18,9 +18,18 @@ import click
 from common.cli.parts.console import bar, note, print_json
 from common.cli.parts.deployment import deployment, has_aws_configuration, uses_embedded_stack
 from common.database.sessions import session_scope
-from common.domain import Face, MaskStatus, MaskwatchError, PermanentJobError, SourceChangedError, TransientJobError
+from common.domain import (
+    Face,
+    MaskStatus,
+    MaskwatchError,
+    ObjectInfo,
+    PermanentJobError,
+    SourceChangedError,
+    TransientJobError,
+)
 from common.settings import Settings, get_settings
-from common.storage.store import ObjectInfo, ObjectStore, open_source
+from common.storage.opening import open_source
+from common.storage.store import ObjectStore
 from workers.annotation.pictures import (
     Annotated,
     Found,
@@ -36,7 +45,7 @@ from workers.annotation.pictures import (
     write_whole,
 )
 from workers.annotation.video import annotate_video, clock
-from workers.cli.annotate import Asked
+from workers.cli.annotate_request import Asked
 
 
 def write(asked: Asked, *, as_json: bool) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli.parts import console
-from common.cli.parts.console import percent
 from common.domain import MaskwatchError, PermanentJobError, PipelineSpec
+from common.reporting.tables import percent
 from common.settings import Settings, get_settings
 from workers.cli.evaluate_output import chosen_spec, prepare_folder, write_metrics
 from workers.detection import FaceDetector

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from common.cli.parts import console
-from common.cli.parts.console import percent, print_line
+from common.cli.parts.console import print_line
 from common.domain import PipelineSpec
 from common.models.figures import Confusion
 from common.models.figures import keep_confusion as store_confusion
+from common.reporting.tables import percent
 from common.settings import get_settings
 from workers.classification.registry import load_classifier
 from workers.cli.evaluate_output import chosen_spec, draw_grids, prepare_folder, print_calibration, write_metrics

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.cli.parts import console
-from common.cli.parts.console import percent, print_line
+from common.cli.parts.console import print_line
 from common.domain import MaskwatchError, PipelineSpec
+from common.models.pipeline import spec_of
+from common.reporting.tables import percent
 from common.settings import Settings
 from workers.evaluation import plots
 from workers.evaluation.faces import Mistake
@@ -22,7 +24,7 @@ def chosen_spec(settings: Settings, detector: str | None, classifier: str | None
         changed |= {"detector": detector, "detector_threshold": None}
     if classifier is not None:
         changed["classifier"] = classifier
-    return settings.pipeline.model_copy(update=changed).spec(settings.models_dir)
+    return spec_of(settings.pipeline.model_copy(update=changed), settings.models_dir)
 
 
 def prepare_folder(out: Path | None) -> None:

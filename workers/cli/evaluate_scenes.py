@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from common.cli.parts import console
-from common.cli.parts.console import percent, print_line
+from common.cli.parts.console import print_line
 from common.domain import PipelineSpec
+from common.reporting.tables import percent
 from common.settings import get_settings
-from workers.analysis.analyzer import load_analyzer
+from workers.analysis.load import load_analyzer
 from workers.cli.evaluate_output import (
     chosen_spec,
     decimals,

@@ -20,6 +20,7 @@ import click
 from common.cli.parts import console
 from common.domain import MaskwatchError
 from common.models.manifest import MODELS
+from common.reporting import tables
 from workers.training import pretrained, recipes
 from workers.weights.files import read_model
 
@@ -213,7 +214,7 @@ def _print_training(out: Path, values: dict[str, Any]) -> None:
         "Held-out faces",
         ("view", "size in px", "faces", "balanced accuracy", "calibration error"),
         [
-            (view, "all", figures["all"]["faces"], console.percent(figures["all"]["balanced_accuracy"]),
+            (view, "all", figures["all"]["faces"], tables.percent(figures["all"]["balanced_accuracy"]),
              f"{figures['calibration']['expected_calibration_error']:.3f}")
             for view, figures in values["held_out"].items()
         ],

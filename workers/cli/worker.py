@@ -10,8 +10,8 @@ from common.cli.parts.console import note
 from common.cli.parts.options import put_setting, runtime_options
 from common.cli.parts.serving import ready_to_serve
 from common.machine import oversubscribed
-from common.messaging.celery_app import serve
 from common.messaging.queues import Queue
+from common.messaging.serve import serve
 from common.observability.metrics import Role
 from common.settings import get_settings
 from workers.inference import runtime_of

@@ -57,7 +57,7 @@ class CenterFace:
 
 
 def load_centerface(spec: PipelineSpec, runtime: Runtime) -> CenterFace:
-    """The detector with the weights the pipeline pins. Errors as `workers.analysis.analyzer.load_analyzer`."""
+    """The detector with the weights the pipeline pins. Errors as `workers.analysis.load.load_analyzer`."""
     if runtime.engine is Engine.ONNX:
         return CenterFace(spec, load_session(spec.detector, runtime, free_size_outputs=OUTPUTS))
     return CenterFace(spec, _torch_session(spec.detector, runtime))

@@ -64,7 +64,7 @@ class Fdet:
 def load_fdet_retinaface(spec: PipelineSpec, runtime: Runtime) -> Fdet:
     """fdet's RetinaFace with the weights the pipeline pins. It runs under torch, whatever the runtime's engine.
 
-    Errors as `workers.analysis.analyzer.load_analyzer` and `workers.inference.torch_weights`.
+    Errors as `workers.analysis.load.load_analyzer` and `workers.inference.torch_weights`.
     """
     return Fdet(_retinaface(spec.detector, spec.detector_threshold, runtime))
 

@@ -99,7 +99,7 @@ class Mtcnn:
 def load_mtcnn(spec: PipelineSpec, runtime: Runtime) -> Mtcnn:
     """The detector with the weights the pipeline pins.
 
-    Errors as `workers.analysis.analyzer.load_analyzer`, `derived_onnx` and `mtcnn_network.load_weights`.
+    Errors as `workers.analysis.load.load_analyzer`, `derived_onnx` and `mtcnn_network.load_weights`.
     """
     return Mtcnn(spec, *_sessions(spec.detector, runtime))
 

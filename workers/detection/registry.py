@@ -36,7 +36,7 @@ def detector_names() -> tuple[str, ...]:
 def load_detector(spec: PipelineSpec, runtime: Runtime) -> FaceDetector:
     """The detector of a pipeline.
 
-    Raises `MaskwatchError` for an unknown name, else errors as `workers.analysis.analyzer.load_analyzer`.
+    Raises `MaskwatchError` for an unknown name, else errors as `workers.analysis.load.load_analyzer`.
     """
     name = known_model(spec.detector.name, ModelKind.DETECTOR).name
     return _LOADERS[name](spec, runtime)

@@ -60,7 +60,7 @@ class RetinaFace:
 def load_retinaface(spec: PipelineSpec, runtime: Runtime) -> RetinaFace:
     """The detector with the weights the pipeline pins.
 
-    Errors as `workers.analysis.analyzer.load_analyzer`, `derived_onnx` and `retinaface_network.load_weights`.
+    Errors as `workers.analysis.load.load_analyzer`, `derived_onnx` and `retinaface_network.load_weights`.
     """
     return RetinaFace(spec, _session(spec.detector, runtime))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from common.domain import MaskwatchError
 from common.models.manifest import Model, ModelKind
+from common.models.pipeline import spec_of
 from common.settings import PipelineSettings
 
 
@@ -40,7 +41,7 @@ def derive(model: Model) -> None:
     from workers.inference import Runtime
     from workers.weights.files import cache_folder
 
-    load_detector(PipelineSettings(detector=f"{model.name}@{model.sha256}").spec(cache_folder()), Runtime())
+    load_detector(spec_of(PipelineSettings(detector=f"{model.name}@{model.sha256}"), cache_folder()), Runtime())
 
 
 def _retinaface_resnet50(model: Model, contents: Sequence[bytes]) -> None:

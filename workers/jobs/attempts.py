@@ -1,4 +1,4 @@
-"""One job's way through this process: claimed with others, held by a heartbeat, ended one way or another.
+"""One job's way through this process: claimed with others, ended one way or another.
 
 What a job does is the business of `workers.jobs.images` and `workers.jobs.videos`. Whatever goes wrong in it ends in
 the ledger, and the other jobs go on.
@@ -6,13 +6,9 @@ the ledger, and the other jobs go on.
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
-from types import TracebackType
 
 import psycopg
 from sqlalchemy.exc import DBAPIError
@@ -20,7 +16,8 @@ from sqlalchemy.orm import Session
 
 from common import ledger
 from common.database import versions
-from common.database.sessions import DatabaseDownError, is_lost, session_scope, transact
+from common.database.errors import DatabaseDownError, is_lost
+from common.database.sessions import session_scope, transact
 from common.database.tables import Camera, Location, Pipeline
 from common.domain import (
     REFUSALS,
@@ -32,9 +29,7 @@ from common.domain import (
     MaskwatchError,
     MediaKind,
     PermanentJobError,
-    PipelineSpec,
     Reason,
-    SampleMode,
     SourceChangedError,
     TransientJobError,
     UnknownSpecError,
@@ -45,23 +40,10 @@ from common.observability import metrics
 from common.observability.logs import get_logger, working_on
 from common.planning import PlannedObject
 from common.settings import Settings
-from common.storage.store import open_bucket
-from workers.analysis.analyzer import PictureAnalyzer, load_analyzer
-from workers.inference import Runtime, runtime_of
+from common.storage.opening import open_bucket
 from workers.inference.faults import OutOfModelMemoryError
 
 log = get_logger(__name__)
-
-
-def analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
-    """The loaded models of a pipeline. Pipelines that differ only in which frames of a video they see share them."""
-    return _loaded(replace(spec, sample=SampleMode.FRAMES, sample_fps=1.0), runtime)
-
-
-@lru_cache(maxsize=2)
-def _loaded(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
-    """Two, so that a change of pipeline in mid-archive does not thrash."""
-    return load_analyzer(spec, runtime)
 
 
 def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[ClaimedJob]:
@@ -119,20 +101,6 @@ def _tell_once(detail: str) -> None:
 def _give_back(job: ClaimedJob, detail: str, settings: Settings) -> None:
     with _released(job), session_scope() as session:
         ledger.give_back(session, job, detail, check_seconds=settings.ledger.retry_cap_seconds)
-
-
-def load_models(jobs: Sequence[ClaimedJob], settings: Settings) -> None:
-    """Load what these jobs need; to be called under their heartbeat, since it may take longer than a lease.
-
-    Raises `UnfitWorkerError`, with the jobs given back, where it can't be loaded.
-    """
-    try:
-        # A probe only reads a header.
-        for spec in {job.spec for job in jobs if job.kind is not JobKind.PROBE}:
-            analyzer(spec, runtime_of(settings))
-    except Exception as error:  # whatever a runtime raises when it can't load a model
-        release(jobs)
-        raise UnfitWorkerError(str(error)) from error
 
 
 def release(jobs: Iterable[ClaimedJob]) -> None:
@@ -332,59 +300,3 @@ class UnknownPipelineError(Exception):
 
 class DrainedError(Exception):
     """The worker is asked to stop, and this job has time: it is given back."""
-
-
-class Heartbeat:
-    """Renews the leases of a group's unfinished jobs from a thread of its own, while there is progress.
-
-    `lost` holds the ids that the ledger no longer counts as ours. Their work is not interrupted (native code
-    can't be), but its commit would be refused.
-    """
-
-    def __init__(self, jobs: Sequence[ClaimedJob], settings: Settings) -> None:
-        self.lost: set[int] = set()
-        self._limits = settings.ledger
-        self._held = {job.ref.id: job.ref for job in jobs}
-        self._progress_at = time.monotonic()
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def done(self, job: ClaimedJob) -> None:
-        """The job has ended: no lease to renew, and a sign of progress."""
-        with self._lock:
-            self._held.pop(job.ref.id, None)
-            self._progress_at = time.monotonic()
-
-    def progress(self) -> None:
-        """A part of a job is done."""
-        with self._lock:
-            self._progress_at = time.monotonic()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self._limits.heartbeat_seconds):
-            with self._lock:
-                held = dict(self._held)
-                stalled = time.monotonic() - self._progress_at > self._limits.stall_seconds
-            if stalled:
-                log.error("no progress: leases are left to run out", jobs=sorted(held))
-                continue
-            try:
-                with session_scope() as session:
-                    mine = ledger.renew(session, list(held.values()), lease_seconds=self._limits.lease_seconds)
-            except (MaskwatchError, DBAPIError):
-                log.warning("heartbeat failed", exc_info=True)
-                continue
-            with self._lock:
-                # A job that ended while we asked is not lost, it is done.
-                self.lost |= {job_id for job_id in held if job_id not in mine and job_id in self._held}

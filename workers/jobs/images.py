@@ -9,18 +9,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from common.database.sessions import DatabaseDownError, session_scope
+from common.database.errors import DatabaseDownError
+from common.database.sessions import session_scope
 from common.domain import Face, ObservedAt, PermanentJobError, Reason
 from common.ledger import ClaimedJob
 from common.observability import metrics
 from common.observability.logs import get_logger, working_on
 from common.observability.metrics import Stage
-from common.planning import observed_from_file, zone
 from common.settings import Settings
-from common.storage.store import open_bucket
+from common.storage.opening import open_bucket
+from common.timestamps import observed_from_file, zone
 from workers.inference import runtime_of
-from workers.jobs import attempts
-from workers.jobs.attempts import Heartbeat
+from workers.jobs import attempts, models
+from workers.jobs.heartbeat import Heartbeat
 from workers.jobs.recording import Picture, record_images
 from workers.media.images import decode_image
 
@@ -128,7 +129,7 @@ def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[lis
     """The faces in these bytes, and when the camera saw them."""
     with metrics.stage(Stage.DECODE):
         image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
-    faces = attempts.analyzer(job.spec, runtime_of(settings)).analyze(image.rgb)
+    faces = models.analyzer(job.spec, runtime_of(settings)).analyze(image.rgb)
     check_faces(len(faces), Reason.IMAGE_TOO_LARGE, settings)
     return faces, observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
 

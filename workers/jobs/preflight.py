@@ -11,6 +11,7 @@ import sys
 
 from common.domain import MaskwatchError, PipelineSpec
 from common.machine import missing_for, require_device
+from common.models.pipeline import pipeline_spec, spec_of
 from common.settings import PipelineSettings, Settings
 from workers.inference import Engine, Runtime, runtime_of
 from workers.weights.files import cache_folder, require
@@ -47,17 +48,17 @@ def require_models(spec: PipelineSpec) -> None:
 def require_ready(settings: Settings) -> None:
     """Raises `MaskwatchError` where workers with these settings could not do the jobs that the settings plan."""
     require_runtime(runtime_of(settings))
-    require_models(settings.pipeline_spec())
+    require_models(pipeline_spec(settings))
 
 
 def _try(engine: str, device: str) -> None:
     import numpy as np
 
     # Imported here: only the process that tries the device loads decoders and models.
-    from workers.analysis.analyzer import load_analyzer
+    from workers.analysis.load import load_analyzer
 
     # The pipeline of a new installation, whose models ship with it: what is configured may lie elsewhere yet.
-    analyzer = load_analyzer(PipelineSettings().spec(cache_folder()), Runtime(Engine(engine), device))
+    analyzer = load_analyzer(spec_of(PipelineSettings(), cache_folder()), Runtime(Engine(engine), device))
     analyzer.analyze(np.zeros((64, 64, 3), np.uint8))
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from common.domain import JobKind, JobRef
 from common.settings import Settings
-from workers.jobs import attempts
-from workers.jobs.attempts import Heartbeat
+from workers.jobs import attempts, models
+from workers.jobs.heartbeat import Heartbeat
 from workers.jobs.images import analyze_images
 from workers.jobs.videos import run_video_job
 
@@ -29,7 +29,7 @@ def run_jobs(
     images = [job for job in jobs if job.kind is JobKind.IMAGE]
     succeeded = 0
     with Heartbeat(jobs, settings) as heartbeat:
-        attempts.load_models(jobs, settings)
+        models.load_models(jobs, settings)
         deadline = time.monotonic() + settings.worker.soft_time_limit_seconds
         if images:
             succeeded += analyze_images(images, heartbeat, settings, draining=draining, deadline=deadline)

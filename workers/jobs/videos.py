@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import timedelta
 from fractions import Fraction
 
 from common.database.sessions import session_scope
-from common.domain import FrameFaces, JobKind, PermanentJobError, Reason, TransientJobError
+from common.domain import FrameFaces, JobKind, ObjectInfo, PermanentJobError, Reason, TransientJobError
 from common.ledger import ClaimedJob, StaleJobError
 from common.observability import metrics
 from common.observability.metrics import Stage
-from common.planning import chunk_ranges, recording_start
-from common.settings import Settings, StorageSettings
-from common.storage.blocks import BlockReader
-from common.storage.store import ObjectInfo, open_bucket
-from workers.analysis.analyzer import Picture, analyze_frames
+from common.planning import chunk_ranges
+from common.settings import Settings
+from common.timestamps import recording_start
+from workers.analysis.video import Picture, analyze_frames
 from workers.inference import runtime_of
-from workers.jobs import attempts
-from workers.jobs.attempts import DrainedError, Heartbeat
+from workers.jobs import attempts, models
+from workers.jobs.attempts import DrainedError
+from workers.jobs.heartbeat import Heartbeat
 from workers.jobs.images import check_faces
 from workers.jobs.recording import Shortfall, record_chunk, record_probe
-from workers.media.containers import NoMemoryError, VideoFile
+from workers.media.containers import NoMemoryError
 from workers.media.frames import to_picture
+from workers.media.opening import opened
 from workers.media.sampling import Grid, Sampler
 
 #: How often a job looks whether it should go on, between two frames that are wanted.
@@ -105,7 +106,7 @@ def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None]
         frames: list[FrameFaces] = []
         analysed = analyze_frames(
             pictures(sampler, grid, job.duration_seconds),
-            attempts.analyzer(job.spec, runtime_of(settings)),
+            models.analyzer(job.spec, runtime_of(settings)),
             job.spec.sample_fps,
             buffer_bytes=settings.worker.frame_buffer_bytes,
             batch=settings.worker.batch_frames,
@@ -182,40 +183,3 @@ def _shortfall(job: ClaimedJob, sampler: Sampler, something: bool) -> Shortfall 
             "the others were analysed",
         )
     return None
-
-
-@contextmanager
-def opened(info: ObjectInfo, settings: Settings) -> Iterator[VideoFile]:
-    """A video to read from, pinned to its ETag. Errors as `workers.media.containers.VideoFile`, and those of
-    reading."""
-    if info.size_bytes > settings.storage.max_video_bytes:
-        raise PermanentJobError(
-            Reason.OBJECT_TOO_LARGE,
-            f"the video has {info.size_bytes:,} bytes, the limit is {settings.storage.max_video_bytes:,}; "
-            "split it or raise MASKWATCH_STORAGE__MAX_VIDEO_BYTES",
-        )
-    with block_reader(info, settings.storage) as reader:
-        # Half of the threads: the models take all of theirs at the same time.
-        threads = max(1, runtime_of(settings).threads // 2)
-        video = VideoFile(reader, max_pixels=settings.worker.max_frame_pixels, threads=threads)
-        try:
-            yield video
-        finally:
-            video.close()
-
-
-def block_reader(info: ObjectInfo, settings: StorageSettings) -> BlockReader:
-    """An object as a file that is read in blocks."""
-    store = open_bucket(info.bucket)
-
-    def fetch(start: int, stop: int) -> bytes:
-        with metrics.stage(Stage.READ):
-            return store.read_range(info.key, info.etag, start, stop)
-
-    return BlockReader(
-        fetch,
-        info.size_bytes,
-        block_bytes=settings.block_bytes,
-        cached_blocks=settings.cached_blocks,
-        tries=settings.block_tries,
-    )

@@ -112,11 +112,6 @@ def note_unreadable(unreadable: Sequence[tuple[str, str]]) -> None:
         note(f"  {name}: {reason}")
 
 
-def percent(value: float | None) -> str:
-    """A share in [0, 1] for people, as `71.4 %`; a dash where there was nothing to be counted."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
 class Bar:
     """A progress bar of one thing, in `bar`."""
 

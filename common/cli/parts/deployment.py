@@ -6,12 +6,14 @@ The choice is put into the environment, so that child processes make the same on
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.cli.parts.console import note
 from common.database.sessions import NotMigratedError, engine
-from common.database.versions import Part, check_schema, wait_for_permission
+from common.database.versions import OutdatedProgramError, Part, check_schema
 from common.domain import MaskwatchError
 from common.settings import Settings, get_settings
 
@@ -114,9 +116,31 @@ def _check(part: Part) -> None:
 
 def _forget() -> None:
     """Drop what this process has made from the settings that are about to change."""
-    from common.storage import store
+    from common.storage import opening, s3
 
     if engine.cache_info().currsize:
         engine().dispose()
-    for cached in (engine, get_settings, store.open_bucket, store._client):
+    for cached in (engine, get_settings, opening.open_bucket, s3.client):
         cached.cache_clear()
+
+
+#: Seconds after which a program that may not go on looks again.
+WAIT_SECONDS = 10.0
+
+
+def wait_for_permission(part: Part) -> None:
+    """Return when this version may work on the database as this part; says once why it waits.
+
+    Raises `MaskwatchError` for whatever else is wrong with the database.
+    """
+    told = None
+    while True:
+        try:
+            check_schema(part)
+        except OutdatedProgramError as error:
+            if str(error) != told:
+                told = str(error)
+                note(f"waiting, as the {part.value} may not go on: {told}")
+            time.sleep(WAIT_SECONDS)
+        else:
+            return

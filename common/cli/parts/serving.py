@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from common.cli.parts.deployment import deployment
 from common.database.versions import Part
 from common.messaging.broker import place
-from common.observability.metrics import Role, serving
+from common.observability.exporter import serving
+from common.observability.metrics import Role
 from common.settings import Settings
 
 if TYPE_CHECKING:

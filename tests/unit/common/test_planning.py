@@ -14,6 +14,7 @@ from common.domain import (
     MaskwatchError,
     MediaKind,
     ModelRef,
+    ObjectInfo,
     ObservedAt,
     ObservedAtSource,
     PipelineSpec,
@@ -21,18 +22,8 @@ from common.domain import (
     SampleMode,
     TimeRange,
 )
-from common.planning import (
-    LocalTimeError,
-    TimePattern,
-    chunk_ranges,
-    media_kind,
-    observed_from_file,
-    plan_object,
-    recording_start,
-    resolve_local,
-    zone,
-)
-from common.storage.store import ObjectInfo
+from common.planning import chunk_ranges, media_kind, plan_object
+from common.timestamps import LocalTimeError, TimePattern, observed_from_file, recording_start, resolve_local, zone
 
 BERLIN = ZoneInfo("Europe/Berlin")
 MODIFIED = datetime(2026, 7, 1, 12, tzinfo=UTC)

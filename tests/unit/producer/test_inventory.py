@@ -19,9 +19,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, ObjectInfo
 from common.settings import Settings
-from common.storage.store import MAX_KEY_BYTES, ObjectInfo
+from common.storage.store import MAX_KEY_BYTES
 from producer import inventory
 from producer.inventory import Inventory, open_inventory
 from tests.inventories import COLUMNS, NOON, VERSIONED, csv_file, data_file, deliver_to, parquet_file, row

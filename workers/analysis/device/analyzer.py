@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from common.domain import Face, MaskwatchError, PipelineSpec
 from common.observability import metrics
 from common.observability.metrics import Stage
-from workers.analysis.analyzer import face_of
 from workers.analysis.device.detectors import DeviceDetector, load_device_detector, ready
 from workers.analysis.device.images import face_crops
+from workers.classification.verdict import face_of
 from workers.inference import Runtime
 from workers.inference.faults import OutOfModelMemoryError, in_parts, told
 from workers.inference.onnx_in_torch import to_torch
@@ -139,7 +139,7 @@ def load_device_analyzer(spec: PipelineSpec, runtime: Runtime) -> DeviceAnalyzer
     """The pipeline with its pinned models on the runtime's device: in half precision, on a CPU in single.
 
     Whichever engine the runtime names, the networks run in torch: another engine's results would have to leave the
-    device. Errors as `workers.analysis.analyzer.load_analyzer`, and `MaskwatchError` for a model that can't be run so.
+    device. Errors as `workers.analysis.load.load_analyzer`, and `MaskwatchError` for a model that can't be run so.
     """
     device = torch_device(runtime)
     precision = torch.float32 if device.type == "cpu" else torch.float16

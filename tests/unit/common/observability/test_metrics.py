@@ -20,8 +20,9 @@ PROLOGUE = """
 import os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 from urllib.request import urlopen
-from common.observability import metrics
-from common.observability.metrics import Role, Stage, serving
+from common.observability import exporter, metrics
+from common.observability.metrics import Role, Stage
+from common.observability.exporter import serving
 from common.settings import MetricsSettings
 
 PORT = {port}
@@ -89,7 +90,7 @@ def test_without_folding_a_file_per_child_would_stay(tmp_path: Path) -> None:
     """The control: what fold_ended is for. It is left out, and the files pile up."""
     said = output(
         """
-        metrics.fold_ended = lambda folder: 0
+        exporter.fold_ended = lambda folder: 0
         with serving(Role.WORKER, ON):
             for _ in range(3):
                 assert child("metrics.count(metrics.FACES, status='with_mask')").wait() == 0
@@ -125,17 +126,18 @@ def test_the_folder_goes_with_its_process_and_a_killed_one_s_with_the_next(tmp_p
             print(len(folders()))
         print(len(folders()))
         killed = subprocess.Popen([sys.executable, "-c", "import time\\n"
-            "from common.observability.metrics import Role, serving\\nfrom common.settings import MetricsSettings\\n"
+            "from common.observability.metrics import Role\\nfrom common.observability.exporter import serving\\n"
+            "from common.settings import MetricsSettings\\n"
             f"with serving(Role.WORKER, MetricsSettings(port={PORT})):\\n time.sleep(60)"])
         while not folders():
             time.sleep(0.05)
         left = folders()
         """
         + """
-        killed_holds = metrics.remove_left_over(metrics._PREFIX, folder=True) or folders() == left
+        killed_holds = exporter.remove_left_over(exporter._PREFIX, folder=True) or folders() == left
         killed.kill(); killed.wait()
         print(killed_holds, folders() == left)
-        metrics.remove_left_over(metrics._PREFIX, folder=True)
+        exporter.remove_left_over(exporter._PREFIX, folder=True)
         print(folders())
         """,
         tmp_path,
@@ -223,10 +225,10 @@ def test_a_file_never_grows_beyond_the_room_it_took(tmp_path: Path) -> None:
                 for metric in metrics.METRICS:
                     import itertools
                     for values in itertools.product(*metric.labels.values()):
-                        metrics._series(metric, tuple(zip(metric.labels, values)))
+                        metrics.series(metric, tuple(zip(metric.labels, values)))
             from prometheus_client.mmap_dict import MmapedDict
             for path in Path(os.environ["MASKWATCH_METRICS_FOLDER"]).iterdir():
-                print(path.stat().st_size == metrics._FILE_BYTES)
+                print(path.stat().st_size == metrics.FILE_BYTES)
         """,
         tmp_path,
     )

@@ -13,7 +13,10 @@ import pytest
 
 from common.domain import MaskwatchError, PermanentJobError, Reason, SourceChangedError, TransientJobError
 from common.settings import Settings, StorageSettings
-from common.storage.store import FileStore, S3Store, open_source, split_uri
+from common.storage.local_files import FileStore
+from common.storage.opening import open_source
+from common.storage.s3 import S3Store
+from common.storage.store import split_uri
 
 
 def key(path: Path) -> str:

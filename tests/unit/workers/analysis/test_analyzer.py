@@ -17,7 +17,8 @@ from common.domain import MaskStatus, ModelRef
 from common.sample.source_images import astronaut
 from common.settings import PipelineSettings
 from tests.pipelines import default_spec
-from workers.analysis.analyzer import Analyzer, load_analyzer
+from workers.analysis.analyzer import Analyzer
+from workers.analysis.load import load_analyzer
 from workers.detection import Detections
 from workers.inference import Runtime
 

@@ -15,10 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.domain import MaskwatchError, ModelRef
+from common.domain import MaskwatchError, ModelRef, ObjectInfo
 from common.sample.source_images import astronaut
 from common.settings import get_settings
-from common.storage.store import ObjectInfo
 from workers.annotation.pictures import picture_name
 from workers.cli.annotate import annotate
 

@@ -88,10 +88,11 @@ def test_detectors_can_be_named_and_the_default_loaded_where_torch_is_not() -> N
     program = """if True:
         import sys
         sys.modules["torch"] = None
+        from common.models.pipeline import pipeline_spec, spec_of
         from common.settings import get_settings
         from workers.detection.registry import detector_names, load_detector
         from workers.inference import Runtime
-        load_detector(get_settings().pipeline_spec(), Runtime())
+        load_detector(pipeline_spec(get_settings()), Runtime())
         print(len(detector_names()))
     """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

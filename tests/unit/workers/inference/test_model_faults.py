@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from common.domain import MaskwatchError, ModelRef, SampleMode
 from tests.pipelines import default_spec
-from workers.analysis.analyzer import Analyzer, Picture, analyze_frames
+from workers.analysis.analyzer import Analyzer
+from workers.analysis.video import Picture, analyze_frames
 from workers.classification.network_classifier import MAX_BATCH, NetworkMaskClassifier
 from workers.detection import Detections
 from workers.inference import Runtime, faults
 from workers.inference.faults import BrokenDeviceError, OutOfModelMemoryError, in_parts, told
 from workers.inference.onnx_session import load_session
-from workers.jobs import attempts
+from workers.jobs import models
 
 SPEC = default_spec()
 
@@ -128,12 +129,13 @@ def test_what_a_failed_pass_has_made_is_not_kept() -> None:
 REAL = """
 import resource, sys
 import numpy as np
+from common.models.pipeline import pipeline_spec
 from common.settings import get_settings
 from workers.inference import Runtime
 from workers.inference.faults import OutOfModelMemoryError
-from workers.analysis.analyzer import load_analyzer
+from workers.analysis.load import load_analyzer
 
-analyzer = load_analyzer(get_settings().pipeline_spec(), Runtime())
+analyzer = load_analyzer(pipeline_spec(get_settings()), Runtime())
 analyzer.analyze(np.zeros((200, 200, 3), np.uint8))
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 120 * 2**20
@@ -269,14 +271,14 @@ def test_pipelines_that_differ_in_sampling_alone_share_their_models(monkeypatch:
         loads.append(spec)
         return object()
 
-    monkeypatch.setattr(attempts, "load_analyzer", load)
-    attempts._loaded.cache_clear()
+    monkeypatch.setattr(models, "load_analyzer", load)
+    models._loaded.cache_clear()
     try:
         specs: Sequence[Any] = [
             SPEC, replace(SPEC, sample_fps=5.0), replace(SPEC, sample=SampleMode.KEYFRAMES), replace(SPEC, revision=9)
         ]  # fmt: skip
-        one, two, three, other = (attempts.analyzer(spec, Runtime()) for spec in specs)
+        one, two, three, other = (models.analyzer(spec, Runtime()) for spec in specs)
     finally:
-        attempts._loaded.cache_clear()
+        models._loaded.cache_clear()
     assert one is two is three and other is not one
     assert len(loads) == 2

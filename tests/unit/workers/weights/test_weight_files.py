@@ -15,6 +15,7 @@ from common.domain import MaskwatchError
 from common.models import manifest
 from common.models.manifest import MODELS, Model, ModelFile, ModelKind, pinned_model
 from common.models.pins import PINS_FILE, read_pins, remember_pins
+from common.models.pipeline import pipeline_spec, spec_of
 from common.settings import PipelineSettings, Settings, get_settings
 from tests.pipelines import default_spec
 from workers.weights.files import State, examine, file_path, local_models, read_files, read_pieces, require
@@ -129,10 +130,10 @@ def test_a_pipeline_takes_its_pins_from_the_folder_of_its_own_settings(
     other.mkdir()
     remember_pins(other, {"one.pt": digest(b"one")})
     settings = Settings(models_dir=other, pipeline=PipelineSettings(detector="pair"))
-    assert settings.pipeline_spec().detector == pair.ref
+    assert pipeline_spec(settings).detector == pair.ref
     # The folder of this process's settings, where nothing is pinned.
     with pytest.raises(MaskwatchError, match="nobody has published a hash for pair"):
-        settings.pipeline.spec(cache)
+        spec_of(settings.pipeline, cache)
 
 
 def test_a_published_hash_is_not_overruled_by_a_pin(cache: Path, pair: Model) -> None:

@@ -17,7 +17,8 @@ from common.domain import Face, MaskwatchError, ModelRef
 from common.sample.source_images import astronaut
 from tests.agreement import compare, scenes
 from tests.pipelines import default_spec
-from workers.analysis.analyzer import Analyzer, load_analyzer
+from workers.analysis.analyzer import Analyzer
+from workers.analysis.load import load_analyzer
 from workers.detection.retinaface import RetinaFace, to_input
 from workers.inference import Runtime, faults
 from workers.inference.torch_session import TorchSession
@@ -283,9 +284,10 @@ def test_a_gpu_that_is_not_there_is_an_error_and_not_a_slow_worker(monkeypatch: 
 
 def test_the_cpu_pipeline_does_not_import_torch() -> None:
     code = (
-        "import sys\nfrom common.settings import get_settings\nfrom workers.inference import Runtime\n"
-        "from workers.analysis.analyzer import load_analyzer\n"
-        "load_analyzer(get_settings().pipeline_spec(), Runtime())\n"
+        "import sys\nfrom common.models.pipeline import pipeline_spec\nfrom common.settings import get_settings\n"
+        "from workers.inference import Runtime\n"
+        "from workers.analysis.load import load_analyzer\n"
+        "load_analyzer(pipeline_spec(get_settings()), Runtime())\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,98 @@
+"""The local file system as a bucket. Files are read whole or by ranges, pinned to an ETag of ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.domain import MaskwatchError, ObjectInfo, PermanentJobError, Reason, TransientJobError, first_line
+from common.storage.store import FILE_BUCKET, check, check_etag, whole
+
+
+class FileStore:
+    """Local files. The ETag is the time of the last change and the size, which is what a rewrite changes."""
+
+    bucket = FILE_BUCKET
+
+    def __init__(self, page_size: int = 1000) -> None:
+        self._page_size = page_size
+
+    def list_pages(self, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        page: list[ObjectInfo] = []
+        for path in self._walk(Path("/", prefix)):
+            key = str(path).removeprefix("/")
+            if key <= start_after:
+                continue
+            try:
+                page.append(self._info(key, path.stat()))
+            except FileNotFoundError:
+                continue  # deleted while we listed: there is nothing to analyse
+            if len(page) == self._page_size:
+                yield page
+                page = []
+        if page:
+            yield page
+
+    def list_folders(self, prefix: str, limit: int) -> list[str]:
+        return []  # a walk has to go through all of it each time
+
+    def restore(self, key: str, *, days: int, tier: str) -> None:
+        raise MaskwatchError(f"file:///{key} is a file: there is nothing to restore")
+
+    def _walk(self, root: Path) -> Iterator[Path]:
+        """All files below a folder in the order of their keys, hidden ones left out."""
+        # Reversed, so that the first is popped first; a stack of ours, because folders may nest deeper than calls.
+        stack = [root]
+        while stack:
+            path = stack.pop()
+            # Links to folders are not followed: they may lead back up.
+            if path.is_dir() and (path == root or not path.is_symlink()):
+                try:
+                    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+                except FileNotFoundError:
+                    continue  # deleted while we listed
+                except OSError as error:
+                    raise MaskwatchError(f"may not list {path}: {first_line(error)}") from error
+                entries.sort(key=lambda entry: f"{entry}/" if entry.is_dir() else str(entry), reverse=True)
+                stack += entries
+            elif path.is_file():
+                yield path
+
+    def stat(self, key: str) -> ObjectInfo:
+        with _file_errors(key):
+            return self._info(key, Path("/", key).stat())
+
+    def read(self, key: str, etag: str, max_bytes: int) -> bytes:
+        with _file_errors(key), Path("/", key).open("rb") as file:
+            before = self._info(key, os.fstat(file.fileno()))
+            check(before, etag, max_bytes)
+            data = file.read(max_bytes + 1)
+            # A file that is written while we read it must not pass for the one that was planned.
+            check(self._info(key, os.fstat(file.fileno())), etag, max_bytes)
+            return data
+
+    def read_range(self, key: str, etag: str, start: int, stop: int) -> bytes:
+        with _file_errors(key), Path("/", key).open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), stop - start, start)
+            # Looked at afterwards, so that what a writer has changed meanwhile can't pass for what was planned.
+            check_etag(self._info(key, os.fstat(file.fileno())), etag)
+        return whole(data, f"file:///{key}", start, stop)
+
+    def _info(self, key: str, stat: os.stat_result) -> ObjectInfo:
+        modified = datetime.fromtimestamp(stat.st_mtime_ns // 1_000_000_000, UTC)
+        return ObjectInfo(FILE_BUCKET, key, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", stat.st_size, modified)
+
+
+@contextmanager
+def _file_errors(key: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise PermanentJobError(Reason.OBJECT_GONE, f"file:///{key} is gone") from error
+    except PermissionError as error:
+        raise PermanentJobError(Reason.ACCESS_DENIED, f"may not read file:///{key}: {first_line(error)}") from error
+    except OSError as error:
+        raise TransientJobError(Reason.STORAGE_UNAVAILABLE, f"reading file:///{key}: {first_line(error)}") from error

@@ -1,0 +1,57 @@
+"""From a video's frames to their faces, linked into tracks, while the next frames are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.domain import FrameFaces
+from workers.analysis.analyzer import PictureAnalyzer
+from workers.analysis.tracking import FaceTracker
+from workers.media.prefetch import ahead
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A frame of a video as it is analysed. rgb: uint8 (height, width, 3), upright. at, covers: seconds, exact."""
+
+    rgb: NDArray[np.uint8]
+    #: When it is shown, from the start of the file.
+    at: Fraction
+    #: The part of the video that it stands for.
+    covers: Fraction
+
+
+def analyze_frames(
+    pictures: Iterable[Picture],
+    analyzer: PictureAnalyzer,
+    frames_per_second: float,
+    *,
+    buffer_bytes: int,
+    batch: int,
+) -> Generator[FrameFaces, None, None]:
+    """The faces of a video's frames, in their order, linked into tracks.
+
+    Frames are read and decoded in a thread of their own, up to `buffer_bytes` ahead (one frame at least), while the
+    ones before them are analysed; those of one size that wait are analysed together, `batch` at most. What the other
+    thread raises is raised here, after the frames that came before.
+    """
+    tracker = FaceTracker(frames_per_second)
+    groups = ahead(
+        pictures,
+        size_of=lambda picture: picture.rgb.nbytes,
+        alike=lambda a, b: a.rgb.shape == b.rgb.shape,
+        max_size=buffer_bytes,
+        max_items=batch,
+    )
+    with closing(groups):
+        for group in groups:
+            faces = analyzer.analyze_batch([picture.rgb for picture in group])
+            for picture, found in zip(group, faces, strict=True):
+                at = float(picture.at)
+                yield FrameFaces(at, float(picture.covers), tuple(found), tuple(tracker.update(found, at)))

@@ -59,7 +59,7 @@ def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path
       maskwatch evaluate scenes test-scenes/
       maskwatch evaluate scenes test-scenes/ --detector haar --out figures/ --json
     """
-    from workers.cli import evaluate_scenes
+    from workers.cli import evaluate_scenes  # loads models and decoders
 
     evaluate_scenes.run(folder, detector, classifier, out, as_json=as_json)
 
@@ -109,7 +109,7 @@ def faces(
         raise MaskwatchError("--held-out and --only exclude each other")
     if keep_confusion is not None and at_px is not None:
         raise MaskwatchError("--keep-confusion is of faces at their own size: leave out --at")
-    from workers.cli import evaluate_faces
+    from workers.cli import evaluate_faces  # loads models and decoders
 
     evaluate_faces.run(
         folder, classifier, held_out=held_out, only=only, at_px=at_px, keep_confusion=keep_confusion, out=out,
@@ -139,6 +139,6 @@ def detectors(folder: Path, only: tuple[str, ...], out: Path | None, as_json: bo
       maskwatch evaluate detectors test-scenes/
       maskwatch evaluate detectors test-scenes/ --only centerface --only haar --out figures/
     """
-    from workers.cli import evaluate_detectors
+    from workers.cli import evaluate_detectors  # loads models and decoders
 
     evaluate_detectors.run(folder, only, out, as_json=as_json)

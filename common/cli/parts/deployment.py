@@ -69,7 +69,7 @@ def deployment(*, keep: bool = False, part: Part = Part.COMMAND) -> Iterator[Set
         yield settings
         return
     try:
-        from common.local.stack import LocalStack
+        from common.local.stack import LocalStack  # a layer of its own, missing where a database is configured
     except ModuleNotFoundError as error:
         raise MaskwatchError(
             "no database is configured: set MASKWATCH_DATABASE__URL and MASKWATCH_BROKER__URL, "
@@ -101,7 +101,7 @@ def migrate_embedded(part: Part) -> None:
     try:
         _check(part)
     except NotMigratedError:
-        import migrations
+        import migrations  # loads Alembic, which a database that is up to date needs not
 
         migrations.upgrade(engine())
         _check(part)
@@ -116,7 +116,7 @@ def _check(part: Part) -> None:
 
 def _forget() -> None:
     """Drop what this process has made from the settings that are about to change."""
-    from common.storage import opening, s3
+    from common.storage import opening, s3  # boto3, which most commands need not
 
     if engine.cache_info().currsize:
         engine().dispose()

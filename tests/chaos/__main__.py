@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import click
 
 from tests.chaos.experiments import EXPERIMENTS
-from tests.chaos.lab import Outcome, Scale, open_lab
+from tests.chaos.harness import Outcome, Scale, open_lab
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

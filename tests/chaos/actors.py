@@ -1,7 +1,7 @@
 """Everybody who writes to the ledger and the summaries, interleaved by Hypothesis on a real Postgres.
 
 Producers, dispatchers, workers, reconcilers, operators and aggregators call the product's own functions, each in a
-transaction that others may interrupt (`tests/chaos/hands.py`). S3, Redis and the time are modelled: what lies in the
+transaction that others may interrupt (`tests/chaos/interleaver.py`). S3, Redis and time are modelled: what lies in the
 bucket, which messages are on their way, and what has run out. After every commit the committed state is compared with
 what is promised; at the end of an example everything is worked off, and nothing may be missing, double or stuck.
 """
@@ -44,8 +44,8 @@ from common.ledger import ClaimedJob, Dispatch, DispatchedJob, Registered, Stale
 from common.planning import PlannedObject, chunk_ranges
 from common.timestamps import observed_from_file, recording_start, zone
 from producer.dispatch import group
-from tests.chaos.hands import DeadlockError, Hand, Hands, Task
-from tests.chaos.promises import FACES, SECONDS, BrokenPromiseError, Listed, Promises
+from tests.chaos.interleaver import DeadlockError, Hand, Hands, Task
+from tests.chaos.invariants import FACES, SECONDS, BrokenPromiseError, Invariants, Listed
 from tests.ledger_rows import face
 from tests.mutants import Rewrite
 from workers.jobs.recording import record_chunk, record_image, record_probe
@@ -71,7 +71,7 @@ TIMES = ("lease_until", "next_run_at", "queued_at", "next_trial_at")
 
 
 @dataclass(frozen=True)
-class Plant:
+class Mutant:
     """How the machine is run. As shipped by default; with a fault planted otherwise."""
 
     name: str = "as shipped"
@@ -108,7 +108,7 @@ class Stage:
     hands: Hands
     location: Location
     pipelines: tuple[Pipeline, Pipeline]
-    plant: Plant
+    mutant: Mutant
     counts: Counter[str] = field(default_factory=Counter)
     broken: list[BrokenPromiseError] = field(default_factory=list)
 
@@ -177,15 +177,15 @@ def _can_end(machine: LedgerMachine) -> bool:
 def _is_news(machine: LedgerMachine) -> bool:
     """The bucket holds what nobody has registered."""
     return _can_begin(machine) and any(
-        machine.promises.newest.get(key) != seen
+        machine.invariants.newest.get(key) != seen
         for key, seen in machine.bucket.items()
-        if key not in machine.promises.erased
+        if key not in machine.invariants.erased
     )
 
 
 def _some_job(*states: str) -> Callable[[LedgerMachine], bool]:
     """There is a job in one of these states, and a hand: so that few turns are spent on nothing."""
-    return lambda machine: _can_begin(machine) and any(job.state in states for job in machine.promises.jobs.values())
+    return lambda machine: _can_begin(machine) and any(job.state in states for job in machine.invariants.jobs.values())
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -195,15 +195,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hands, self.plant = self.stage.hands, self.stage.plant
+        self.hands, self.mutant = self.stage.hands, self.stage.mutant
         self.stage.counts["examples"] += 1
         self.hands.look.execute(RESET)
         self.story: list[str] = []
-        self.promises = Promises(
-            self.hands.look, self.story, self.stage.counts, self.stage.broken, by_harm=self.plant.by_harm
+        self.invariants = Invariants(
+            self.hands.look, self.story, self.stage.counts, self.stage.broken, by_harm=self.mutant.by_harm
         )
         self.over = False
-        self.hands.committed = self.promises.judge
+        self.hands.committed = self.invariants.judge
         # The world.
         self.now = datetime(2026, 3, 3, tzinfo=UTC)
         self.bucket: dict[str, Listed] = {}
@@ -252,7 +252,9 @@ class LedgerMachine(RuleBasedStateMachine):
         def work(session: Session) -> Registered:
             return self._register(session, planned, self.stage.pipelines[pipeline % 2], lane, newest=False)
 
-        self._act(Task("register", work, done=lambda _: self.promises.registered(listed)), stop, f"{listed} {placing}")
+        self._act(
+            Task("register", work, done=lambda _: self.invariants.registered(listed)), stop, f"{listed} {placing}"
+        )
 
     def _register(
         self, session: Session, planned: Sequence[PlannedObject], pipeline: Pipeline, lane: Lane, *, newest: bool
@@ -279,12 +281,12 @@ class LedgerMachine(RuleBasedStateMachine):
             isolated, others = (self._take(session, limit, epoch, isolated=isolated) for isolated in (True, False))
             isolated += ledger.take_trials(session, epoch=epoch, policy=PAUSES)
             messages = [(job.ref,) for job in isolated] + [tuple(refs) for refs in group(others, 2)]
-            if self.plant.published_early:
+            if self.mutant.published_early:
                 self.redis += messages
             return messages
 
         def publish(messages: list[tuple[JobRef, ...]]) -> None:
-            if not self.plant.published_early and (published or not self.plant.overdue):
+            if not self.mutant.published_early and (published or not self.mutant.overdue):
                 self.redis += messages
 
         self._act(Task("dispatch", work, done=publish), stop)
@@ -326,17 +328,17 @@ class LedgerMachine(RuleBasedStateMachine):
             return ledger.claim(session, refs, worker=worker, lease_seconds=LONG)
 
         def done(jobs: list[ClaimedJob]) -> None:
-            self.promises.claims.update(job.ref.id for job in jobs)
+            self.invariants.claims.update(job.ref.id for job in jobs)
             self.held += [Held(job, worker) for job in jobs]
             self.stage.counts["jobs of outdated messages dropped"] += len(refs) - len(jobs)
 
         def undone() -> None:
-            if not self.plant.overdue and not again:
+            if not self.mutant.overdue and not again:
                 self.redis.append(refs)
 
         self._act(Task("claim", claim, done=done, undone=undone, jobs=_ids(refs)), stop, f"{_ids(refs)} by {worker}")
 
-    @turn(1, lambda self: self.redis and self.plant.overdue, message=_some)
+    @turn(1, lambda self: self.redis and self.mutant.overdue, message=_some)
     def lose(self, message: int) -> None:
         """A message is lost."""
         self.redis.remove(_pick(self.redis, message))
@@ -430,7 +432,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self._register(session, [replace(found, observed_at=job.key_time)], pipeline, job.lane, newest=True)
 
         self._end(
-            "source changed", held, work, stop, others=True, done=lambda: self.promises.registered({job.key: there})
+            "source changed", held, work, stop, others=True, done=lambda: self.invariants.registered({job.key: there})
         )
 
     def _end(
@@ -453,7 +455,7 @@ class LedgerMachine(RuleBasedStateMachine):
         def committed(_: Any) -> None:
             drop()
             if name == "release":
-                self.promises.refunds[job] += 1
+                self.invariants.refunds[job] += 1
             done()
 
         jobs = None if others else frozenset({job})
@@ -505,7 +507,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.epoch is None:
             self.epochs += 1
             self.epoch = f"epoch {self.epochs}"
-        epoch, empty = self.epoch, list(Lane) if not self.redis and self.plant.overdue else []
+        epoch, empty = self.epoch, list(Lane) if not self.redis and self.mutant.overdue else []
 
         def work(session: Session) -> int:
             return ledger.recover_queued(
@@ -514,7 +516,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 overdue_seconds=3600,
                 empty_lanes=empty,
                 # The same rule for a queue that is not empty: taken away with the other.
-                lost_seconds=7200 if self.plant.overdue else 1e9,
+                lost_seconds=7200 if self.mutant.overdue else 1e9,
             )
 
         self._act(Task("lost messages", work), stop)
@@ -529,7 +531,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )
 
     def _choose(self, which: Iterable[int] | None) -> list[int] | None:
-        return None if which is None else sorted({_pick(sorted(self.promises.jobs), index) for index in which})
+        return None if which is None else sorted({_pick(sorted(self.invariants.jobs), index) for index in which})
 
     @turn(4, _some_job(*ACTIVE_STATES), which=_ids_drawn, stop=_stop)
     def cancel(self, which: list[int], stop: int | None) -> None:
@@ -549,18 +551,18 @@ class LedgerMachine(RuleBasedStateMachine):
         def work(session: Session) -> int:
             return ledger.erase(session, BUCKET, name, by="me")
 
-        self._act(Task("operator's erase", work, lambda _: self.promises.erase(name)), stop, name)
+        self._act(Task("operator's erase", work, lambda _: self.invariants.erase(name)), stop, name)
 
     # --- aggregators ---
 
-    @turn(10, lambda self: self.promises.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]), stop=_stop)
+    @turn(10, lambda self: self.invariants.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]), stop=_stop)
     def summarize(self, limit: int, stop: int | None) -> None:
         self._act(Task("summarize", lambda session: self._summarize_batch(session, limit)), stop)
 
     def _summarize_batch(self, session: Session, limit: int) -> tuple[int, int]:
-        return (self.plant.summarize or aggregation.summarize_batch)(session, limit)
+        return (self.mutant.summarize or aggregation.summarize_batch)(session, limit)
 
-    @turn(2, lambda self: self.promises.marks and _can_begin(self), stop=_stop)
+    @turn(2, lambda self: self.invariants.marks and _can_begin(self), stop=_stop)
     def summarize_outdated(self, stop: int | None) -> None:
         """An aggregator of a version that may not go on. It knows nothing of faces without a mask."""
 
@@ -572,7 +574,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
         self._act(Task("summarize", work), stop, "by an outdated version")
 
-    @turn(5, lambda self: self.promises.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]))
+    @turn(5, lambda self: self.invariants.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]))
     def summarize_slowly(self, limit: int) -> None:
         """An aggregator whose recompute takes long after it has seen what to count."""
         hand = self.hands.idle()
@@ -627,13 +629,13 @@ class LedgerMachine(RuleBasedStateMachine):
             raise
         except Exception as error:
             self.over = True
-            if self.plant != Plant():
+            if self.mutant != Mutant():
                 # Not what was planted, or planted in a way that does not run: a fault must be found by what it does.
                 self.stage.counts["examples that ended in an error"] += 1
             elif isinstance(error, DeadlockError):
-                self.promises.breaks("nobody waits in a circle", str(error))
+                self.invariants.breaks("nobody waits in a circle", str(error))
             else:
-                self.promises.breaks("no error but a refusal", f"{type(error).__name__}: {error}")
+                self.invariants.breaks("no error but a refusal", f"{type(error).__name__}: {error}")
 
     # --- the end of an example ---
 
@@ -656,15 +658,15 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         for _ in range(30):
             self._one_round()
-            if not any(job.state in ACTIVE_STATES for job in self.promises.jobs.values()):
+            if not any(job.state in ACTIVE_STATES for job in self.invariants.jobs.values()):
                 break
         else:
-            stuck = [job for job in self.promises.jobs.values() if job.state in ACTIVE_STATES]
-            self.promises.breaks("no job is stuck", f"{stuck}")
-        while self.promises.marks:
+            stuck = [job for job in self.invariants.jobs.values() if job.state in ACTIVE_STATES]
+            self.invariants.breaks("no job is stuck", f"{stuck}")
+        while self.invariants.marks:
             self.summarize(50, None)
-        self.promises.judge_summaries()
-        self.promises.judge_end()
+        self.invariants.judge_summaries()
+        self.invariants.judge_end()
 
     def _one_round(self) -> None:
         while self.held:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import text
 
-from tests.chaos.lab import Experiment, Lab, Outcome, Scale
+from tests.chaos.harness import Experiment, Lab, Outcome, Scale
 from tests.chaos.workers import counted, right
 from tests.photos import jpeg, portrait
 from tests.services import Bucket, kill_tree, locate, maskwatch, wait_until

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from tests.chaos.lab import Experiment
+from tests.chaos.harness import Experiment
 
 #: Each of these modules has a tuple EXPERIMENTS.
 MODULES = ("workers", "hostile", "outages", "archives", "machine")

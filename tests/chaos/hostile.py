@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from common.messaging.queues import Queue, encode_refs
 from common.settings import get_settings
 from tests import hostile_media
-from tests.chaos.lab import ENDED, Experiment, Lab, Outcome, Scale
+from tests.chaos.harness import ENDED, Experiment, Lab, Outcome, Scale
 from tests.faults import Fault, faulty_s3
 from tests.forged_messages import forged, message, pickled
 from tests.hostile_files import Canaries, open_freely, watch_canaries

@@ -18,11 +18,11 @@ from common.database.versions import OutdatedProgramError
 from common.ledger import StaleJobError
 from common.models.pipeline import pipeline_spec
 from common.settings import get_settings
-from tests.chaos.actors import RESET, SLOW, ZONE, LedgerMachine, Plant, Stage
-from tests.chaos.hands import Hands, open_hands
-from tests.chaos.lab import Experiment, Lab, Outcome, Scale
-from tests.chaos.planted import PLANTS, PUBLISHED_LATE, QUICKLY_FOUND
-from tests.chaos.promises import OPEN, BrokenPromiseError
+from tests.chaos.actors import RESET, SLOW, ZONE, LedgerMachine, Mutant, Stage
+from tests.chaos.harness import Experiment, Lab, Outcome, Scale
+from tests.chaos.interleaver import Hands, open_hands
+from tests.chaos.invariants import OPEN, BrokenPromiseError
+from tests.chaos.mutants import MUTANTS, PUBLISHED_LATE, QUICKLY_FOUND
 from tests.mutants import check_fit
 
 STEPS = 50
@@ -39,33 +39,33 @@ HANDS = 4
 
 @dataclass
 class Run:
-    """What the machine made of one plant. `found`: the first promise that broke, in example `counts["examples"]`."""
+    """What the machine made of one mutant. `found`: the first promise that broke, in example `counts["examples"]`."""
 
-    plant: str
+    mutant: str
     counts: Counter[str]
     found: BrokenPromiseError | None
     seconds: float
 
 
-def explore(url: str, plant: Plant, *, examples: int, seed: int, shrink: bool = False) -> Run:
+def explore(url: str, mutant: Mutant, *, examples: int, seed: int, shrink: bool = False) -> Run:
     """Run the machine on a migrated database of its own, which it empties, until a promise breaks or the examples are
     used up."""
     began = time.monotonic()
-    with open_hands(url, HANDS, rewrites=(SLOW, *plant.rewrites)) as hands:
+    with open_hands(url, HANDS, rewrites=(SLOW, *mutant.rewrites)) as hands:
         hands.refusal = (StaleJobError, OutdatedProgramError)
-        for statement in (*QUICK_DATABASE, RESET, *plant.before):
+        for statement in (*QUICK_DATABASE, RESET, *mutant.before):
             hands.look.execute(statement)
-        stage = Stage(hands, *_catalog(hands), plant)
+        stage = Stage(hands, *_catalog(hands), mutant)
         while not stage.broken and stage.counts["examples"] < examples:
             _explore(stage, examples - stage.counts["examples"], seed + stage.counts["unrepeatable"], shrink)
         hands.abandon()
-        for statement in plant.after:
+        for statement in mutant.after:
             hands.look.execute(statement)
-    check_fit(plant.rewrites, hands.fitted)
+    check_fit(mutant.rewrites, hands.fitted)
     # The last is the simplest, where it was looked for.
     found = stage.broken[-1] if stage.broken else None
     stage.counts.update(hands.counts)
-    return Run(plant.name, stage.counts, found, time.monotonic() - began)
+    return Run(mutant.name, stage.counts, found, time.monotonic() - began)
 
 
 def _explore(stage: Stage, examples: int, seed: int, shrink: bool) -> None:
@@ -108,11 +108,11 @@ def _run(lab: Lab, scale: Scale) -> Outcome:
     url = lab.services.endpoints.database_url
     seed = lab.random.randrange(2**32)
     full = scale is Scale.FULL
-    shipped = explore(url, Plant(), examples=500 if full else 25, seed=seed, shrink=full)
+    shipped = explore(url, Mutant(), examples=500 if full else 25, seed=seed, shrink=full)
     # What shows that the early message is what blocks the job, and not the rule that was taken away with it.
     late = explore(url, PUBLISHED_LATE, examples=60 if full else 5, seed=seed)
     # Far more than it takes: the rarest is found once in about three hundred.
-    runs = [explore(url, plant, examples=1500, seed=seed) for plant in (PLANTS if full else QUICKLY_FOUND)]
+    runs = [explore(url, mutant, examples=1500, seed=seed) for mutant in (MUTANTS if full else QUICKLY_FOUND)]
     figures: dict[str, object] = {name: shipped.counts[name] for name in ("examples", "steps")}
     figures |= {
         "transactions": sum(count for name, count in shipped.counts.items() if name.endswith(" committed")),
@@ -134,7 +134,7 @@ def _run(lab: Lab, scale: Scale) -> Outcome:
 
 def _found(run: Run) -> str:
     """Which fault was found, and what it broke."""
-    return f"{run.plant!r} is found ({run.found.promise})" if run.found else f"{run.plant!r} is NOT found"
+    return f"{run.mutant!r} is found ({run.found.promise})" if run.found else f"{run.mutant!r} is NOT found"
 
 
 EXPERIMENTS = (

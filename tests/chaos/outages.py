@@ -22,7 +22,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common.messaging.queues import Queue, queue_length
-from tests.chaos.lab import Experiment, Lab, Outcome, Scale, percentile
+from tests.chaos.harness import Experiment, Lab, Outcome, Scale, percentile
 from tests.faults import Fault, faulty_s3
 from tests.integration.test_aggregation import Batch, batch_without_the_lock, overtake
 from tests.photos import jpeg, portrait

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.chaos.experiments import EXPERIMENTS
-from tests.chaos.lab import Scale, open_lab
+from tests.chaos.harness import Scale, open_lab
 
 #: What `make test` has time for; `make chaos` runs the others, too.
 QUICK = ("kill-9", "paused-worker", "sigterm", "hostile-files", "forged-messages")

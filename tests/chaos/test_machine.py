@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos.actors import Plant
-from tests.chaos.lab import open_lab
+from tests.chaos.actors import Mutant
+from tests.chaos.harness import open_lab
 from tests.chaos.machine import explore
-from tests.chaos.planted import (
+from tests.chaos.mutants import (
     KEPT_TOKEN,
+    MUTANTS,
     NO_LOCK,
     OUTDATED_AGGREGATOR,
-    PLANTS,
     PUBLISHED_LATE,
     QUICKLY_FOUND,
     STALE_TOKEN,
@@ -34,12 +34,12 @@ def url() -> Iterator[str]:
 
 
 def test_each_planted_fault_is_looked_for() -> None:
-    assert {*SEEDS, *QUICKLY_FOUND} == {*PLANTS}
+    assert {*SEEDS, *QUICKLY_FOUND} == {*MUTANTS}
 
 
-@pytest.mark.parametrize("plant", SEEDS, ids=lambda plant: plant.name)
-def test_a_planted_fault_is_found(url: str, plant: Plant) -> None:
-    run = explore(url, plant, examples=1500, seed=SEEDS[plant])
+@pytest.mark.parametrize("mutant", SEEDS, ids=lambda mutant: mutant.name)
+def test_a_planted_fault_is_found(url: str, mutant: Mutant) -> None:
+    run = explore(url, mutant, examples=1500, seed=SEEDS[mutant])
     print(f"found after {run.counts['examples']} examples, {run.counts['steps']} steps")
     assert run.found is not None
 

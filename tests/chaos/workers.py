@@ -21,7 +21,7 @@ from sqlalchemy import text
 
 from common.messaging.queues import ensure_epoch, redis_client
 from tests.chaos import stock
-from tests.chaos.lab import ENDED, Experiment, Lab, Outcome, Scale, percentile
+from tests.chaos.harness import ENDED, Experiment, Lab, Outcome, Scale, percentile
 from tests.mutants import UNFENCED, planted_in_processes
 from tests.photos import jpeg, portrait
 from tests.services import Bucket, wait_until

@@ -27,7 +27,7 @@ from common.messaging.queues import Queue, queue_length, redis_client
 from common.settings import Settings, StorageSettings, get_settings
 from common.storage.opening import open_source
 from producer.dispatch import dispatch, reconcile, request_summary
-from tests.chaos.lab import SMALL, Lab
+from tests.chaos.harness import SMALL, Lab
 from tests.faults import Fault, faulty_s3
 from tests.ledger_rows import claim, face, planned, register, register_many, states, take
 from tests.ledger_rows import dispatch as dispatch_now

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import psycopg
 
 from common.domain import ACTIVE_STATES, JobState, Reason
-from tests.chaos.hands import Task
-from tests.chaos.lab import RECOMPUTED
+from tests.chaos.harness import RECOMPUTED
+from tests.chaos.interleaver import Task
 
 #: What the bytes with an ETag show. Faces of a picture; seconds of a video, by its header and in truth: one frame
 #: with one face each second.
@@ -65,7 +65,7 @@ MOVES = {
 }
 
 
-#: Promises that are known not to hold yet, and why. The examples in which they break are counted.
+#: Invariants that are known not to hold yet, and why. The examples in which they break are counted.
 OPEN: dict[str, str] = {}
 
 
@@ -120,7 +120,7 @@ SELECT (SELECT coalesce(json_agg(json_build_array(j.id, j.token, j.state, j.atte
 """
 
 
-class Promises:
+class Invariants:
     """The judge of one example. `story` is told with what breaks; `by_harm`: look only at what is counted and stuck."""
 
     def __init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from tests.chaos.actors import Plant
+from tests.chaos.actors import Mutant
 from tests.mutants import UNFENCED, Rewrite
 from workers.summaries import aggregation
 
@@ -28,10 +28,10 @@ def _summarize_flags(session: Session, limit: int) -> tuple[int, int]:
     return len(marks), len(marks)
 
 
-NO_FENCE = Plant("no fence", rewrites=UNFENCED, by_harm=True)
+NO_FENCE = Mutant("no fence", rewrites=UNFENCED, by_harm=True)
 
 #: A worker's writes compare the token only, and a withdrawn job keeps its token.
-STALE_TOKEN = Plant(
+STALE_TOKEN = Mutant(
     "a token that outlives a cancel",
     rewrites=(
         Rewrite("INSERT INTO job_attempts", r"(SET state = 'cancelled'),\s+token = gen_random_uuid\(\)", r"\1"),
@@ -42,13 +42,13 @@ STALE_TOKEN = Plant(
 
 #: A job that a worker gives back keeps its token. Dispatch changes it before anybody could do harm with it, so this is
 #: found by the table of moves.
-KEPT_TOKEN = Plant(
+KEPT_TOKEN = Mutant(
     "a transition that keeps the token",
     rewrites=(Rewrite("'released'", r"(SET state = 'pending'),\s+token = gen_random_uuid\(\)", r"\1"),),
 )
 
 #: A flag per hour that is there or not, which writers set if it isn't.
-UPSERTED_MARKS = Plant(
+UPSERTED_MARKS = Mutant(
     "upserted marks",
     rewrites=(
         Rewrite(_MARKED, r"(?s)(INSERT INTO dirty_marks.*?\sFROM (?:counted|gone))\b", r"\1 ON CONFLICT DO NOTHING"),
@@ -60,14 +60,14 @@ UPSERTED_MARKS = Plant(
 )
 
 #: What the schema says of the oldest version is not heeded: `actors.summarize_outdated` counts as an old one would.
-OUTDATED_AGGREGATOR = Plant(
+OUTDATED_AGGREGATOR = Mutant(
     "an aggregator of a version that may not go on",
     rewrites=(Rewrite("FROM oldest_versions", r"SELECT version", "SELECT '0.0.0' AS version"),),
     by_harm=True,
 )
 
 #: Two aggregators side by side share the marks instead of waiting for each other.
-NO_LOCK = Plant(
+NO_LOCK = Mutant(
     "aggregators without the lock",
     rewrites=(
         Rewrite(str(aggregation.AGGREGATION_LOCK), r"pg_advisory_xact_lock\((.*)\)", r"\1"),
@@ -79,12 +79,12 @@ NO_LOCK = Plant(
 )
 
 #: Found by the stuck job; the rule for overdue messages would recover it, so it is taken away with it.
-PUBLISHED_EARLY = Plant("publish before commit", published_early=True, overdue=False, by_harm=True)
+PUBLISHED_EARLY = Mutant("publish before commit", published_early=True, overdue=False, by_harm=True)
 
 #: Not a fault: without that rule, and without messages that are lost, nothing is stuck as long as commits come first.
-PUBLISHED_LATE = Plant("publish after commit", overdue=False)
+PUBLISHED_LATE = Mutant("publish after commit", overdue=False)
 
-PLANTS = (NO_FENCE, STALE_TOKEN, KEPT_TOKEN, UPSERTED_MARKS, NO_LOCK, OUTDATED_AGGREGATOR, PUBLISHED_EARLY)
+MUTANTS = (NO_FENCE, STALE_TOKEN, KEPT_TOKEN, UPSERTED_MARKS, NO_LOCK, OUTDATED_AGGREGATOR, PUBLISHED_EARLY)
 
 #: Those for which `make test` has time.
 QUICKLY_FOUND = (NO_FENCE, PUBLISHED_EARLY)

@@ -1,4 +1,4 @@
-# Everything a newcomer types. `make help` explains itself; every target does its own set-up.
+# Everything a newcomer types. `make help` lists the targets; every target does its own set-up.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -14,8 +14,8 @@ help:  ## Show this help
 demo: $(VENV)/.demo  ## See it work: sample footage through the whole system (minutes, no configuration)
 	$(BIN)/maskwatch demo --out demo-output
 
-# Three at a time on two cores, because most wait for processes; by files, because some share what was dear to make;
-# in their order, because the long ones come first in it.
+# Three test processes on two cores, because most tests wait for other processes. One process per file, because the tests
+# of a file share fixtures that are slow to make. In collection order, because the slow files come first in it.
 test: $(VENV)/.test  ## Run the tests, against a real Postgres, Redis and S3 server
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
@@ -28,7 +28,7 @@ format: $(VENV)/.test  ## Put the sources into the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.test  ## Measure the road, video, and every model in every runtime (half an hour to an hour); figures belong in docs/performance.md
+bench: $(VENV)/.test  ## Measure end to end, video, and every model in every runtime (half an hour to an hour); figures go into docs/performance.md
 	$(BIN)/python -m pytest -m bench
 	$(BIN)/python -m benchmarks.road
 	$(BIN)/python -m benchmarks.video
@@ -42,7 +42,7 @@ bench: $(VENV)/.test  ## Measure the road, video, and every model in every runti
 	$(BIN)/python -m benchmarks.summaries
 	$(BIN)/python -m benchmarks.estimate
 
-chaos: $(VENV)/.test  ## Pull every plug and count what is lost: the table of docs/reliability.md (an hour)
+chaos: $(VENV)/.test  ## Kill and cut off every service, and count what is lost: the table of docs/reliability.md (an hour)
 	$(BIN)/python -m pytest -m chaos
 	$(BIN)/python -m tests.chaos
 
@@ -51,7 +51,7 @@ clean:  ## Stop and remove everything that the targets above made
 	-[ -x $(BIN)/maskwatch ] && $(BIN)/maskwatch local down --purge
 	rm -rf $(VENV) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Layers are installed once, and again when pyproject.toml changes. The demo needs neither TensorFlow nor torch.
+# The layers of pyproject.toml are installed once, and again when that file changes. The demo needs neither TensorFlow nor torch.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[worker,local]'
 	@touch $@

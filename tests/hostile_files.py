@@ -1,6 +1,6 @@
 """Files that mean harm, made on the spot: claims that nothing could hold, and pointers to what is none of theirs.
 
-And canaries: a server and a file that tell who opened them.
+And canaries: a server and a named pipe that count how often they are opened.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def watch_canaries(folder: Path) -> Iterator[Canaries]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    # A pipe: whoever opens it for reading, from whatever language, lets the one go on who opens it for writing.
+    # A named pipe: a program that opens it for reading, in any language, unblocks our thread that opens it for writing.
     path = folder / "canary.ts"
     os.mkfifo(path)
     stopping = threading.Event()

@@ -1,5 +1,5 @@
--- Run once, when the database is made: a role for each part of Maskwatch, a login that is a member of it, and the
--- migrator, which owns the database. What each role may do is granted by `maskwatch db upgrade`.
+-- Run once, when the database is made. Makes a role for each part of Maskwatch, a login that is a member of that role,
+-- and the migrator, which owns the database. `maskwatch db upgrade` grants each role its rights.
 \set migrator `cat "${SECRETS_DIR:-/run/secrets}/migrator_password"`
 \set producer `cat "${SECRETS_DIR:-/run/secrets}/producer_password"`
 \set worker `cat "${SECRETS_DIR:-/run/secrets}/worker_password"`
@@ -15,6 +15,6 @@ CREATE ROLE producer LOGIN PASSWORD :'producer' IN ROLE maskwatch_producer;
 CREATE ROLE worker LOGIN PASSWORD :'worker' IN ROLE maskwatch_worker;
 CREATE ROLE aggregator LOGIN PASSWORD :'aggregator' IN ROLE maskwatch_aggregator;
 CREATE ROLE analyst LOGIN PASSWORD :'analyst' IN ROLE maskwatch_analyst;
--- A dashboard that asks for too much gives up, and the work goes on.
+-- A dashboard's query that takes too long is cancelled, so that it can't slow down the work.
 ALTER ROLE analyst SET statement_timeout = '30s';
 ALTER DATABASE :"DBNAME" OWNER TO migrator;

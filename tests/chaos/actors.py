@@ -1,4 +1,4 @@
-"""Everybody who writes to the ledger and the summaries, interleaved by Hypothesis on a real Postgres.
+"""Every kind of process that writes to the ledger and the summaries, interleaved by Hypothesis on a real Postgres.
 
 Producers, dispatchers, workers, reconcilers, operators and aggregators call the product's own functions, each in a
 transaction that others may interrupt (`tests/chaos/interleaver.py`). S3, Redis and time are modelled: what lies in the

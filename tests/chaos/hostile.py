@@ -102,7 +102,7 @@ def files(lab: Lab, canaries: Canaries, scale: Scale) -> dict[str, bytes]:
         damaged = lab.random.sample(list(hostile_media.damaged(lab.random, 1, 1)), 12)
         others = [*hostile_media.pointers(canaries).items(), *hostile_media.something_else(canaries).items()]
         picked = {**dict(damaged), **hostile_media.claiming_pictures(), **dict(lab.random.sample(others, 24))}
-        # Those that the control shows to be opened by who is lax.
+        # Always with those files whose canaries a lax reader opens: the control needs them.
         picked |= {key: content for key, content in others if key in ("ffconcat-file.mkv", "hls-address.mp4")}
         return picked | {"passes.jpg": hostile_media.scan_bomb(5_000)}
     return {

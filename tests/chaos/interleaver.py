@@ -123,7 +123,7 @@ class Hand:
     def _run(self, work: Callable[[Session], Any], session: Session) -> None:
         try:
             self.result = work(session)
-        except BaseException as error:  # told by whoever waits for us
+        except BaseException as error:  # reported by the thread that waits for this hand
             self.error = error
         self.finished = True
         self.resting.set()
@@ -168,7 +168,7 @@ class Hands:
         return [hand for hand in self.hands if hand.task is not None and hand.resting.is_set()]
 
     def act(self, task: Task, stop: int | None = None) -> None:
-        """Let an idle hand do this, and whoever waited for it go on. It stops as in `Hand.begin`."""
+        """Let an idle hand do this, then let the hands that waited for it go on. It stops as in `Hand.begin`."""
         hand = self.idle()
         assert hand is not None
         hand.begin(task, stop)

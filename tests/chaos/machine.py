@@ -85,7 +85,7 @@ def _explore(stage: Stage, examples: int, seed: int, shrink: bool) -> None:
     except BrokenPromiseError:
         pass  # is in `stage.broken`
     except Flaky:
-        # Two who waited for a third went on in another order than before. What broke, if anything, broke all the same.
+        # Two transactions that waited for a third went on in another order than before. What broke still broke.
         stage.counts["unrepeatable"] += 1
 
 

@@ -355,7 +355,7 @@ def deadly(data, **limits):
 images.decode_image = deadly
 """
 
-#: Takes from the ledger that a job which crashed once is sent alone.
+#: A trigger that stops the ledger from isolating a job that crashed once.
 NEVER_ALONE = """
 CREATE FUNCTION never_alone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.alone := false; RETURN NEW; END';
 CREATE TRIGGER never_alone BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION never_alone();
@@ -372,7 +372,7 @@ EXTRA = "extra attempts of an innocent job at most"
 
 
 def poison(lab: Lab, scale: Scale) -> Outcome:
-    """Pictures that kill whoever decodes them, among harmless ones."""
+    """Pictures that kill the process that decodes them, among harmless ones."""
     jobs, deadly = (60, 2) if scale is Scale.FULL else (16, 1)
     crashes = 8 if scale is Scale.FULL else 2
     os.environ.update(PATIENT)

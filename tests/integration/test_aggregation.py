@@ -204,7 +204,7 @@ PAUSE_LOCK = 0x7465_7374
 
 @dataclass
 class Held:
-    """Holds a lock that whoever is to be stopped needs."""
+    """Holds the lock that the transaction to be stopped waits for."""
 
     connection: Connection
 

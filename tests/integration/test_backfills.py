@@ -466,7 +466,7 @@ def test_a_pattern_that_puts_footage_into_the_future_is_refused(session: Session
 
 
 def test_a_location_can_not_be_taken_away_under_a_backfill(session: Session, bucket: Bucket) -> None:
-    """No command does it, and whoever tries it in SQL is refused, by name."""
+    """No command removes a location, and a DELETE in SQL is refused with the name of the constraint."""
     locate()
     fill(bucket, 30, folders=3)
     with pytest.raises(StoppedError):

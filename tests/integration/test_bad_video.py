@@ -615,7 +615,7 @@ def test_nothing_that_a_file_refers_to_is_opened(session: Session, bucket: Bucke
             container_options={"enable_drefs": "1", "use_absolute_path": "1"},
         )
     assert canaries.hits == {"server": 0, "file": 0}
-    # The control: the canaries notice who opens them, and FFmpeg does, when it is let.
+    # The control: the canaries notice when they are opened, and FFmpeg opens them when it is allowed to.
     playlist = canaries.path.with_name("playlist.m3u8")
     playlist.write_bytes(hls(canaries.url))
     assert open_freely(canaries, str(playlist))["server"] > 0

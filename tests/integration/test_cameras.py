@@ -1,4 +1,4 @@
-"""Cameras on a schedule: every slot is looked at once, whoever ticks and whoever dies; what is late is found."""
+"""Cameras on a schedule: every slot is polled once, however many producers tick or die; late footage is found."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_look_that_was_killed_is_gone_on_with_by_another(
 
     def killed(session: Session, look: schedule.Look, cursor: str) -> None:
         if cursor == sorted(keys)[3]:
-            raise SystemExit  # whoever looks ends here
+            raise SystemExit  # the process that polls dies here
         advance(session, look, cursor)
 
     monkeypatch.setattr(schedule, "advance_look", killed)

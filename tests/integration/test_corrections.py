@@ -237,7 +237,7 @@ def test_a_time_pattern(session: Session) -> None:
 
 @pytest.mark.parametrize("fence", [True, False])
 def test_who_works_on_it_is_refused(session: Session, fence: bool) -> None:
-    """The control: without the fence his rows are where he believed the camera to be."""
+    """The control: without the fence, a worker's rows land where it believed the camera to be."""
     wrong, camera = add(session, "lobby", "UTC")
     oracle, of_oracle = add(session, "oracle", "Asia/Kolkata")
     enqueue(session, "a", KEYED[-6:], wrong, camera)

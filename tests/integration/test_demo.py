@@ -20,7 +20,7 @@ def newcomer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in list(os.environ):
         if name.startswith(("MASKWATCH_", "AWS_")) and name not in ("AWS_CA_BUNDLE", "MASKWATCH_TEST_DATA"):
             monkeypatch.delenv(name)
-    # Credentials of whoever runs the tests must not decide which S3 is meant.
+    # The credentials of the person who runs the tests must not decide which S3 is used.
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     return tmp_path

@@ -213,7 +213,7 @@ def test_workers_live_through_a_postgres_without_a_free_connection(lab: Lab) -> 
         lab.engine.dispose()
 
         def the_producer_found_none() -> bool:
-            # Again and again: who is quick gets the connection that was just taken from another.
+            # Repeatedly: a quick client gets the connection that was just taken from another client.
             push_out()
             return "too many clients" in logs(lab, "producer")
 

@@ -23,7 +23,7 @@ pytest.importorskip("sklearn", reason="the `train` layer is not installed")
 
 
 def maskwatch(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, with these settings instead of those of whoever runs the tests."""
+    """The command in a process of its own, with these settings instead of those of the person who runs the tests."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MASKWATCH_")}
     code = "from common.cli import main; main()"
     return subprocess.run(

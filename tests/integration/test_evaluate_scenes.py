@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def summary() -> dict[str, Any]:
-    # The pipeline that a new installation has: without settings of whoever runs the tests.
+    # The pipeline of a new installation: without the settings of the person who runs the tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MASKWATCH_")}
     result = subprocess.run(
         [sys.executable, "-c", "from common.cli import main; main()", "evaluate", "scenes", str(SCENES), "--json"],

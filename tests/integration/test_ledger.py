@@ -122,7 +122,7 @@ def test_a_worker_paused_past_its_lease_commits_nothing_because_of_the_fence(
 def test_a_claim_that_postgres_forgot_is_found_and_counted_once_because_of_the_fence(
     session: Session, fence: bool, faces: int
 ) -> None:
-    """A worker was told that the job is his, before Postgres forgot it in a crash; the rollback stands for that."""
+    """Postgres confirms a worker's claim and then loses it in a crash, for which the rollback stands."""
     register(session, planned("a.jpg"))
     refs = dispatch(session)
     (forgotten,) = ledger.claim(session, refs, worker="w/1", lease_seconds=60)

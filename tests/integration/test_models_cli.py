@@ -129,7 +129,7 @@ def server() -> Iterator[Server]:
                     state.over.wait(60)
                 self.wfile.write(body[len(body) // 2 :])
             except (BrokenPipeError, ConnectionResetError):
-                pass  # whoever refuses a download hangs up
+                pass  # a client that refuses a download hangs up
 
         def log_message(self, *_: Any) -> None:
             pass

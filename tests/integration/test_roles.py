@@ -176,7 +176,7 @@ def test_what_a_part_may_not_do(logins: Mapping[str, str], part: str) -> None:
 
 @pytest.mark.parametrize("part", ["producer", "analyst"])
 def test_who_may_read_coverage(logins: Mapping[str, str], part: str) -> None:
-    """The control: who may not read the jobs it is made from is refused."""
+    """The control: a role that may not read `jobs`, which coverage is made from, is refused."""
     statement = "SELECT count(*) FROM cameras CROSS JOIN camera_coverage(id, '2026-03-01', '2026-04-01')"
     assert not refused(logins[part], statement)
     assert refused(logins["aggregator"], statement)

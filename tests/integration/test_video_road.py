@@ -57,7 +57,7 @@ def quick(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_settings()
 
 
-#: What is stored of a video, without what only tells who stored it.
+#: What is stored of a video, without ids, which differ between two runs.
 STORED = (
     "SELECT f.offset_seconds, f.x1, f.y1, f.x2, f.y2, f.p_face, f.p_with_mask, f.status, f.track_id"
     " FROM faces f JOIN media_objects m ON m.id = f.media_object_id WHERE m.key = :key ORDER BY 1, 2"

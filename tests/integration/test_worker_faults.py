@@ -252,7 +252,7 @@ def test_a_worker_needs_no_disk(quick: pytest.MonkeyPatch, session: Session, buc
 
 
 def test_this_disk_is_really_full(tmp_path: Path) -> None:
-    """The control: under the same limit whoever needs the disk fails."""
+    """The control: under the same limit, a process that writes to the disk fails."""
     code = (
         "import os, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
         "os.write(os.open('file', os.O_CREAT | os.O_WRONLY), b'x')"

@@ -123,6 +123,7 @@ def measure_room(jobs: int, passes: int, pause: float) -> dict:  # type: ignore[
     with deployment() as settings, autocommit() as connection:
         begin_backfills(settings, 1)
         fill(connection, range(jobs), state="pending", backfill=1)
+        connection.execute(text("ANALYZE"))
         room = [float(connection.execute(text(ROOM)).scalar_one())]
         vacuums = [int(connection.execute(text(VACUUMS)).scalar_one())]
         for number in range(passes):

@@ -87,9 +87,11 @@ def measure(folder: Path, jobs: int, queued: int) -> dict[str, float]:
         claims.start()
         time.sleep(CALM_SECONDS)
         began = time.perf_counter()
-        migrations.upgrade(engine)
-        ended = time.perf_counter()
-        claims.stop()
+        try:
+            migrations.upgrade(engine)
+            ended = time.perf_counter()
+        finally:
+            claims.stop()
         with engine.connect() as connection:
             assert not connection.scalar(text(NOT_REPAIRED)), "the migrations left jobs that their constraints refuse"
         engine.dispose()

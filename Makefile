@@ -39,6 +39,8 @@ bench: $(VENV)/.test  ## Measure end to end, video, and every model in every run
 	$(BIN)/python -m benchmarks.dispatch
 	$(BIN)/python -m benchmarks.lanes
 	$(BIN)/python -m benchmarks.ledger
+	$(BIN)/python -m benchmarks.ledger_size
+	$(BIN)/python -m benchmarks.migration
 	$(BIN)/python -m benchmarks.summaries
 	$(BIN)/python -m benchmarks.estimate
 

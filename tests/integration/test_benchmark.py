@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,33 @@ def test_the_rows_of_the_ledger_have_a_size() -> None:
     assert [name for name, _ in rows] == ["faces", "media_objects", "jobs", "job_attempts", "frame_counts"]
     told = dict(re.findall(r"^\| (\w+) \| (\d+) \|$", (root / "docs/performance.md").read_text(), flags=re.MULTILINE))
     assert all(abs(int(size) / int(told[name]) - 1) < 0.1 for name, size in rows)
+
+
+@pytest.mark.bench
+def test_what_must_not_grow_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small ledgers: that the benchmarks run. Each of them checks itself that what it measures was done."""
+    for name in [name for name in os.environ if name.startswith("MASKWATCH_")]:
+        monkeypatch.delenv(name)
+    cancelled = run(
+        "ledger_size", "--cancel=100", "--cancel=6000", "--rounds=1", "--jobs=2000", "--passes=2", "--pause=0"
+    )
+    assert list(cancelled["cancelled"]) == ["100", "6000"]
+    # A pass writes each job three times and leaves dead rows: where there are none, nothing was done.
+    registered, first, second = cancelled["room_mib"]
+    assert 0 < registered < first <= second and cancelled["room_ratio"] == second / first
+    migrated = run("migration", "--jobs=20000", "--queued=10000")
+    assert migrated["claims"] > 0 and migrated["longest_s"] > 0 and migrated["longest_before_s"] > 0
+    ticks = run("dispatch", "--jobs=30000", "--seconds=0.1", "--backfills=100", "--retries=3000")
+    assert 0 < ticks["tick_backfills_ms"] <= ticks["tick_backfills_longest_ms"]
+    assert 0 < ticks["tick_retries_ms"] <= ticks["tick_retries_longest_ms"]
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    """What a benchmark prints."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

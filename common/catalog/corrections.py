@@ -158,7 +158,7 @@ def _lock(session: Session, which: Any) -> list[Backfill]:
     backfills = list(session.scalars(query.with_for_update(key_share=True)))
     ledger.keep_from_registering(session)
     if {row.id for row in session.scalars(query)} != {row.id for row in backfills}:
-        raise MaskwatchError("one of its backfills has just begun or ended; give the command again")
+        raise MaskwatchError("a backfill of this footage has just begun or ended; give the command again")
     return backfills
 
 

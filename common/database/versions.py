@@ -106,7 +106,7 @@ def check_schema(part: Part = Part.COMMAND) -> None:
 
 
 def hold_schema(session: Session) -> None:
-    """Keep migrations from running until this transaction ends."""
+    """Keep migrations from running until this transaction ends. Raises `NewerSchemaError` for a newer schema."""
     session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": MIGRATION_LOCK})
     check_not_newer(schema_revision(session))
 

@@ -358,7 +358,7 @@ class VideoInfo:
     frame_rate: float | None
     #: Degrees counter-clockwise that a player turns the frames: 0, 90, 180 or 270.
     rotation: int
-    #: Of the video stream, else of the container; None where the header doesn't tell.
+    #: Of the video stream, else the best estimate; None where the header doesn't tell.
     duration_seconds: float | None
     #: When the recording began, by the container's own account; aware.
     created_at: datetime | None

@@ -48,7 +48,7 @@ def refused(session: Session, source_id: int, reason: Reason, detail: str, polic
     return bool(
         session.scalar(
             text(
-                # now() is the begin of the transaction: a job that this transaction quarantines counts as refused since.
+                # now(), the begin of the transaction: what it quarantines itself counts as refused since.
                 "UPDATE sources SET refusals = refusals + 1, refusing_since = coalesce(refusing_since, now()),"
                 " reason = :reason, detail = :detail,"
                 " paused_at = CASE WHEN refusals + 1 >= :limit THEN coalesce(paused_at, clock_timestamp()) END,"

@@ -230,8 +230,8 @@ def _take(
 
 
 def take_trials(session: Session, *, epoch: str, policy: PausePolicy) -> list[DispatchedJob]:
-    """pending → queued for one job of each paused source whose trial is due; each is sent in a message of its own to the
-    live lane's list."""
+    """pending → queued for one job of each paused source whose trial is due; each is sent in a message of its own, to
+    the live lane's list."""
     taken: list[DispatchedJob] = []
     for source_id in circuit_breaker.take_due_trials(session, policy):
         rows = move(session, _TAKE_TRIAL, {"source": source_id, "epoch": epoch, "live": Lane.LIVE})

@@ -66,8 +66,8 @@ WHERE jobs.backfill_id = :id AND jobs.kind <> 'chunk' AND m.bucket <> :files
 
 
 def same_bytes(session: Session, backfill_id: int) -> int:
-    """How many of a backfill's objects in buckets are copies of another one, by ETag and size. (Copies uploaded in parts
-    of another size have other ETags, and are not found.)"""
+    """How many of a backfill's objects in buckets are copies of another one, by ETag and size. (Copies uploaded in
+    parts of another size have other ETags, and are not found.)"""
     return int(session.scalar(sql(_SAME_BYTES), {"id": backfill_id, "files": FILE_BUCKET}) or 0)
 
 
@@ -163,7 +163,7 @@ def summary_lag(session: Session) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """How many jobs of one state and lane wait."""
+    """How many jobs of one state and lane there are; pending ones by feed."""
 
     state: JobState
     lane: Lane
@@ -176,8 +176,8 @@ class Waiting:
 
 
 def waiting(session: Session, *, limit: int) -> list[Waiting]:
-    """How many jobs wait, for metrics. Counts with the partial indexes, at most `limit` of each kind, so that it is fast
-    however large the ledger is."""
+    """How many jobs wait, for metrics. Counts with the partial indexes, at most `limit` of each kind, so that it is
+    fast however large the ledger is."""
     rows = session.execute(sql(_WAITING), {"limit": limit})
     return [Waiting(JobState(row.state), Lane(row.lane), row.held, row.jobs, float(row.oldest or 0.0)) for row in rows]
 

@@ -35,8 +35,8 @@ def serve(queue: str, name: str, *, pool: str, tasks: str, beat: bool = False) -
     this process also runs the schedule of the app.
 
     Raises `MaskwatchError` if no broker is configured. Waits for a broker that can't be reached, at the start and
-    later. Raises `BrokerRefusedError` if the broker refuses the connection at the start, because a setting must be corrected;
-    later it tries again until the broker accepts the connection.
+    later. Raises `BrokerRefusedError` if the broker refuses the connection at the start, because a setting must be
+    corrected; later it tries again until the broker accepts the connection.
     """
     configure(get_settings())
     try:

@@ -32,7 +32,7 @@ def set_oldest(*, producer: str, worker: str, aggregator: str, command: str) -> 
     """Write the oldest version of each part that may work on the schema from this migration on.
 
     Call it first in a migration, before it locks any table: it waits for the end of running aggregator transactions,
-    and the next one sees what is written here. (Also after a commit inside the migration, because this is written by then.)
+    and the next one sees what is written here. (A later commit within the migration changes nothing about that.)
     """
     op.execute(_LOCK)
     oldest = {

@@ -1,4 +1,4 @@
-"""The lane whose list in Redis holds a job's message: whether it is lost is judged by that list, not by the job's lane."""
+"""The lane whose list in Redis holds a job's message: this list, not the job's own lane, tells whether it is lost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The words Maskwatch speaks: enums, value types and errors, with the standard library only.
+"""The terms of Maskwatch: enums, value types and errors, with the standard library only.
 
-Everything else may import this module; it imports nothing of ours.
+Every other module may import this one; it imports no other module of Maskwatch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
-#: States in which somebody still owes the job an action.
+#: States in which a job has not ended.
 ACTIVE_STATES = (JobState.PENDING, JobState.QUEUED, JobState.RUNNING, JobState.RETRY_WAIT)
 
 
@@ -62,7 +62,7 @@ class AttemptOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobRef:
-    """A job and the token its holder believes in: all that a message carries."""
+    """A job's id and the token that its holder last saw: all that a message carries."""
 
     id: int
     token: UUID
@@ -84,23 +84,23 @@ class MaskStatus(StrEnum):
 
 
 class SampleMode(StrEnum):
-    """Which frames of a video are looked at, of each cell of the sampling grid."""
+    """Which frame of each cell of the sampling grid is analysed."""
 
-    #: The first that is shown in it.
+    #: The first frame shown in the cell.
     FRAMES = "frames"
-    #: The first keyframe in it, if it has one; nothing else is decoded.
+    #: The first keyframe in the cell, if it has one; only keyframes are decoded.
     KEYFRAMES = "keyframes"
 
 
 class ObservedAtSource(StrEnum):
-    """Where the time a picture was taken, or a recording began, comes from, best first."""
+    """The source of the time when an image was taken or a recording began, best first."""
 
     KEY_PATTERN = "key_pattern"
-    #: Of a picture.
+    #: Only images.
     EXIF = "exif"
-    #: Of a video: when its container says that it was made.
+    #: Only videos: the creation time in the container.
     CREATION_TIME = "creation_time"
-    #: Of a video: minus its duration.
+    #: Of a video, minus its duration.
     LAST_MODIFIED = "last_modified"
 
 
@@ -142,7 +142,7 @@ class Reason(StrEnum):
     MODEL_OUT_OF_MEMORY = "model_out_of_memory"
 
 
-#: Reasons that speak of the source rather than of one object, once it gives nothing else.
+#: Reasons that concern the source rather than one object, if every object of the source meets them.
 REFUSALS = (Reason.ACCESS_DENIED, Reason.BUCKET_MISSING, Reason.STORAGE_UNAVAILABLE)
 
 
@@ -155,14 +155,14 @@ class MaskwatchError(Exception):
     exit_code = 1
 
 
-#: Of an error's text, what a sentence can bear.
+#: An error's text is cut to this many characters in a message.
 LINE_LIMIT = 500
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, as a part of a sentence of ours: the first line of its text, else its type's name.
+    """A library's error as part of a message: the first line of its text, or its type's name if it has no text.
 
-    Of an `OSError` that is what the system says, without number and path. Of SQLAlchemy's it is what the server said,
+    For an `OSError`: the system's text, without number and path. For an error of SQLAlchemy: the server's text,
     without the statement and its parameters, which may hold secrets.
     """
     said = getattr(error, "orig", None) or error
@@ -171,7 +171,7 @@ def first_line(error: BaseException) -> str:
 
 
 class PermanentJobError(Exception):
-    """The job can never succeed as it stands: it goes to quarantine with this reason."""
+    """The job can't succeed unless a person changes something: it is quarantined with this reason."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -201,8 +201,8 @@ class SourceChangedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PausePolicy:
-    """When a source pauses, and how long it is left alone: `seconds` before the first trial, twice as long before
-    each further one, at most `cap_seconds`."""
+    """When the circuit breaker pauses a source, and the wait before a trial: `seconds` before the first, twice as long
+    before each further one, at most `cap_seconds`."""
 
     after_refusals: int
     seconds: float
@@ -211,7 +211,7 @@ class PausePolicy:
 
 @dataclass(frozen=True, slots=True)
 class TimeRange:
-    """A half-open range of instants, [start, end); an end that is None is open. Aware datetimes only."""
+    """A half-open range of instants, [start, end); None: no limit on that side. Aware datetimes only."""
 
     start: datetime | None = None
     end: datetime | None = None
@@ -228,10 +228,10 @@ class TimeRange:
 
 
 class UnknownSpecError(MaskwatchError):
-    """A pipeline's spec says something that this version does not know: only a newer one can do its jobs."""
+    """A pipeline's spec holds something that this version does not know: only a newer version can do its jobs."""
 
     def __init__(self, unknown: Sequence[str]) -> None:
-        super().__init__(f"its spec has what this version doesn't know: {', '.join(unknown)}; a newer version does")
+        super().__init__(f"this version doesn't know {', '.join(unknown)} in the pipeline's spec: install a newer one")
         self.unknown = tuple(unknown)
 
 
@@ -243,29 +243,29 @@ class ModelRef:
     sha256: str
 
 
-#: The newest `PipelineSpec.revision` that this version can analyse as it was meant.
+#: The newest `PipelineSpec.revision` that this version implements.
 NEWEST_REVISION = 1
 
-#: How videos are sampled where a spec says nothing of it, as those planned before there were videos.
+#: How videos are sampled if a spec doesn't say so, as in specs from before there were videos.
 DEFAULT_SAMPLING = {"sample": SampleMode.FRAMES, "sample_fps": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineSpec:
-    """The pinned models and settings that turn pictures and videos into faces.
+    """The pinned models and settings that turn images and videos into faces.
 
-    Two pictures analysed under equal specs are comparable; figures never mix two specs.
-    Sizes are pixels of the original picture, probabilities are in [0, 1].
+    Two images analysed under equal specs are comparable; figures never mix two specs.
+    Sizes are pixels of the original image, probabilities are in [0, 1].
     """
 
     detector: ModelRef
     classifier: ModelRef
     #: Detections below this score are dropped.
     detector_threshold: float
-    #: Pictures whose longer side is below this are enlarged before detection, at most `enlarge_limit` times.
+    #: Images whose longer side is below this are enlarged before detection, at most `enlarge_limit` times.
     enlarge_below_px: int
     enlarge_limit: float
-    #: Pictures whose longer side is above this are scaled down before detection.
+    #: Images whose longer side is above this are scaled down before detection.
     shrink_above_px: int
     #: Boxes with a side below this grow around their centre by `widen_factor` before classification.
     widen_below_px: int
@@ -274,12 +274,12 @@ class PipelineSpec:
     uncertain_below: float
     #: Raised when a change of the code (not of a setting or a weight) changes what is found.
     revision: int = 1
-    #: Of a video: which frame of each cell of a grid of `sample_fps` cells per second of the file's own time.
+    #: For videos: which frame is taken from each cell of a grid of `sample_fps` cells per second of the file's time.
     sample: SampleMode = SampleMode.FRAMES
     sample_fps: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        # Without the default sampling, so that pipelines planned before there were videos stay the same ones.
+        # The default sampling is left out, so that the fingerprints of pipelines from before there were videos stay.
         return {name: value for name, value in asdict(self).items() if DEFAULT_SAMPLING.get(name) != value}
 
     @classmethod
@@ -303,7 +303,7 @@ class PipelineSpec:
 
 
 def _unknown_in(spec: dict[str, Any]) -> list[str]:
-    """What a stored spec says that this version does not know, sorted: names of fields, and values of known ones."""
+    """What this version does not know in a stored spec, sorted: names of fields, and values of known fields."""
     unknown = spec.keys() - PipelineSpec.__dataclass_fields__.keys()
     for model in ("detector", "classifier"):
         unknown |= {f"{model}.{name}" for name in spec[model].keys() - ModelRef.__dataclass_fields__.keys()}
@@ -316,7 +316,7 @@ def _unknown_in(spec: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class ObservedAt:
-    """When a camera saw something: an aware instant and where it comes from.
+    """When a camera saw something: an aware instant, and the source of that time.
 
     `ambiguous` is set when a local time occurred twice (clocks set back) and the first was taken.
     """
@@ -341,13 +341,13 @@ class Face:
 
     @property
     def size_px(self) -> float:
-        """The longer side of the box, in pixels: what `per face size` means everywhere."""
+        """The longer side of the box, in pixels: the face size wherever figures are given by face size."""
         return max(self.x2 - self.x1, self.y2 - self.y1)
 
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a video's header says. Sizes in pixels of the stored frames, before `rotation` turns them upright."""
+    """The contents of a video's header. Sizes in pixels of the stored frames, before `rotation` turns them upright."""
 
     #: FFmpeg's names, e.g. `mp4` and `h264`.
     container: str
@@ -358,7 +358,7 @@ class VideoInfo:
     frame_rate: float | None
     #: Degrees counter-clockwise that a player turns the frames: 0, 90, 180 or 270.
     rotation: int
-    #: Of the video stream, or what comes nearest; None where the header doesn't tell.
+    #: Of the video stream, else the best estimate; None where the header doesn't tell.
     duration_seconds: float | None
     #: When the recording began, by the container's own account; aware.
     created_at: datetime | None
@@ -366,9 +366,9 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True)
 class FrameFaces:
-    """A frame of a video that was looked at. Faces may be none; `track_ids` (1, 2, ...) are theirs, local to a job.
+    """An analysed frame of a video, with no face or more. `track_ids` (1, 2, ...) are the faces' tracks within the job.
 
-    offset_seconds: when it is shown, from the start of the file. covers_seconds: the part of the video it stands for.
+    offset_seconds: when it is shown, from the start of the file. covers_seconds: how much of the video it stands for.
     """
 
     offset_seconds: float
@@ -377,8 +377,8 @@ class FrameFaces:
     track_ids: tuple[int, ...]
 
 
-#: The storage classes that hold nothing readable until it is restored ("Understanding and managing Amazon S3 storage
-#: classes", S3 User Guide). Glacier Instant Retrieval is none of them.
+#: The storage classes whose objects must be restored before they can be read ("Understanding and managing Amazon S3
+#: storage classes", S3 User Guide). Glacier Instant Retrieval is none of them.
 ARCHIVES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 
 
@@ -391,9 +391,9 @@ class ObjectInfo:
     etag: str
     size_bytes: int
     last_modified: datetime
-    #: As S3 names it; None for its standard class, and where there are none.
+    #: The name of the storage class in S3; None for the standard class and for files.
     storage_class: str | None = None
-    #: Of an object in an archive: a copy of it can be read for now.
+    #: For an archived object: whether a restored copy can be read for now.
     restored: bool = False
 
     @property

@@ -1,7 +1,7 @@
 """How files are written and locked here: a file appears whole or not at all, and a lock ends with its holder.
 
-Standard library only. The kernel holds the locks (flock), so a kill -9 blocks nobody; a write that was killed leaves a
-file that ends with `PART` beside the one it was to become, and never half of that one.
+Standard library only. The kernel holds the locks (flock), so a killed process keeps no lock. A killed write leaves a
+file whose name ends with `PART` beside the file that it was to become, and never a part of that file itself.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 
-#: How the name of a file ends that is still being written.
+#: The end of the name of a file that is still being written.
 PART = ".part"
 
 _POLL_SECONDS = 0.05
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock. Its text names that process, for people."""
+    """Another process holds the lock. The error's text names that process, for people."""
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -35,10 +35,10 @@ class LockHeldError(Exception):
 def write_atomically(
     path: Path, content: str | bytes, *, mode: int | None = None, owner: tuple[int, int] | None = None
 ) -> None:
-    """Write a file (text as UTF-8) under its name when it is complete; what had that name stays until then.
+    """Write a file (text as UTF-8) that gets its name when it is complete; an older file of that name stays until then.
 
-    mode: its permissions, from its first byte on and whatever the umask is; None: what the umask gives to any new file.
-    owner: user and group by number. Raises `OSError`, and leaves nothing behind.
+    mode: its permissions, from its first byte on and whatever the umask is; None: as the umask says.
+    owner: user and group by number. After an error (`OSError`) nothing is left behind.
     """
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as part:
@@ -54,9 +54,9 @@ def write_atomically(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file to, for libraries that write files themselves.
+    """A temporary name beside `path`, for libraries that write files themselves.
 
-    At the end of the block that file becomes `path`; after an error of any kind it is removed. Raises `OSError`.
+    At the end of the block the file written there becomes `path`; after any error it is removed. Raises `OSError`.
     """
     part = _part(path)
     try:
@@ -70,8 +70,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` to fill, which becomes `path` at the end of the block; after an error it is removed
-    with what it holds. Raises `OSError`, also where `path` is there and holds something."""
+    """An empty folder beside `path` to fill. It becomes `path` at the end of the block; after an error it is removed
+    with its contents. Raises `OSError`, also if `path` exists and is not empty."""
     part = _part(path)
     part.mkdir()
     try:
@@ -83,14 +83,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder. For whoever holds the folder's lock: another writer
-    would lose its file."""
+    """Remove what killed writers have left in a folder. Only for the holder of the folder's lock: a writer that still
+    runs would lose its file."""
     for part in folder.glob(f"*{PART}"):
         part.unlink(missing_ok=True)
 
 
 def _part(path: Path) -> Path:
-    # Random: two who write the same file don't write into each other's.
+    # Random, so that two writers of the same file don't write into one temporary file.
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
 
 
@@ -99,11 +99,11 @@ def _part(path: Path) -> Path:
 
 @contextmanager
 def hold(path: Path, *, shared: bool = False, seconds: float = inf) -> Iterator[None]:
-    """Hold the lock of a file, which is made where there is none, or of a folder.
+    """Hold the lock of a file, which is made if it is missing, or of a folder.
 
-    shared: together with all others who share it. seconds: how long to wait; 0 tries once. Raises `LockHeldError`.
-    A lock file names its holder; it stays where it is afterwards. A folder above it that is missing is made, for its
-    owner alone: it may be removed while we wait.
+    shared: together with other shared holders. seconds: how long to wait; 0 tries once. Raises `LockHeldError`.
+    A lock file names its holder and is not removed afterwards. Missing folders above it are made, for this user alone,
+    also when they are removed during the wait.
     """
     handle = _take(path, shared, seconds)
     try:
@@ -125,7 +125,7 @@ def try_lock(handle: int, *, shared: bool = False) -> bool:
 
 
 def unlock(handle: int) -> None:
-    """Let go of an open file's lock, which works with a full disk, too."""
+    """Release an open file's lock. Works with a full disk, too."""
     fcntl.flock(handle, fcntl.LOCK_UN)
 
 
@@ -149,7 +149,7 @@ def _opened(path: Path) -> int:
 
 
 def _is_still_there(handle: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: whoever held the lock may have removed it, or its folder."""
+    """Whether the open file is still the one at `path`: the lock's last holder may have removed it, or its folder."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -166,10 +166,10 @@ def _holder(path: Path) -> str:
 
 
 def make_held(prefix: str, *, folder: bool = False) -> tuple[Path, int]:
-    """A new file or folder under the temporary folder, for its owner alone, and the handle that keeps it locked.
+    """A new file or folder under the temporary folder, for this user alone, and the handle that keeps it locked.
 
-    It is held until the handle is closed or the process ends, however that ends; then `remove_left_over` takes it for
-    what it is. Raises `OSError`.
+    It is locked until the handle is closed or the process ends in any way; after that, `remove_left_over` removes it.
+    Raises `OSError`.
     """
     while True:
         if folder:
@@ -183,7 +183,7 @@ def make_held(prefix: str, *, folder: bool = False) -> tuple[Path, int]:
             path = Path(name)
         if try_lock(handle) and _is_still_there(handle, path):
             return path, handle
-        # Another process found it not locked yet, and removes it.
+        # Another process found it not yet locked, and is removing it.
         os.close(handle)
 
 

@@ -1,5 +1,5 @@
-"""What this machine offers to networks: runtimes, cores and NVIDIA GPUs. Standard library only, so that `maskwatch
-doctor` can tell it where no runtime is installed; whether they really work is the business of `workers.jobs.preflight`.
+"""What this machine has for running models: runtimes, cores and NVIDIA GPUs. Standard library only, so that `maskwatch
+doctor` can show it without any runtime; `workers.jobs.preflight` checks whether they really work.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from common.domain import MaskwatchError
 
-#: Where a container finds how much time of the processors it may use: "MAX PERIOD" in microseconds, or "max PERIOD"
+#: The file with a container's limit of processor time: "MAX PERIOD" in microseconds, or "max PERIOD"
 #: (docs.kernel.org/admin-guide/cgroup-v2.html, "CPU Interface Files").
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
-#: Runtime → the layer that installs it, and the packages it can't do without.
+#: Runtime → the layer that installs it, and the packages that it needs.
 RUNTIMES = {"onnx": ("worker", ("onnxruntime",)), "native": ("native", ("torch", "tensorflow"))}
 
 
 def missing_for(runtime: str) -> str | None:
-    """A sentence that says what a runtime lacks here, and how to get it; None if it is installed."""
+    """A sentence that says which packages a runtime lacks, and how to install them; None if none are missing."""
     layer, packages = RUNTIMES[runtime]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing:
@@ -33,7 +33,7 @@ def missing_for(runtime: str) -> str | None:
 
 
 def usable_cores() -> int:
-    """The cores this process may use: fewer than the machine has where an affinity or a container's quota says so."""
+    """The cores this process may use: the machine's, or fewer if an affinity or a container's quota limits them."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     try:
         quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
@@ -53,7 +53,7 @@ def threads_per_process(processes: int) -> int:
 
 
 def oversubscribed(processes: int, threads: int | None) -> str | None:
-    """A sentence that says so, where these processes and their threads exceed the cores; else None.
+    """A warning if these processes with their threads exceed the cores; else None.
 
     threads: of each process; None: `threads_per_process`.
     """
@@ -70,8 +70,8 @@ def oversubscribed(processes: int, threads: int | None) -> str | None:
 def gpu_names() -> tuple[str, ...]:
     """The names of the NVIDIA GPUs that this process can see, in CUDA's order (CUDA_VISIBLE_DEVICES counts).
 
-    Asks the driver itself (libcuda, which every CUDA runtime talks to) and makes no context, so it takes no memory
-    of the GPU. Functions: docs.nvidia.com/cuda/cuda-driver-api.
+    Asks the driver (libcuda, which every CUDA runtime uses) and makes no context, so it takes no memory of the GPU.
+    Functions: docs.nvidia.com/cuda/cuda-driver-api.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -98,9 +98,9 @@ def require_device(device: str) -> None:
     found = gpu_names()
     if not found:
         raise MaskwatchError(
-            f"device {device} needs an NVIDIA GPU and its driver, and none can be seen here (is nvidia-smi content, "
-            "does CUDA_VISIBLE_DEVICES hide it, was the container started with --gpus all?); or choose --device cpu"
+            f"device {device} needs an NVIDIA GPU and its driver, and none is visible: check nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES, and --gpus all of a container; or choose --device cpu"
         )
     if number >= len(found):
         seen = ", ".join(f"cuda:{n} {name}" for n, name in enumerate(found))
-        raise MaskwatchError(f"device {device} is not there; here are: {seen}")
+        raise MaskwatchError(f"device {device} does not exist; choose one of: {seen}")

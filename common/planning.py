@@ -16,13 +16,13 @@ from common.timestamps import LocalTimeError, TimePattern, resolve_local
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mts", "gif"})
 
-#: A key that seems to name another year was not written by a camera.
+#: A key that names a year outside this range was not written by a camera.
 PLAUSIBLE_YEARS = range(1970, 2200)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedObject:
-    """An object and what planning knows of it. `reason` is set where it can only be quarantined."""
+    """An object and the result of planning it. `reason` is set if it can only be quarantined."""
 
     info: ObjectInfo
     kind: MediaKind
@@ -32,12 +32,12 @@ class PlannedObject:
 
     @property
     def best_known_time(self) -> datetime:
-        """The time `--since` and `--until` go by: the key's, otherwise LastModified."""
+        """The time that `--since` and `--until` are compared with: the key's, otherwise LastModified."""
         return self.observed_at.instant if self.observed_at else self.info.last_modified
 
 
 def media_kind(key: str) -> MediaKind | None:
-    """What an object holds, by its suffix; None for what Maskwatch does not analyse."""
+    """The kind of an object, by its suffix; None if Maskwatch does not analyse it."""
     suffix = key.rpartition(".")[2].lower() if "." in key.rpartition("/")[2] else ""
     if suffix in IMAGE_SUFFIXES:
         return MediaKind.IMAGE
@@ -47,8 +47,8 @@ def media_kind(key: str) -> MediaKind | None:
 def chunk_ranges(duration_seconds: float | None, chunk_seconds: float) -> list[tuple[int, int]]:
     """The half-open ranges, in ms of the file's own time, that a video is analysed in: at least one.
 
-    The last one is as long as the others: its job goes on to the end of the file anyway, because headers err. A
-    video that doesn't tell its length is one chunk.
+    The last range is as long as the others: its job always continues to the end of the file, because headers may be
+    wrong. A video whose header tells no length is one chunk.
     """
     chunk_ms = round(chunk_seconds * 1000)
     count = max(1, math.ceil((duration_seconds or 0) * 1000 / chunk_ms))
@@ -56,7 +56,7 @@ def chunk_ranges(duration_seconds: float | None, chunk_seconds: float) -> list[t
 
 
 def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) -> PlannedObject | None:
-    """Plan one listed object; None where it is nothing to analyse."""
+    """Plan one listed object; None if Maskwatch does not analyse its kind."""
     kind = media_kind(info.key)
     if kind is None:
         return None
@@ -76,7 +76,7 @@ def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) 
         if seen.instant - info.last_modified > timedelta(days=1):
             detail = (
                 f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names {seen.instant:%Y-%m-%d}, "
-                f"and the object was last modified on {info.last_modified:%Y-%m-%d}: before it was seen"
+                f"but the object was last modified earlier, on {info.last_modified:%Y-%m-%d}"
             )
             return PlannedObject(info, kind, None, Reason.FUTURE_TIME, detail)
     if info.archived:
@@ -90,8 +90,8 @@ def _instant(local: datetime, where: ZoneInfo) -> tuple[datetime, ObservedAtSour
 
 
 def archived_detail(info: ObjectInfo) -> str:
-    """What to do about an object in an archive."""
+    """The detail of a job whose object lies in an archive: what to do about it."""
     return (
-        f"{info.uri} lies in the storage class {info.storage_class}: the backfill with --restore asks for it, and it "
-        "is analysed when it is back"
+        f"{info.uri} lies in the storage class {info.storage_class}: give the backfill again with --restore; the "
+        "object is analysed when it is restored"
     )

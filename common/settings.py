@@ -28,19 +28,19 @@ _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch"
 
 class DatabaseSettings(BaseModel):
     url: SecretStr | None = Field(None, description="postgresql+psycopg://...; unset: the embedded Postgres")
-    password: SecretStr | None = Field(None, description="goes before the one in the URL, which then needs none")
+    password: SecretStr | None = Field(None, description="overrides the password in the URL")
     pool_size: int = Field(2, ge=1, description="connections per process; tasks of a process run one at a time")
     statement_timeout_seconds: float = Field(60.0, gt=0)
     connect_timeout_seconds: int = Field(5, ge=1)
     by_key: bool = Field(
         False,
-        description="plan each statement once, for few rows that are found by their keys; `maskwatch worker` sets it",
+        description="plan each statement once, for lookups of a few rows by key; `maskwatch worker` turns it on",
     )
 
     @model_validator(mode="after")
     def _belongs_together(self) -> DatabaseSettings:
         if self.url is None and self.password is not None:
-            raise ValueError("a password is set and MASKWATCH_DATABASE__URL is not")
+            raise ValueError("MASKWATCH_DATABASE__PASSWORD is set, but MASKWATCH_DATABASE__URL is not: set it, too")
         return self
 
 
@@ -48,19 +48,23 @@ class BrokerSettings(BaseModel):
     url: SecretStr | None = Field(
         None, description="redis://..., rediss://... (TLS) or redis+socket://...; unset: the embedded Redis"
     )
-    username: str | None = Field(None, description="goes before the one in the URL, as does the password")
-    password: SecretStr | None = Field(None, description="read again at every connection")
-    ca_file: FilePath | None = Field(None, description="PEM; whose certificates are good. Unset: the system's")
-    certificate_file: FilePath | None = Field(None, description="PEM; ours, where the broker asks for one")
-    key_file: FilePath | None = Field(None, description="PEM; its key, where that is in a file of its own")
-    check_hostname: bool = Field(True, description="off: a certificate of the authority for any host will do")
+    username: str | None = Field(None, description="overrides the user in the URL")
+    password: SecretStr | None = Field(None, description="overrides the URL's; read again for every connection")
+    ca_file: FilePath | None = Field(None, description="PEM: the authorities to trust; unset: the system's")
+    certificate_file: FilePath | None = Field(
+        None, description="PEM: the client certificate, if the broker asks for one"
+    )
+    key_file: FilePath | None = Field(None, description="PEM: the certificate's key, if it is in another file")
+    check_hostname: bool = Field(True, description="whether the broker's certificate must name the URL's host")
     socket_timeout_seconds: float = Field(10.0, gt=0)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> BrokerSettings:
         if self.url is None and (self.username or self.password):
-            # The embedded Redis asks for none: nobody else reaches it.
-            raise ValueError("a user or password is set and MASKWATCH_BROKER__URL is not")
+            # The embedded Redis asks for no password: only this user can reach it.
+            raise ValueError(
+                "MASKWATCH_BROKER__USERNAME or __PASSWORD is set, but MASKWATCH_BROKER__URL is not: set it, too"
+            )
         if self.key_file is not None and self.certificate_file is None:
             raise ValueError("MASKWATCH_BROKER__KEY_FILE needs MASKWATCH_BROKER__CERTIFICATE_FILE")
         return self
@@ -72,17 +76,17 @@ class StorageSettings(BaseModel):
     endpoint_url: str | None = Field(None, description="an S3-compatible server; unset: AWS")
     max_object_bytes: int = Field(100 * 2**20, gt=0, description="a larger image object is quarantined unread")
     max_video_bytes: int = Field(2**40, gt=0, description="a larger video object is quarantined unread")
-    requester_pays: bool = Field(False, description="pay for what is read from buckets of others that ask for it")
+    requester_pays: bool = Field(False, description="pay for reading from requester-pays buckets")
     restore_check_seconds: float = Field(
-        3600.0, gt=0, description="how often an archived object that was asked for is tried again"
+        3600.0, gt=0, description="how often to check whether a requested archived object is restored"
     )
     restore_wait_seconds: float = Field(
-        5 * 86400.0, gt=0, description="an archived object that has not come back by then is quarantined"
+        5 * 86400.0, gt=0, description="a requested archived object that is not restored by then is quarantined"
     )
     list_page_size: int = Field(1000, ge=1, le=1000)
     block_bytes: int = Field(256 * 1024, ge=4096, description="videos are read in blocks of this size")
-    cached_blocks: int = Field(64, ge=4, description="blocks that a video being read keeps in memory")
-    block_tries: int = Field(4, ge=1, description="tries at one block before the job has to wait")
+    cached_blocks: int = Field(64, ge=4, description="blocks kept in memory for each video being read")
+    block_tries: int = Field(4, ge=1, description="tries at one block before the job is retried later")
     connect_timeout_seconds: float = Field(5.0, gt=0)
     read_timeout_seconds: float = Field(30.0, gt=0)
 
@@ -100,8 +104,10 @@ class PipelineSettings(BaseModel):
     widen_below_px: int = Field(90, ge=0)
     widen_factor: float = Field(1.25, ge=1)
     uncertain_below: float = Field(0.6, ge=0.5, le=1)
-    sample_fps: float = Field(1.0, gt=0, le=240, description="frames looked at per second of video")
-    sample: SampleMode = Field(SampleMode.FRAMES, description="frames, or keyframes: cheaper, as many as the video has")
+    sample_fps: float = Field(1.0, gt=0, le=240, description="frames analysed per second of video")
+    sample: SampleMode = Field(
+        SampleMode.FRAMES, description="frames; or keyframes: cheaper, but only as many as the video has"
+    )
 
 
 class WorkerSettings(BaseModel):
@@ -109,49 +115,62 @@ class WorkerSettings(BaseModel):
     threads: int | None = Field(None, ge=1, description="threads per model runtime; unset: cores // processes")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:n")
     runtime: Literal["onnx", "native"] = Field("onnx", description="ONNX Runtime, or torch and TensorFlow themselves")
-    # Decoding takes up to 16 bytes per pixel of a picture (WebP), and 37 per pixel of a frame (H.264 that keeps
-    # sixteen): with these, and its models, a process stays below 3 GB. 8K video has 33 megapixels.
-    max_image_pixels: int = Field(64_000_000, gt=0, description="a larger picture is quarantined undecoded")
-    max_frame_pixels: int = Field(36_000_000, gt=0, description="a video of larger frames is quarantined undecoded")
-    max_faces: int = Field(10_000, gt=0, description="a picture or frame with more is quarantined: it is no photograph")
-    max_frames: int = Field(100_000, gt=0, description="a job of a video that looks at more frames is quarantined")
+    # Decoding takes up to 16 bytes per pixel of an image (WebP), and 37 per pixel of a frame (H.264 with 16 reference
+    # frames): with these limits a process, with its models, stays below 3 GB. 8K video has 33 megapixels.
+    max_image_pixels: int = Field(64_000_000, gt=0, description="a larger image is quarantined without decoding it")
+    max_frame_pixels: int = Field(36_000_000, gt=0, description="a video with larger frames is quarantined undecoded")
+    max_faces: int = Field(
+        10_000, gt=0, description="an image or frame with more faces is quarantined as no photograph"
+    )
+    max_frames: int = Field(100_000, gt=0, description="a video job that would analyse more frames is quarantined")
     max_video_seconds: float = Field(
         7 * 86400.0, gt=0, allow_inf_nan=False, description="a longer video is quarantined"
     )
     chunk_seconds: float = Field(
-        60.0, ge=1, allow_inf_nan=False, description="length of a video's jobs; changes no face, but tracks end with it"
+        60.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="length of a video's jobs; a track ends with its job, faces stay the same",
     )
-    frame_buffer_bytes: int = Field(128 * 2**20, gt=0, description="decoded frames that wait or are being analysed")
-    batch_frames: int = Field(16, ge=1, description="video frames of one size that are analysed together at most")
+    frame_buffer_bytes: int = Field(128 * 2**20, gt=0, description="limit for decoded frames in memory")
+    batch_frames: int = Field(16, ge=1, description="most video frames of one size analysed together")
     group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
-    record_seconds: float = Field(1.0, ge=0, description="pictures that are analysed are recorded together, this often")
-    read_ahead: int = Field(4, ge=0, description="objects fetched ahead of the one being analysed")
-    read_ahead_bytes: int = Field(64 * 2**20, ge=0)
+    record_seconds: float = Field(1.0, ge=0, description="how often the results of analysed images are stored")
+    read_ahead: int = Field(4, ge=0, description="objects to prefetch while one is analysed")
+    read_ahead_bytes: int = Field(64 * 2**20, ge=0, description="limit for the sizes of prefetched objects together")
     soft_time_limit_seconds: int = Field(
-        900, ge=1, description="per message; pictures not begun are released, a chunk is tried once more"
+        900, ge=1, description="per message; then images not begun are released, and a chunk is tried once more"
     )
-    hard_time_limit_seconds: int = Field(960, ge=1, description="per message; then the child is killed")
-    max_tasks_per_child: int = Field(10_000, ge=1, description="messages; then the child is replaced")
-    max_memory_per_child_mb: int = Field(1500, ge=100, description="a child that holds more is replaced")
+    hard_time_limit_seconds: int = Field(960, ge=1, description="per message; then the child process is killed")
+    max_tasks_per_child: int = Field(10_000, ge=1, description="messages after which a child process is replaced")
+    max_memory_per_child_mb: int = Field(1500, ge=100, description="a child process that uses more is replaced")
 
 
 class LedgerSettings(BaseModel):
     lease_seconds: float = Field(60.0, gt=0)
-    heartbeat_seconds: float = Field(15.0, gt=0, description="how often a lease is renewed; well under a third of it")
-    stall_seconds: float = Field(300.0, gt=0, description="without progress for this long, the lease is not renewed")
+    heartbeat_seconds: float = Field(
+        15.0, gt=0, description="how often a lease is renewed; well under a third of lease_seconds"
+    )
+    stall_seconds: float = Field(
+        300.0, gt=0, description="after this long without progress a lease is no longer renewed"
+    )
     max_attempts: int = Field(10, ge=1, description="tries at a transient error before quarantine")
-    max_crashes: int = Field(3, ge=1, description="crashes while the job ran alone before quarantine")
+    max_crashes: int = Field(3, ge=1, description="crashes while no other job ran beside it, before quarantine")
     max_lost_leases: int = Field(10, ge=1, description="expired leases of unknown cause before quarantine")
     retry_base_seconds: float = Field(2.0, gt=0)
     retry_cap_seconds: float = Field(300.0, gt=0)
     pause_after_refusals: int = Field(
-        8, ge=1, description="refusals in a row, with nothing answered in between, that pause a source"
+        8, ge=1, description="refusals in a row, without a success in between, that pause a source"
     )
-    pause_seconds: float = Field(30.0, gt=0, description="until a paused source is first tried again; then doubled")
+    pause_seconds: float = Field(
+        30.0, gt=0, description="wait before a paused source is first tried again; then doubled"
+    )
     pause_cap_seconds: float = Field(600.0, gt=0, description="the longest wait between two trials")
-    overdue_seconds: float = Field(30.0, gt=0, description="a queued job older than this, with an empty queue, is lost")
+    overdue_seconds: float = Field(
+        30.0, gt=0, description="a job queued for longer while its queue is empty is taken for lost"
+    )
     lost_seconds: float = Field(
-        3600.0, gt=0, description="a queued job older than this is lost, whatever waits in its queue"
+        3600.0, gt=0, description="a job queued for longer is taken for lost, whatever its queue holds"
     )
 
     @property
@@ -160,17 +179,17 @@ class LedgerSettings(BaseModel):
 
 
 class DispatchSettings(BaseModel):
-    queue_cap: int = Field(64, ge=1, description="messages Redis may hold per lane")
+    queue_cap: int = Field(64, ge=1, description="most messages in Redis per lane")
     backfill_share: float = Field(
-        0.1, gt=0, lt=1, description="of the messages sent while live footage keeps all workers busy"
+        0.1, gt=0, lt=1, description="share of backfills in the messages sent while live footage keeps all workers busy"
     )
     interval_seconds: float = Field(1.0, gt=0)
     reconcile_seconds: float = Field(5.0, gt=0)
     summarize_seconds: float = Field(5.0, gt=0)
     look_lease_seconds: float = Field(
-        120.0, gt=0, description="a look at a camera that registers nothing for so long is taken over"
+        120.0, gt=0, description="another producer takes over a camera's poll that registers nothing for this long"
     )
-    look_seconds: float = Field(5.0, gt=0, description="how often it is looked whether a camera's slot is due")
+    look_seconds: float = Field(5.0, gt=0, description="how often to check whether a camera is due for a poll")
 
 
 class MetricsSettings(BaseModel):
@@ -178,9 +197,9 @@ class MetricsSettings(BaseModel):
         None,
         ge=0,
         le=65535,
-        description="where a producer, worker or aggregator serves its metrics; unset or 0: nowhere",
+        description="port where a producer, worker or aggregator serves its metrics; unset or 0: no metrics",
     )
-    host: str = Field("127.0.0.1", description="the address it listens at; 0.0.0.0: all of the machine's")
+    host: str = Field("127.0.0.1", description="address the metrics port listens on; 0.0.0.0: all addresses")
 
 
 class Settings(BaseSettings):
@@ -195,10 +214,10 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    operator: str | None = Field(None, description="who gives commands, for the record; unset: user@host")
+    operator: str | None = Field(None, description="who gives commands, as recorded with them; unset: user@host")
     state_dir: Path = Field(Path(".maskwatch"), description="where the embedded stack keeps its state")
     models_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
-        _MODELS_DIR, description="where pulled and imported model files lie"
+        _MODELS_DIR, description="where pulled and imported model files are kept"
     )
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
@@ -218,7 +237,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment, then the files of MASKWATCH_SECRETS_DIR: one per setting, named like its variable."""
+        """Read the environment first, then MASKWATCH_SECRETS_DIR: one file per setting, named like its variable."""
         folder = os.environ.get("MASKWATCH_SECRETS_DIR")
         if not folder:
             return init_settings, env_settings
@@ -228,10 +247,10 @@ class Settings(BaseSettings):
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """The settings of this process. Raises `MaskwatchError` where they can't be read, and pydantic's
-    `ValidationError` for one that can't be."""
+    """The settings of this process. Raises `MaskwatchError` if they can't be read, and pydantic's `ValidationError`
+    for an invalid value."""
     try:
         return Settings()
     except (SettingsError, OSError) as error:
-        # "from None": the error below it may hold the text that it could not parse.
+        # "from None": the original error may hold the text that could not be parsed.
         raise MaskwatchError(f"the settings can't be read: {error}") from None

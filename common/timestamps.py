@@ -1,4 +1,4 @@
-"""When footage was seen: time patterns of keys, local times and zones, and which of several times counts. Pure."""
+"""When footage was seen: time patterns of keys, local times and zones, and the choice between several times. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from common.domain import MaskwatchError, ObservedAt, ObservedAtSource
 
-#: A container that says it was made before this had no clock: MP4 itself is of 2001.
+#: A container with an earlier creation time comes from a device without a clock: MP4 itself dates from 2001.
 PLAUSIBLE_CREATION_YEAR = 2000
 
 
-#: strptime directive → what it matches.
+#: strptime directive → regular expression.
 _DIRECTIVES = {
     "Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{1,2}", "d": r"\d{1,2}", "H": r"\d{1,2}", "I": r"\d{1,2}",
     "M": r"\d{1,2}", "S": r"\d{1,2}", "f": r"\d{1,6}", "j": r"\d{1,3}", "p": r"[AaPp][Mm]",
@@ -22,7 +22,7 @@ _DIRECTIVES = {
 }  # fmt: skip
 
 
-#: Directives that are plain numbers, and what of a time they tell.
+#: Directives that are plain numbers, and the unit of each.
 _UNITS = {"Y": "year", "m": "month", "d": "day", "H": "hour", "M": "minute", "S": "second"}
 
 
@@ -31,8 +31,8 @@ class LocalTimeError(ValueError):
 
 
 class TimePattern:
-    """When a picture was taken, as its key tells it: literal text, strptime directives, and `*` for any
-    text without a slash. The pattern is matched against the end of the key, from a slash or the start.
+    """A pattern for the time in a key: literal text, strptime directives, and `*` for any text without a slash. The
+    pattern is matched against the end of the key, from a slash or the start.
 
     A directive that appears twice must match the same text both times.
     """
@@ -41,8 +41,8 @@ class TimePattern:
         self.pattern = pattern
         self._regex = _compile(pattern)
         names = self._regex.groupindex.keys()
-        #: The pattern's directives, where all are plain numbers. Of nearly all patterns they are, and strptime would
-        #: take longer than all the rest of planning.
+        #: The pattern's directives if all are plain numbers, as in nearly all patterns; else empty. Without this fast
+        #: path, strptime would take longer than all the rest of planning.
         self._numbers = [name for name in _UNITS if name in names] if {*"Ymd"} <= names <= {*_UNITS, "f"} else []
         self._units = [_UNITS[name] for name in self._numbers]
 
@@ -62,11 +62,11 @@ class TimePattern:
                 " ".join(values.values()), " ".join(f"%{name}" for name in values)
             )
         except ValueError:
-            return None  # looks right and isn't a time: month 13, 30 February
+            return None  # matches but is no time: month 13, 30 February
 
     def key_before(self, key: str, local: datetime) -> str | None:
-        """What all keys of this time or later come after, in a source whose keys are like this one; None where keys
-        don't sort by time."""
+        """A key that sorts before all keys of this time or later, in a source whose keys are like this one; None if its
+        keys don't sort by time."""
         before_date, _, _ = self.pattern.partition("%")
         found = self._regex.search(key)
         if found is None or "*" in before_date:
@@ -111,11 +111,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=256)
 def zone(name: str) -> ZoneInfo:
-    """The IANA time zone of that name. Raises `MaskwatchError` with an example for any other word.
+    """The IANA time zone of that name. Raises `MaskwatchError`, with an example, for any other name.
 
-    Remembered, because the list of names is read from the disk each time (5 ms).
+    Cached, because the list of names is read from the disk each time (5 ms).
     """
-    # "CET" and its like mean other things to Postgres than to Python: only places, and UTC.
+    # Only places and UTC, because names such as "CET" mean something else to Postgres than to Python.
     if name not in available_timezones() or ("/" not in name and name != "UTC"):
         close = [known for known in sorted(available_timezones()) if f"/{name.lower()}" in known.lower()][:3]
         hint = ", ".join(close) if close else "Europe/Berlin, Asia/Kolkata, UTC"
@@ -135,7 +135,7 @@ def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
         instant = first.astimezone(UTC)
         if first.utcoffset() == second.utcoffset():
             return instant, False
-        # The clocks change: forward, where the time comes back as another one, or back.
+        # The clocks change: if forward, converting back gives another local time; if back, the same one.
         back = instant.astimezone(where).replace(tzinfo=None)
     except OverflowError as error:
         raise LocalTimeError(f"the time {local.isoformat(sep=' ')} is out of range") from error
@@ -145,7 +145,7 @@ def resolve_local(local: datetime, where: ZoneInfo) -> tuple[datetime, bool]:
 
 
 def hour_of(instant: datetime, where: ZoneInfo) -> datetime:
-    """The instant that an instant's hour of a place begins."""
+    """The instant at which the local hour of an instant begins."""
     local = instant.astimezone(where)
     return (instant - timedelta(minutes=local.minute, seconds=local.second, microseconds=local.microsecond)).astimezone(
         UTC
@@ -156,9 +156,10 @@ def recording_start(
     planned: ObservedAt | None, created_at: datetime | None, last_modified: datetime, duration_seconds: float | None
 ) -> ObservedAt:
     """When a recording began: the key's time, else the container's creation time (aware), else LastModified minus the
-    duration, for a camera uploads a recording when it ends.
+    duration, because a camera uploads a recording when it ends.
 
-    A clock that was never set (containers count from 1904 or 1970) or is ahead of the upload says nothing useful.
+    The creation time is ignored if the clock was never set (containers count from 1904 or 1970) or is ahead of the
+    upload.
     """
     if planned is not None:
         return planned
@@ -174,10 +175,9 @@ def recording_start(
 def observed_from_file(
     planned: ObservedAt | None, taken_at: datetime | None, last_modified: datetime, where: ZoneInfo
 ) -> ObservedAt:
-    """When a picture was taken: the key's time, else EXIF's (naive: local to `where`), else LastModified.
+    """When an image was taken: the key's time, else EXIF's (naive: local to `where`), else LastModified.
 
-    A camera whose clock was never set, or which names a time that its zone skips, says nothing useful:
-    then the next best source is taken.
+    EXIF's time is ignored if it is later than the upload, or if the zone skips it.
     """
     if planned is not None:
         return planned

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 
 def config(engine: Engine | None = None) -> Config:
-    """Alembic's configuration, without an ini file: everything it needs is known."""
+    """Alembic's configuration, made here instead of read from an ini file."""
     alembic = Config()
     alembic.set_main_option("script_location", str(Path(__file__).parent))
     if engine is not None:
@@ -22,8 +22,8 @@ def config(engine: Engine | None = None) -> Config:
 
 
 def upgrade(engine: Engine | None = None) -> None:
-    """Bring the database to the newest schema; does nothing where it is there already.
+    """Bring the database to the newest schema; does nothing if it has that schema already.
 
-    Raises `common.database.versions.NewerSchemaError`, with nothing changed, where a newer version has migrated it.
+    Raises `common.database.versions.NewerSchemaError`, with nothing changed, if a newer version has migrated it.
     """
     command.upgrade(config(engine), "head")

@@ -1,4 +1,4 @@
-"""What every migration says first: which versions of Maskwatch may work on the schema that it makes."""
+"""What every migration writes first: which versions of Maskwatch may work on the schema that it makes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from alembic import op
 
 from common.database.versions import AGGREGATION_LOCK, Part
 
-#: An aggregator's transaction may take as long as a statement of its may. Who waits meanwhile are other aggregators
-#: only, so this wait may be longer than that for a table.
+#: An aggregator's transaction may take as long as its statement timeout allows. Only other aggregators wait behind this
+#: lock, so this wait may be longer than the wait for a table.
 _LOCK = f"""
 DO $$
 DECLARE
@@ -31,8 +31,8 @@ SET version = excluded.version
 def set_oldest(*, producer: str, worker: str, aggregator: str, command: str) -> None:
     """Write the oldest version of each part that may work on the schema from this migration on.
 
-    The first statement of a migration, before it locks any table: an aggregator's transaction that has begun ends
-    first, and the next one sees what is written here. (A migration that commits in between has said it by then.)
+    Call it first in a migration, before it locks any table: it waits for the end of running aggregator transactions,
+    and the next one sees what is written here. (A later commit within the migration changes nothing about that.)
     """
     op.execute(_LOCK)
     oldest = {

@@ -1,7 +1,7 @@
-"""Backfills as rows: begun, listed in parts, paused, taken up, cancelled. What they enqueue is the ledger's.
+"""Backfills as rows: begun, listed in parts, paused, resumed, cancelled. Their jobs belong to the ledger.
 
 A listing is divided into parts, each with a cursor that moves in the transaction that registers what was listed. So
-whoever takes up a backfill whose process was killed goes on behind the last object that is in the ledger.
+after the process of a backfill was killed, the next one continues behind the last object in the ledger.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common.database.tables import Backfill, BackfillPart, Camera, Location
 from common.domain import ACTIVE_STATES, JobState, MaskwatchError, TimeRange
 from common.ledger import audit
 
-#: Held by the process that lists a backfill, with its number: "mwbf".
+#: First key of the advisory lock that the process listing a backfill holds: "mwbf". The second is the backfill's id.
 _LISTING_LOCK = 0x6D77_6266
 
 #: Jobs cancelled per transaction: a backfill may have millions.
@@ -47,7 +47,7 @@ class BackfillState:
 
 
 def find_unfinished(session: Session, wanted: Backfill) -> Backfill | None:
-    """The backfill that asked for the same and has not been listed to its end; the newest, if there are more."""
+    """The newest backfill with the same options whose listing has not ended."""
     same = [
         getattr(Backfill, name).is_not_distinct_from(getattr(wanted, name))
         for name in (
@@ -64,7 +64,7 @@ def find_unfinished(session: Session, wanted: Backfill) -> Backfill | None:
 
 
 def get(session: Session, backfill_id: int) -> Backfill:
-    """Raises `MaskwatchError` where there is none of that number."""
+    """Raises `MaskwatchError` if there is no backfill of that number."""
     found = session.get(Backfill, backfill_id)
     if found is None:
         raise MaskwatchError(f"there is no backfill {backfill_id}; list them: maskwatch backfills list")
@@ -75,10 +75,10 @@ def get(session: Session, backfill_id: int) -> Backfill:
 def listing(engine: Engine, backfill_id: int) -> Iterator[None]:
     """Be the one process that lists a backfill, until the end of the block or of this process.
 
-    Raises `MaskwatchError` while another one does.
+    Raises `MaskwatchError` while another process lists it.
     """
     lock = {"space": _LISTING_LOCK, "id": backfill_id % 2**31}
-    # A lock of the connection, which is gone when the process is; no transaction is open meanwhile.
+    # A lock of the session: Postgres releases it when the process dies, and no transaction stays open.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if not connection.scalar(text("SELECT pg_try_advisory_lock(:space, :id)"), lock):
             raise MaskwatchError(f"backfill {backfill_id} is being listed by another process; wait for it, or stop it")
@@ -100,27 +100,27 @@ def open_parts(session: Session, backfill_id: int) -> list[BackfillPart]:
 
 
 def check_wanted(session: Session, backfill_id: int) -> None:
-    """Raise `ListingStoppedError` if somebody has paused or cancelled the backfill; nobody does until this transaction
-    has ended."""
+    """Raise `ListingStoppedError` if somebody has paused or cancelled the backfill; until this transaction ends, nobody
+    can."""
     paused_at, cancelled_at = session.execute(
         select(Backfill.paused_at, Backfill.cancelled_at).where(Backfill.id == backfill_id).with_for_update(read=True)
     ).one()
     if cancelled_at is not None:
-        raise ListingStoppedError(f"backfill {backfill_id} was cancelled; what was analysed until then stays")
+        raise ListingStoppedError(f"backfill {backfill_id} was cancelled; what it has analysed stays")
     if paused_at is not None:
         raise ListingStoppedError(
-            f"backfill {backfill_id} is paused, and nothing of it is lost; go on with: maskwatch backfills resume "
+            f"backfill {backfill_id} is paused, nothing is lost; continue with: maskwatch backfills resume "
             f"{backfill_id}"
         )
 
 
 def advance(session: Session, part: BackfillPart, cursor: str, counts: Counter[str]) -> None:
-    """Everything up to the cursor is registered; `counts` of the part so far. Of the transaction that registered it."""
+    """Store how far a part is registered, and its counts so far. Call it in the transaction that registers."""
     session.execute(_of(part).values(cursor=cursor, counts=dict(counts)))
 
 
 def finish_part(session: Session, part: BackfillPart) -> None:
-    """The part is listed to its end."""
+    """Store that the listing of a part has ended."""
     session.execute(_of(part).values(finished_at=func.clock_timestamp()))
 
 
@@ -137,7 +137,7 @@ def counted(session: Session, backfill_id: int) -> Counter[str]:
 
 
 def finish(session: Session, backfill_id: int) -> None:
-    """The listing has ended."""
+    """Store that the listing of a backfill has ended."""
     session.execute(
         update(Backfill)
         .where(Backfill.id == backfill_id)
@@ -146,9 +146,9 @@ def finish(session: Session, backfill_id: int) -> None:
 
 
 def pause(session: Session, backfill_id: int, *, by: str) -> None:
-    """Send nothing more of a backfill, and stop its listing; what is at work is ended. Recorded.
+    """Stop a backfill's listing, and send no more of its jobs; running jobs are finished. Recorded.
 
-    Raises `MaskwatchError` for one that is paused already, or cancelled.
+    Raises `MaskwatchError` if the backfill is paused already, or cancelled.
     """
     backfill = _lock(session, backfill_id)
     if backfill.paused_at is not None:
@@ -158,10 +158,10 @@ def pause(session: Session, backfill_id: int, *, by: str) -> None:
 
 
 def resume(session: Session, backfill_id: int, *, by: str) -> Backfill:
-    """Go on with a paused backfill. Recorded. Raises `MaskwatchError` for one that isn't paused."""
+    """Resume a paused backfill. Recorded. Raises `MaskwatchError` if it isn't paused."""
     backfill = _lock(session, backfill_id)
     if backfill.paused_at is None:
-        raise MaskwatchError(f"backfill {backfill_id} is not paused; what it does: maskwatch backfills list")
+        raise MaskwatchError(f"backfill {backfill_id} is not paused; see its state with: maskwatch backfills list")
     backfill.paused_at = None
     audit.record(session, "resume", by, detail=f"backfill {backfill_id}")
     return backfill
@@ -170,7 +170,7 @@ def resume(session: Session, backfill_id: int, *, by: str) -> Backfill:
 def stop(session: Session, backfill_id: int, *, by: str) -> None:
     """Cancel a backfill: its listing ends, and nothing more of it is sent. Recorded. `cancel_some` cancels its jobs.
 
-    Doing it again is no error, because whoever did it may have been stopped before all jobs were cancelled.
+    Doing it again is no error, because an earlier command may have been stopped before all jobs were cancelled.
     """
     backfill = get(session, backfill_id)
     session.refresh(backfill, with_for_update=True)
@@ -180,7 +180,7 @@ def stop(session: Session, backfill_id: int, *, by: str) -> None:
 
 
 def cancel_some(session: Session, backfill_id: int, *, by: str) -> list[int]:
-    """Cancel some thousand of a backfill's jobs that have not ended; returns their ids, none when all are."""
+    """Cancel at most `_CANCELLED_AT_ONCE` active jobs of a backfill; returns their ids, none when no job is active."""
     return ledger.cancel_backfill(session, backfill_id, by=by, limit=_CANCELLED_AT_ONCE)
 
 
@@ -189,19 +189,19 @@ def _lock(session: Session, backfill_id: int) -> Backfill:
     session.refresh(backfill, with_for_update=True)
     if backfill.cancelled_at is not None:
         raise MaskwatchError(
-            f"backfill {backfill_id} was cancelled at {backfill.cancelled_at:%Y-%m-%d %H:%M} UTC; another one can "
-            "enqueue what was not analysed"
+            f"backfill {backfill_id} was cancelled at {backfill.cancelled_at:%Y-%m-%d %H:%M} UTC; begin "
+            "another one to analyse the rest"
         )
     return backfill
 
 
 def within(backfill: Backfill) -> TimeRange:
-    """The time that a backfill is about."""
+    """The time range of a backfill's footage."""
     return TimeRange(backfill.since, backfill.until)
 
 
 def list_all(session: Session, *, limit: int, backfill_id: int | None = None) -> list[BackfillState]:
-    """The newest backfills, or the one of that number, with how many of their jobs stand where."""
+    """The newest backfills, or the one of that number, with the number of jobs in each state."""
     query = (
         select(Backfill, Location.name, Camera.name)
         .join(Location, Location.id == Backfill.location_id)

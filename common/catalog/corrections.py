@@ -1,8 +1,8 @@
-"""What was said wrongly of a camera or a location, put right after the fact: footage, faces and summaries move.
+"""Corrects a camera's location or time pattern, or a location's time zone: footage, faces and summaries move.
 
-One transaction, so that nobody sees half of it: a camera's place or time pattern, or a location's time zone, what was
-registered by it, what was found in it, and the record of who did it. Nothing is read again but chunks of videos whose
-counts can't be moved from hour to hour (a zone that is half an hour apart tears them).
+One transaction changes the setting, the registered footage, the faces found in it, and the record of who did it, so
+that nobody sees a part of it. No footage is read again, except chunks of videos whose counts can't be moved from hour
+to hour: a zone that differs by half an hour splits them between two hours.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ BATCH = 2000
 class Correction:
     """What a correction did, in objects."""
 
-    #: Of the camera, or of the location, as they are now.
+    #: All current objects of the camera or the location.
     objects: int = 0
-    #: Those that are counted at another place or time than before.
+    #: Objects that are counted at another place or time than before.
     moved: int = 0
-    #: Those that had no time, and now have one.
+    #: Objects that had no time, and now have one.
     placed: int = 0
-    #: Those that have no time any more, or one that was purged: they are quarantined.
+    #: Objects that have no time any more, or a purged time: they are quarantined.
     unplaced: int = 0
-    #: Those that count in purged hours, which stay as they are.
+    #: Objects that count in purged hours: they stay as they are.
     frozen: int = 0
-    #: Jobs that have to be done again.
+    #: Jobs that start again.
     jobs_again: int = 0
-    #: False when the place that they move to shows the figures of another pipeline.
+    #: False if the new location shows the figures of another pipeline.
     shown: bool = True
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Correction:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How times are read: in which zone, and from keys by which patterns."""
+    """The zone and the key patterns that times are read with."""
 
     zone: ZoneInfo
     patterns: Sequence[TimePattern]
@@ -63,15 +63,15 @@ class Reading:
 def correct_camera(
     session: Session, camera: Camera, *, to: Location | None = None, time_pattern: str | None = None, by: str
 ) -> Correction:
-    """A camera hangs at another location than was said, or its keys are to be read by another pattern.
+    """Correct the location of a camera, or the time pattern of its keys.
 
-    Raises `MaskwatchError` for what can't be, and for a pattern that fits none of the camera's footage.
+    Raises `MaskwatchError` for an impossible change, and for a pattern that fits none of the camera's footage.
     """
     (camera,) = _lock_cameras(session, Camera.id == camera.id)
     location = session.get_one(Location, camera.location_id)
     place = to or location
     backfills = _lock(session, Backfill.camera_id == camera.id)
-    # What is said here of the places stands until the end.
+    # After `_lock`, nobody else changes the locations until this transaction ends.
     session.refresh(location)
     session.refresh(place)
     said = []
@@ -79,7 +79,7 @@ def correct_camera(
         if to.id == location.id:
             raise MaskwatchError(f"camera {camera.name!r} is at {to.name!r} already")
         if session.scalar(select(Camera.id).where(Camera.location_id == to.id, Camera.name == camera.name)):
-            raise MaskwatchError(f"{to.name!r} has a camera {camera.name!r} already: its footage can't be told apart")
+            raise MaskwatchError(f"{to.name!r} has a camera {camera.name!r} already: their footage would be mixed")
         said.append(f"location {location.name} → {to.name}")
     if time_pattern is not None:
         TimePattern(time_pattern)
@@ -93,8 +93,8 @@ def correct_camera(
     done, again = _move(session, "camera_id = :id", camera.id, place, before, after, detail)
     if time_pattern is not None and done.objects and done.unplaced == done.objects:
         raise MaskwatchError(
-            f"the time pattern {time_pattern!r} gives none of the {done.unplaced} pictures and videos of camera "
-            f"{camera.name!r} a time; nothing was changed"
+            f"the time pattern {time_pattern!r} fits none of the {done.unplaced} keys of camera {camera.name!r}; "
+            "nothing was changed"
         )
     camera.location_id = place.id
     for backfill in backfills:
@@ -111,9 +111,9 @@ def correct_camera(
 
 
 def correct_zone(session: Session, location: Location, time_zone: str, *, by: str) -> Correction:
-    """A location's clocks show another time than was said: everything of it moves, of all its cameras and of none.
+    """Correct the time zone of a location: all its footage moves, whether it belongs to a camera or not.
 
-    Raises `MaskwatchError` for an unknown zone, and for the one it has.
+    Raises `MaskwatchError` for an unknown zone, and for the zone that the location has.
     """
     after = Reading(zone(time_zone), [])
     _lock_cameras(session, Camera.location_id == location.id)
@@ -133,10 +133,10 @@ def correct_zone(session: Session, location: Location, time_zone: str, *, by: st
 
 
 def _lock_cameras(session: Session, which: Any) -> list[Camera]:
-    """Looks at them wait, and then find that they are no longer theirs."""
-    # However long it takes: a part of it would be no use.
+    """Lock cameras: their polls wait for this transaction, and then find that they have lost the camera."""
+    # No time limit: a correction is done as a whole or not at all.
     session.execute(text("SET LOCAL statement_timeout = 0"))
-    # As an update of them would: who writes a row that names one need not wait.
+    # The same lock as an update's: a transaction that inserts a row referring to a camera need not wait.
     query = select(Camera).where(which).order_by(Camera.id).with_for_update(key_share=True)
     cameras = list(session.scalars(query.execution_options(populate_existing=True)))
     for camera in cameras:
@@ -147,7 +147,7 @@ def _lock_cameras(session: Session, which: Any) -> list[Camera]:
 def _lock(session: Session, which: Any) -> list[Backfill]:
     """Keep everybody from registering; returns the backfills that may still be listed, locked.
 
-    Raises `MaskwatchError` for one that has begun just now: its lister would wait for us, and we for him.
+    Raises `MaskwatchError` if one has just begun: its process and this one would wait for each other.
     """
     query = (
         select(Backfill)
@@ -158,22 +158,23 @@ def _lock(session: Session, which: Any) -> list[Backfill]:
     backfills = list(session.scalars(query.with_for_update(key_share=True)))
     ledger.keep_from_registering(session)
     if {row.id for row in session.scalars(query)} != {row.id for row in backfills}:
-        raise MaskwatchError("a backfill of it has begun or ended just now; give the command again")
+        raise MaskwatchError("a backfill of this footage has just begun or ended; give the command again")
     return backfills
 
 
 def _check_bounds(backfills: Sequence[Backfill]) -> None:
-    """Raise `MaskwatchError` for a backfill whose range of time was told by the clocks that are to be corrected."""
+    """Raise `MaskwatchError` for a backfill whose time range was read in the time zone that is to be corrected."""
     for backfill in backfills:
         if backfill.since is not None or backfill.until is not None:
             raise MaskwatchError(
-                f"backfill {backfill.id} is limited in time by the clocks that are to be corrected; let it be listed "
-                f"to its end (maskwatch backfills list), or cancel it: maskwatch backfills cancel {backfill.id}"
+                f"the time range of backfill {backfill.id} was read in the time zone that is to be corrected; wait for "
+                f"the end of its listing (maskwatch backfills list), or cancel it: maskwatch backfills cancel "
+                f"{backfill.id}"
             )
 
 
 def _patterns(session: Session, location: Location) -> list[TimePattern]:
-    """All that footage of a location may have been read by."""
+    """All time patterns that the footage of a location may have been read with."""
     found = [
         pattern
         for table in (Camera, Backfill)
@@ -187,7 +188,7 @@ def _patterns(session: Session, location: Location) -> list[TimePattern]:
 def _move(
     session: Session, which: str, of: int, place: Location, before: Reading, after: Reading, detail: str
 ) -> tuple[Correction, list[int]]:
-    """Move the footage; returns what was done and the jobs that are to be done again."""
+    """Move the footage; returns the counts and the jobs that start again."""
     done = Correction()
     again: list[int] = []
     purged = purged_before(session)
@@ -212,7 +213,8 @@ def _move(
 
 
 def _batches(session: Session, which: str, of: int) -> Iterator[Sequence[Row[Any]]]:
-    """The footage, with why it could not be placed in time, if so, and whether it counts in purged hours."""
+    """The footage in batches, with the reason why it could not be placed in time (or None), and whether it counts in
+    purged hours."""
     query = (
         "SELECT m.*, (SELECT reason FROM jobs WHERE media_object_id = m.id AND state = 'quarantined'"  # noqa: S608
         " AND reason = ANY(:reasons) LIMIT 1) AS reason,"
@@ -221,7 +223,7 @@ def _batches(session: Session, which: str, of: int) -> Iterator[Sequence[Row[Any
         f" FROM media_objects m WHERE {which}"
     )
     parameters = {"id": of, "reasons": [*ledger.UNPLACED, Reason.PURGED]}
-    # As of now, whatever is written while it is read.
+    # A server-side cursor: it shows the rows as they are now, whatever is written meanwhile.
     yield from session.execute(text(query), parameters, execution_options={"yield_per": BATCH}).partitions()
 
 
@@ -243,7 +245,7 @@ def _place(row: Row[Any], before: Reading, after: Reading, purged: datetime | No
         and row.kind == MediaKind.IMAGE
         and hour_of(seen.instant, after.zone) < purged
     ):
-        # Of a video, the worker leaves out the frames that were seen then.
+        # A video is not refused: the worker leaves out its frames from purged time.
         reason, detail = Reason.PURGED, f"{info.uri}: {ledger.purged_detail(seen.instant, purged)}"
     shift = seen.instant - stored.instant if seen and stored else timedelta()
     return ledger.Placement(row.id, seen, shift, reason, detail)
@@ -257,12 +259,12 @@ def _read_again(
     before: Reading,
     after: Reading,
 ) -> PlannedObject:
-    """When an object was taken, by the new reading of what its time was read from."""
+    """When an object was taken, by reading the source of its time in the new way."""
     for pattern in after.patterns:
         return plan_object(info, pattern, after.zone) or PlannedObject(info, kind, stored)
     unplaced = stored is None and reason in ledger.UNPLACED
     if unplaced or (stored is not None and stored.source is ObservedAtSource.KEY_PATTERN):
-        # By the pattern that tells what is stored; another would tell something else.
+        # Only by the pattern that gives the stored time: another pattern would give another time.
         for pattern in before.patterns:
             then = plan_object(info, pattern, before.zone)
             if then is not None and (then.reason == reason if unplaced else then.observed_at == stored):
@@ -270,7 +272,7 @@ def _read_again(
         if unplaced:
             return PlannedObject(info, kind, None)
     if stored is None or stored.source in (ObservedAtSource.CREATION_TIME, ObservedAtSource.LAST_MODIFIED):
-        return PlannedObject(info, kind, stored)  # an instant, whatever clocks show
+        return PlannedObject(info, kind, stored)  # an instant, which depends on no zone
     local = stored.instant.astimezone(before.zone).replace(tzinfo=None)
     read = observed_from_file(None, local, info.last_modified, after.zone)
     if stored.source is ObservedAtSource.KEY_PATTERN and read.source is ObservedAtSource.EXIF:

@@ -1,4 +1,4 @@
-"""Locations, cameras and pipelines: what footage belongs to and what analyses it."""
+"""Locations, cameras and pipelines: where footage belongs, and what analyses it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def get_location(session: Session, name: str) -> Location:
 
 
 def list_locations(session: Session) -> list[dict[str, Any]]:
-    """Every location with its time zone and the pipeline that it shows."""
+    """Every location with its time zone and the pipeline whose figures it shows."""
     return [
         {"name": row.name, "time_zone": row.time_zone, "pipeline": row.promoted_pipeline_id}
         for row in session.scalars(select(Location).order_by(Location.name))
@@ -69,9 +69,9 @@ def get_camera(session: Session, location: Location, name: str) -> Camera:
 
 
 def configure_camera(session: Session, camera: Camera, settings: Settings, options: Mapping[str, str | None]) -> None:
-    """Take over what is said of a camera; what is None stays. Names as of `maskwatch cameras add`.
+    """Set the options of a camera that are not None. Their names are those of `maskwatch cameras add`.
 
-    Raises `MaskwatchError` for what can't be, and for a source that another camera has.
+    Raises `MaskwatchError` for an impossible value, and for a source that overlaps another camera's.
     """
     text_of = {name: value for name, value in options.items() if value is not None}
     for name in ("source", "time_pattern"):
@@ -92,18 +92,18 @@ def configure_camera(session: Session, camera: Camera, settings: Settings, optio
         if option in text_of:
             setattr(camera, column, seconds(text_of[option], f"--{option.replace('_', '-')}"))
     if camera.expected_seconds is not None and camera.expected_seconds > 3600:
-        raise MaskwatchError("a camera can't deliver more than an hour per hour; --expects takes at most 1h")
+        raise MaskwatchError("--expects must be at most 1h: a camera can't deliver more than an hour per hour")
     scheduled = camera.every_seconds is not None or camera.cron is not None
     if scheduled and camera.source is None:
-        raise MaskwatchError("a camera that is to be looked at needs a --source")
+        raise MaskwatchError("a camera with a schedule needs a --source")
     if camera.source is not None:
         if "source" in text_of:
             camera.source = _checked_source(session, camera, settings, camera.source)
         if not scheduled and "source" in text_of and camera.scheduled_since is None:
-            raise MaskwatchError("say when the source is to be looked at: --every 5m or --cron '*/5 * * * *'")
+            raise MaskwatchError("a camera with a --source needs a schedule: --every 5m or --cron '*/5 * * * *'")
     now = session.scalar(select(func.clock_timestamp()))
     if scheduled and {"every", "cron"} & text_of.keys():
-        # Slots are counted anew; what the earlier schedule had due is looked for, too.
+        # Slots are counted from now on; slots of the earlier schedule that are due stay due.
         camera.scheduled_since = now
     if "expects" in text_of and camera.expected_since is None:
         camera.expected_since = now
@@ -118,7 +118,7 @@ def configure_camera(session: Session, camera: Camera, settings: Settings, optio
 
 
 def _checked_source(session: Session, camera: Camera, settings: Settings, source: str) -> str:
-    """The source in the form that the ledger uses, if it can be listed and no other camera's footage lies in it."""
+    """The source in the ledger's form. Raises `MaskwatchError` if it can't be listed or overlaps another camera's."""
     store, prefix = open_source(source, settings)
     next(iter(store.list_pages(prefix)), None)
     canonical = f"{store.bucket}/{prefix}"
@@ -127,8 +127,8 @@ def _checked_source(session: Session, camera: Camera, settings: Settings, source
         assert other.source is not None
         if other.source.startswith(canonical) or canonical.startswith(other.source):
             raise MaskwatchError(
-                f"the source {canonical} and that of the camera {other.name!r}, {other.source}, overlap, and an object "
-                "belongs to one camera: give each a prefix of its own, ending in a slash"
+                f"the source {canonical} overlaps that of the camera {other.name!r}, {other.source}, and an object "
+                "belongs to one camera: give each camera a prefix of its own, ending in a slash"
             )
     return canonical
 
@@ -191,10 +191,10 @@ def _camera_state(camera: Camera) -> str:
 
 
 def seconds(value: str, what: str) -> float:
-    """A length of time as people write it: 30s, 5m, 2h, 1d. Raises `MaskwatchError` for anything else."""
+    """A duration as people write it (30s, 5m, 2h, 1d), in seconds. Raises `MaskwatchError` for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())
     if found is None or not (length := float(found[1]) * _UNITS[found[2]]):
-        raise MaskwatchError(f"{what} {value!r} is no length of time; valid: 30s, 5m, 2h, 1d")
+        raise MaskwatchError(f"{what} {value!r} is no duration; valid: 30s, 5m, 2h, 1d")
     return length
 
 
@@ -217,7 +217,7 @@ def ensure_pipeline(session: Session, spec: PipelineSpec) -> Pipeline:
 
 
 def get_pipeline(session: Session, pipeline_id: int) -> Pipeline:
-    """Raises `MaskwatchError` where there is none of this id."""
+    """Raises `MaskwatchError` if there is no pipeline with this id."""
     pipeline = session.get(Pipeline, pipeline_id)
     if pipeline is None:
         raise MaskwatchError(f"there is no pipeline {pipeline_id}; list them: maskwatch pipelines list")
@@ -225,7 +225,7 @@ def get_pipeline(session: Session, pipeline_id: int) -> Pipeline:
 
 
 def list_pipelines(session: Session) -> list[dict[str, Any]]:
-    """Every pipeline, with the names of the locations that show it."""
+    """Every pipeline, with the names of the locations that show its figures."""
     shown: dict[int | None, list[str]] = {}
     for location in session.scalars(select(Location).order_by(Location.name)):
         shown.setdefault(location.promoted_pipeline_id, []).append(location.name)
@@ -236,7 +236,7 @@ def list_pipelines(session: Session) -> list[dict[str, Any]]:
 
 
 def hours_by_pipeline(session: Session, location: Location) -> dict[int, int]:
-    """How many hours of a location each pipeline has summaries of."""
+    """How many hours of a location are summarized, by pipeline id."""
     query = (
         select(ComplianceHour.pipeline_id, func.count())
         .where(ComplianceHour.location_id == location.id)
@@ -251,5 +251,5 @@ def _check_name(what: str, name: str) -> None:
 
 
 def promote(session: Session, location: Location, pipeline: Pipeline) -> None:
-    """Let the views of this location show this pipeline."""
+    """Let the views of this location show the figures of this pipeline."""
     location.promoted_pipeline_id = pipeline.id

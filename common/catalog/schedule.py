@@ -1,8 +1,8 @@
-"""Cameras on a schedule: slots that are due, and who looks for footage in them.
+"""Cameras on a schedule: the slots that are due, and the polls that look for footage.
 
-A slot is a row with a unique key, so that two schedulers, or one that was restarted, neither miss nor double it. A look
-lists what can be new, and ends all slots that were due when it began; it holds a lease and a token, as a job does. One
-that was killed is gone on with from its cursor.
+A slot is a row with a unique key, so that two schedulers, or one that was restarted, neither miss nor double it. A poll
+(`Look` in the code) lists what can be new, and ends all slots that were due when it began; it holds a lease and a
+token, as a job does. When its process is killed, the poll is continued from its cursor.
 """
 
 from __future__ import annotations
@@ -22,55 +22,54 @@ from sqlalchemy.orm import Session
 from common.domain import MaskwatchError
 from common.timestamps import zone
 
-#: Slots noted down per camera and tick at most: after a long outage it takes a few ticks.
+#: Most slots noted per camera and tick: after a long outage, noting all of them takes a few ticks.
 SLOTS_AT_ONCE = 5000
 
-#: Slots that have ended stay this long: for people who ask when a camera was looked at, and so that nothing that is
-#: under way, not even a producer that was paused for hours, can note a slot down again after it was deleted.
+#: Ended slots are kept this long: for people who ask when a camera was polled, and so that no producer, not even one
+#: that was paused for hours, can note a slot again after it was deleted.
 KEPT_DAYS = 7
 
-#: Slots deleted per camera and call at most. A camera has one per second at most, so this keeps up with a call every
-#: 100 s.
+#: Most slots deleted per camera and call. A camera has at most one slot per second, so a call every 100 s keeps up.
 PRUNED_PER_CAMERA = 100
 
-#: Slots deleted per call at most, so that the transaction stays short.
+#: Most slots deleted per call, so that the transaction stays short.
 PRUNED_AT_ONCE = 5000
 
-#: Seconds until a look that failed is tried again.
+#: Seconds until a failed poll is tried again.
 TRY_AGAIN = 60.0
 
 
 class LookLostError(Exception):
-    """Another has taken the look over, or the camera was changed: nothing of ours may be written."""
+    """Another process has taken over the poll, or the camera was changed: this process may write nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A look at a camera's source that is ours for now."""
+    """A poll of a camera's source that this process holds."""
 
     camera_id: int
     token: uuid.UUID
     began: datetime
     cursor: str | None
     is_sweep: bool
-    #: How long a batch may take before another takes over.
+    #: How long a batch may take before another process takes over.
     lease_seconds: float
 
 
 def check_schedule(every_seconds: float | None, cron: str | None) -> None:
-    """Raise `MaskwatchError` for a schedule that can't be, with what can."""
+    """Raise `MaskwatchError` for an invalid schedule, with examples of valid ones."""
     if every_seconds is not None and cron is not None:
-        raise MaskwatchError("a camera is looked at every so often, or by a cron expression: not both")
+        raise MaskwatchError("a camera has one schedule: give --every or --cron, not both")
     if cron is not None:
         try:
             croniter(cron).get_next()
         except (CroniterError, ValueError) as error:
             raise MaskwatchError(
-                f"{cron!r} is no cron expression that ever comes ({error}); e.g. '*/5 * * * *' for every five minutes, "
-                "'0 6 * * 1-5' for six o'clock on workdays"
+                f"{cron!r} is no cron expression with a next time ({error}); valid: '*/5 * * * *' for every five "
+                "minutes, '0 6 * * 1-5' for six o'clock on workdays"
             ) from error
     if every_seconds is not None and every_seconds < 1:
-        raise MaskwatchError("a camera is looked at once a second at most")
+        raise MaskwatchError("a camera is polled at most once a second: give --every 1s or more")
 
 
 def slots(
@@ -93,7 +92,7 @@ def slots(
 
 
 def note_slots(session: Session) -> int:
-    """Note down the slots that have come due; returns how many are new."""
+    """Note the slots that have come due; returns how many are new."""
     cameras = session.execute(
         text(
             "SELECT c.id, c.every_seconds, c.cron, c.scheduled_since, l.time_zone, clock_timestamp() AS now,"
@@ -127,8 +126,8 @@ def note_slots(session: Session) -> int:
     return noted
 
 
-#: A camera's slots end in their order, so its oldest are those to delete; a camera whose oldest slot stays is passed
-#: over. The latest slot that has ended stays: `note_slots` counts from there, and `list_cameras` shows when it ended.
+#: A camera's slots end in their order, so the oldest are deleted first; a camera whose oldest slot is kept is skipped.
+#: The latest ended slot is kept: `note_slots` counts from there, and `list_cameras` shows when it ended.
 _PRUNE = """
 WITH past AS (
     SELECT oldest.camera_id, oldest.slot
@@ -167,7 +166,7 @@ AND camera_slots.slot = held.slot
 
 
 def prune_slots(session: Session) -> int:
-    """Delete slots that ended more than `KEPT_DAYS` days ago, `PRUNED_AT_ONCE` at most; returns how many."""
+    """Delete at most `PRUNED_AT_ONCE` slots that ended more than `KEPT_DAYS` days ago; returns how many."""
     limits = {"days": KEPT_DAYS, "per_camera": PRUNED_PER_CAMERA, "at_once": PRUNED_AT_ONCE}
     deleted = session.execute(text(_PRUNE), limits)
     assert isinstance(deleted, CursorResult)
@@ -175,7 +174,7 @@ def prune_slots(session: Session) -> int:
 
 
 def to_look_at(session: Session) -> list[int]:
-    """Cameras with a slot that is due, which nobody is looking at."""
+    """Cameras with a slot that is due, and that no process is polling."""
     found = session.execute(
         text(
             "SELECT id FROM cameras WHERE disabled_at IS NULL AND removed_at IS NULL AND scheduled_since IS NOT NULL"
@@ -187,7 +186,7 @@ def to_look_at(session: Session) -> list[int]:
 
 
 def begin_look(session: Session, camera_id: int, *, lease_seconds: float) -> Look | None:
-    """Begin a look, or go on with one whose lease has run out; None if nothing is due, or another looks."""
+    """Begin a poll, or take over one whose lease has run out; None if nothing is due, or another process holds it."""
     row = session.execute(
         text(
             "UPDATE cameras SET look_token = gen_random_uuid(),"
@@ -208,7 +207,8 @@ def begin_look(session: Session, camera_id: int, *, lease_seconds: float) -> Loo
 
 
 def advance_look(session: Session, look: Look, cursor: str) -> None:
-    """Everything up to the cursor is registered. Raises `LookLostError` if the look is no longer ours."""
+    """Store that everything up to the cursor is registered, and renew the lease. Raises `LookLostError` if this process
+    no longer holds the poll."""
     _held(
         session,
         look,
@@ -218,7 +218,7 @@ def advance_look(session: Session, look: Look, cursor: str) -> None:
 
 
 def end_look(session: Session, look: Look) -> int:
-    """The look is through: end the slots that were due when it began; returns how many. Raises as `advance_look`."""
+    """End a poll and the slots that were due when it began; returns how many slots. Raises as `advance_look`."""
     _held(
         session,
         look,
@@ -236,7 +236,7 @@ def end_look(session: Session, look: Look) -> int:
 
 
 def fail_look(session: Session, look: Look, problem: str) -> None:
-    """The look failed: its slots stay due, and it is gone on with later. Raises as `advance_look`."""
+    """Store that a poll failed: its slots stay due, and it is continued later. Raises as `advance_look`."""
     _held(
         session,
         look,
@@ -245,12 +245,12 @@ def fail_look(session: Session, look: Look, problem: str) -> None:
     )
 
 
-#: The next look begins from the start.
+#: After this, the next poll begins from the start.
 _NOBODY_LOOKS = "look_token = NULL, look_until = NULL, look_began = NULL, look_cursor = NULL, look_is_sweep = NULL"
 
 
 def interrupt_looks(session: Session, camera_id: int) -> None:
-    """Who looks at this camera now is refused at his next batch, because what he was told has changed."""
+    """End a running poll of this camera, whose settings have changed: its process is refused at the next batch."""
     session.execute(text(f"UPDATE cameras SET {_NOBODY_LOOKS} WHERE id = :id"), {"id": camera_id})  # noqa: S608
 
 
@@ -260,7 +260,7 @@ def _held(session: Session, look: Look, assignments: str, parameters: dict[str, 
         {"id": look.camera_id, "token": look.token, **parameters},
     ).first()
     if row is None:
-        raise LookLostError(f"the look at camera {look.camera_id} is another's now")
+        raise LookLostError(f"this process no longer holds the poll of camera {look.camera_id}")
 
 
 def newest_known(session: Session, camera_id: int, bucket: str) -> tuple[str, datetime] | None:

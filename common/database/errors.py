@@ -1,4 +1,4 @@
-"""What an error of Postgres means: the database is away, a right is missing; and the server's own words."""
+"""Errors of Postgres as sentences: whether the database can't be reached or a right is missing, and what to do."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from common.domain import MaskwatchError, first_line
 
 
 class DatabaseDownError(MaskwatchError):
-    """Postgres can't be reached, has dropped the connection, or lets nobody in."""
+    """Postgres can't be reached, has dropped the connection, or refuses new connections."""
 
 
 class MissingRightError(MaskwatchError):
-    """The role we are may not do this."""
+    """The database role lacks a right that the statement needs."""
 
 
-#: What Postgres says when it lets us not in, and what to do. By its words: libpq tells no SQLSTATE of a connection
-#: that was not made. In another language (lc_messages) they are not known again, and the general sentence says them.
+#: Parts of Postgres' messages when it refuses a connection, and what to do. Matched by text, because libpq gives no
+#: SQLSTATE for a connection that was not made. In another language (lc_messages) no part matches, and the general
+#: sentence quotes the message.
 _NOT_LET_IN = (
     ("password authentication failed", "check the user in MASKWATCH_DATABASE__URL and MASKWATCH_DATABASE__PASSWORD"),
     ("no password supplied", "set MASKWATCH_DATABASE__PASSWORD"),
-    ("no pg_hba.conf entry", "the server takes no such connection: is sslmode needed, is this host allowed?"),
+    ("no pg_hba.conf entry", "the server allows no such connection: is sslmode needed, is this host allowed?"),
     ("does not exist", "check MASKWATCH_DATABASE__URL"),
-    ("too many clients", "all of its connections are in use: raise max_connections, or run fewer processes"),
-    ("too many connections", "all that this role may have are in use: raise its limit, or run fewer processes"),
-    ("remaining connection slots", "all of its connections are in use: raise max_connections, or run fewer processes"),
+    ("too many clients", "all connections are in use: raise max_connections, or run fewer processes"),
+    ("too many connections", "all connections of this role are in use: raise its limit, or run fewer processes"),
+    ("remaining connection slots", "all connections are in use: raise max_connections, or run fewer processes"),
     ("certificate", "check sslmode and sslrootcert in MASKWATCH_DATABASE__URL"),
 )
 
@@ -33,12 +34,12 @@ def down(error: DBAPIError) -> DatabaseDownError:
     line = first_line(error)
     for words, what_to_do in _NOT_LET_IN:
         if words in line:
-            return DatabaseDownError(f"the database let us not in ({line}): {what_to_do}")
+            return DatabaseDownError(f"the database refused the connection ({line}): {what_to_do}")
     return DatabaseDownError(f"the database does not answer ({line}): is Postgres running?")
 
 
 def is_lost(error: DBAPIError) -> bool:
-    """Whether an error means that the database is away, rather than that it refused a statement.
+    """Whether an error means that the database can't be reached, rather than that it refused a statement.
 
     No SQLSTATE: no connection was made. 08: connection exceptions; 53: out of resources, connections among
     them; 57P: shut down, crashed, starting up (PostgreSQL's Appendix A, "Error Codes").

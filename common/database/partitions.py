@@ -1,9 +1,9 @@
 """Monthly partitions of `faces`: made ahead by the migrator and the planner, never by a worker.
 
 Each is made in a transaction of its own, by a function of the schema (`make_faces_partition`) under an advisory lock:
-made concurrently, or inside a writer's transaction, they fail or deadlock. Rows that arrived before their partition
-wait in `faces_default` and are moved when it is made. While somebody reads `faces` for long, that is put off: nothing
-is lost by it.
+partitions made concurrently, or inside a writer's transaction, fail or deadlock. Rows that arrive before their
+partition wait in `faces_default` and are moved when it is made. While a long query reads `faces`, making a partition
+is put off; nothing is lost by that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def partition_name(month: datetime) -> str:
 def ensure_partitions(engine: Engine, instants: Iterable[datetime]) -> list[str]:
     """Make the partitions that these instants fall into; returns the names of the new ones.
 
-    One whose lock can't be had within two seconds is left for the next call.
+    A partition whose lock can't be had within two seconds is left for the next call.
     """
     days = {instant.astimezone(UTC).date() for instant in instants}
     wanted = {datetime(day.year, day.month, 1, tzinfo=UTC) for day in days}
@@ -49,7 +49,7 @@ def ensure_partitions(engine: Engine, instants: Iterable[datetime]) -> list[str]
 
 
 def split_default(engine: Engine) -> list[str]:
-    """Make the partitions that rows in `faces_default` wait for; returns their names."""
+    """Make the partitions of the rows in `faces_default`; returns their names."""
     with engine.connect() as connection:
         waiting = connection.execute(text("SELECT DISTINCT date_trunc('month', observed_at, 'UTC') FROM faces_default"))
         months = [row[0] for row in waiting]
@@ -65,6 +65,6 @@ def _exists(engine: Engine, month: datetime) -> bool:
 def _make(engine: Engine, month: datetime) -> list[str]:
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL lock_timeout = '2s'"))
-        # A function of the schema's owner: the planner needs no right to change tables.
+        # The function runs with the rights of the schema's owner: the planner needs no right to change tables.
         made = connection.scalar(text("SELECT make_faces_partition(:month)"), {"month": month})
     return [partition_name(month)] if made else []

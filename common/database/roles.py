@@ -1,8 +1,8 @@
 """Least authority in Postgres: a role per part of a deployment, with the rights that it uses and no more.
 
-The migrator owns the schema; it migrates, grants, purges and erases, and is nobody's login for anything else. The
-others are roles without a login, which the logins of a deployment are made members of. `maskwatch db grant` gives the
-rights, again after every migration; docs/operations.md says how the logins are made.
+The migrator owns the schema; its login migrates, grants, purges and erases, and does nothing else. The other roles
+have no login: the logins of a deployment are made members of them. `maskwatch db grant` gives the rights, and must be
+run again after every migration; docs/operations.md says how the logins are made.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 
 from common.domain import MaskwatchError
 
-#: Rights by table; those of a column as `SELECT (column)`. Whoever locks rows needs the right to update them.
+#: Rights by table; those of a column as `SELECT (column)`. Locking rows needs the right to update them.
 RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    # Discovers, plans, dispatches and recovers; also for those who give the operator's commands.
+    # Discovers, plans, dispatches and recovers; also runs the operators' commands.
     "maskwatch_producer": {
         "oldest_versions": ("SELECT",),
         "locations": ("SELECT", "INSERT", "UPDATE (promoted_pipeline_id)"),
@@ -31,7 +31,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "media_objects": ("SELECT", "INSERT", "UPDATE"),
         "jobs": ("SELECT", "INSERT", "UPDATE"),
         "job_attempts": ("SELECT", "INSERT"),
-        # A newer version of a key withdraws the rows of the older one, whatever they say.
+        # Registering a newer version of a key deletes the rows of the older version.
         "frame_counts": ("SELECT", "DELETE"),
         "faces": ("SELECT (job_id)", "DELETE"),
         "faces_default": ("SELECT (observed_at)",),
@@ -42,7 +42,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "purges": ("SELECT",),
         "erased_objects": ("SELECT",),
     },
-    # Does jobs, and plans the new version of an object that it finds replaced.
+    # Does jobs, and registers the new version of an object that was replaced.
     "maskwatch_worker": {
         "oldest_versions": ("SELECT",),
         "locations": ("SELECT",),
@@ -67,7 +67,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "compliance_hourly": ("SELECT", "INSERT", "UPDATE", "DELETE"),
         "purges": ("SELECT",),
     },
-    # Reads what docs/schema.md describes; not the tokens, with which a message could be forged.
+    # Reads what docs/schema.md describes, but not the tokens: with a token, a message could be forged.
     "maskwatch_analyst": {
         **dict.fromkeys(
             (
@@ -112,7 +112,7 @@ MORE_RIGHTS: Mapping[str, Sequence[str]] = {
 
 
 def statements(schema: str) -> list[str]:
-    """The SQL that gives every role its rights and takes what it had besides. `schema` is quoted."""
+    """The SQL that gives every role its rights and revokes all others. `schema` is quoted."""
     written: list[str] = []
     for role, rights in RIGHTS.items():
         written += [
@@ -127,15 +127,15 @@ def statements(schema: str) -> list[str]:
 
 
 def missing(session: Session) -> list[str]:
-    """The roles that this server does not have."""
+    """The roles of `RIGHTS` that this server does not have."""
     found = session.scalars(text("SELECT rolname FROM pg_roles WHERE rolname = ANY(:names)"), {"names": list(RIGHTS)})
     return sorted(set(RIGHTS) - set(found))
 
 
 def grant(session: Session) -> list[str]:
-    """Make the roles that are missing and give all of them their rights; returns which were made.
+    """Make the missing roles, and give all roles their rights; returns the names of the new ones.
 
-    Raises `MaskwatchError`, with what an administrator has to do, for a login that may not.
+    Raises `MaskwatchError`, with what an administrator has to do, if this login may not do that.
     """
     to_make = missing(session)
     try:

@@ -1,5 +1,5 @@
-"""Engines, sessions and the state of the schema; `errors` has what goes wrong. Everything below the tasks, the commands
-and dispatch receives a `session`; only those open one."""
+"""Engines, sessions and the revision of the schema; `errors` turns errors into sentences. Only tasks, commands and
+dispatch open a session; what they call receives it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from common.settings import DatabaseSettings, get_settings
 
 T = TypeVar("T")
 
-#: The newest migration that this version knows. Revisions are four digits and go up by one: tests hold that.
+#: The newest migration that this version knows. Revisions are four digits and go up by one; tests check that.
 SCHEMA_REVISION = "0010"
 
-#: A connection that was used within this many seconds is taken to be there still.
+#: A connection that was used within this many seconds is assumed to be alive.
 ALIVE_SECONDS = 1.0
 
-#: For a process that runs the same few statements over and over, each about rows whose keys it names. Left to itself,
-#: Postgres expects ten elements in an array that it does not know: it plans for the one it sees, each time anew, which
-#: takes longer than to do what is planned; or it reads all that is queued, because by its statistics that is not much.
+#: For a process that runs the same few statements over and over, each for rows given by their keys. Without these
+#: settings Postgres assumes ten elements for an array parameter. Then it either plans each execution anew, which takes
+#: longer than the execution, or reads all queued jobs, because its statistics say that there are few.
 _BY_KEY = "".join(
     f" -c {setting}"
     for setting in (
@@ -38,8 +38,8 @@ _BY_KEY = "".join(
         "enable_bitmapscan=off",
         "enable_hashjoin=off",
         "enable_mergejoin=off",
-        # A table without an index on what is asked for is read all the same, and before Postgres 18 counts as so dear
-        # that each execution would be compiled.
+        # A table without a suitable index is read sequentially all the same. Before Postgres 18 the estimated cost is
+        # then so high that each execution would be compiled.
         "jit=off",
     )
 )
@@ -52,7 +52,7 @@ NOT_MIGRATED = "the database is not migrated (found {found}, need {need}): run `
 def make_engine(settings: DatabaseSettings) -> Engine:
     """An engine for this process; never share one across a fork.
 
-    Timeouts live in the connection, so that no statement of ours can hang for ever.
+    Timeouts are set per connection, so that no statement can hang for ever.
     """
     if settings.url is None:
         raise MaskwatchError(
@@ -70,7 +70,7 @@ def make_engine(settings: DatabaseSettings) -> Engine:
         connect_args={
             "connect_timeout": settings.connect_timeout_seconds,
             "application_name": "maskwatch",
-            # The statement timeout is the server's; these notice that the server, or the way to it, is gone.
+            # The server enforces the statement timeout; these notice that the server or the network is gone.
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
@@ -84,8 +84,8 @@ def make_engine(settings: DatabaseSettings) -> Engine:
 
 
 def _ask_idle_connections(made: Engine) -> None:
-    """Notice a connection that a restarted Postgres dropped before it is used, as `pool_pre_ping` does; but one that
-    was used a moment ago is not asked: for a worker of short jobs that took an eighth of its time."""
+    """Notice a connection that a restarted Postgres has dropped before it is used, as `pool_pre_ping` does. But don't
+    check a connection that was used a moment ago: with short jobs, that check took an eighth of a worker's time."""
 
     @event.listens_for(made, "checkin")
     def used(connection: Any, record: Any) -> None:
@@ -102,30 +102,30 @@ def _ask_idle_connections(made: Engine) -> None:
 
 @lru_cache(maxsize=256)
 def sql(statement: str, *columns: str) -> TextClause | TextualSelect:
-    """A statement of a hot path, read once: to look for the parameters of a long one takes a tenth of a millisecond.
-    For constants only, since it is kept. With the names of its columns SQLAlchemy need not read those from each result.
+    """A statement of a hot path, parsed once: finding the parameters of a long statement takes 0.1 ms. For constants
+    only, because the result is cached. With the columns' names, SQLAlchemy need not read them from each result.
     """
     read = text(statement)
     return read.columns(*map(column, columns)) if columns else read
 
 
 def _parsed(text: str) -> URL:
-    """Raises `MaskwatchError`, which shows nothing of the URL: all of it may be part of a password."""
+    """Raises `MaskwatchError`, which shows no part of the URL: any part may belong to a password."""
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
         url = None
-    # An "@" in the host: one in the password was not escaped.
+    # An "@" in the host means that the password holds one that was not escaped.
     if url is None or url.drivername != "postgresql+psycopg" or "@" in (url.host or ""):
         raise MaskwatchError(
-            "MASKWATCH_DATABASE__URL is no URL of the form postgresql+psycopg://user:password@host/name (the password "
-            "percent-encoded, or in MASKWATCH_DATABASE__PASSWORD)"
+            "MASKWATCH_DATABASE__URL is no URL of the form postgresql+psycopg://user:password@host/name; "
+            "percent-encode the password, or set MASKWATCH_DATABASE__PASSWORD"
         )
     return url
 
 
 def address(settings: DatabaseSettings) -> str:
-    """Where the database is, for people; no secrets, in whatever part of the URL they are."""
+    """Where the database is, for people; without secrets, in whatever part of the URL they are."""
     assert settings.url is not None, "asked of a configured database"
     url = _parsed(settings.url.get_secret_value())
     shown = {name: value for name, value in url.query.items() if name in ("host", "port", "sslmode", "sslrootcert")}
@@ -134,7 +134,7 @@ def address(settings: DatabaseSettings) -> str:
 
 @lru_cache(maxsize=1)
 def engine() -> Engine:
-    """The engine of this process, made on first use (so in the child, not before a spawn)."""
+    """The engine of this process, made on first use: in a child process, not before its spawn."""
     return make_engine(get_settings().database)
 
 
@@ -142,7 +142,8 @@ def engine() -> Engine:
 def session_scope(*, one_statement: bool = False) -> Iterator[Session]:
     """One transaction: commits at the end, rolls back on any error. READ COMMITTED.
 
-    `one_statement`: of a single statement, which is a transaction by itself; that saves two messages to the server.
+    `one_statement`: the block executes a single statement, which is a transaction by itself; saves two messages to the
+    server.
     """
     with explained(), Session(engine(), expire_on_commit=False) as session, session.begin():
         if one_statement:
@@ -151,8 +152,7 @@ def session_scope(*, one_statement: bool = False) -> Iterator[Session]:
 
 
 def transact(work: Callable[[Session], T], *, tries: int = 3) -> T:
-    """Do work in a transaction, and again in another one if it waited for others who waited for it: Postgres ends such
-    a circle by stopping one of them."""
+    """Do work in a transaction, and again in a new transaction if Postgres rolled it back to end a deadlock."""
     for left in reversed(range(tries)):
         try:
             with session_scope() as session:
@@ -165,7 +165,7 @@ def transact(work: Callable[[Session], T], *, tries: int = 3) -> T:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what a person can put right (unreachable, not migrated) into one clear sentence."""
+    """Turn errors that a person can fix (unreachable, not migrated, no right) into one clear sentence."""
     try:
         yield
     except ProgrammingError as error:
@@ -178,8 +178,7 @@ def explained() -> Iterator[None]:
             raise NotMigratedError(NOT_MIGRATED.format(found="no tables", need=SCHEMA_REVISION)) from error
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise MissingRightError(
-                f"{_role()} lacks a right ({first_line(error)}): the owner of the tables gives each role its rights "
-                "with `maskwatch db grant`"
+                f"{_role()} lacks a right ({first_line(error)}): run `maskwatch db grant` as the owner of the tables"
             ) from error
         raise
     except DBAPIError as error:
@@ -188,7 +187,7 @@ def explained() -> Iterator[None]:
         raise
 
 
-#: What a statement is refused with that needs what a newer schema has dropped.
+#: The errors of a statement that needs something which a newer schema has dropped.
 _MISSING = (
     psycopg.errors.UndefinedTable,
     psycopg.errors.UndefinedColumn,
@@ -198,7 +197,7 @@ _MISSING = (
 
 
 def _revision_now() -> str | None:
-    """The schema's revision, read beside a transaction that has failed; None where it can't be read."""
+    """The schema's revision, read in a connection of its own because the transaction has failed; None if unreadable."""
     try:
         with Session(engine()) as session:
             return schema_revision(session)
@@ -207,18 +206,18 @@ def _revision_now() -> str | None:
 
 
 class NotMigratedError(MaskwatchError):
-    """The schema lacks what this version needs: it is older, or there is none."""
+    """The schema is older than this version needs, or there is no schema."""
 
 
 def _role() -> str:
-    """Who we are to Postgres, for a message."""
+    """The database role of this process, for a message."""
     configured = get_settings().database.url
     user = _parsed(configured.get_secret_value()).username if configured is not None else None
     return f"the database role {user}" if user else "this database role"
 
 
 def schema_revision(session: Session) -> str | None:
-    """The migration the database stands at; None where there is none."""
+    """The newest migration that the database has; None if it has no schema."""
     if session.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return None
     found = session.scalar(text("SELECT version_num FROM alembic_version"))
@@ -232,6 +231,6 @@ def is_newer(revision: str) -> bool:
     """
     if not _REVISION.fullmatch(revision):
         raise MaskwatchError(
-            f"the database stands at a schema {revision!r}, which is none of Maskwatch's: check MASKWATCH_DATABASE__URL"
+            f"the database has the schema {revision!r}, which is none of Maskwatch's: check MASKWATCH_DATABASE__URL"
         )
     return int(revision) > int(SCHEMA_REVISION)

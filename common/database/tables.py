@@ -86,7 +86,7 @@ class Location(Base):
 
 
 class Camera(Base):
-    """A camera of a location. With a source and a schedule its footage is looked for (`common/catalog/schedule.py`)."""
+    """A camera of a location. With a source and a schedule it is polled for footage (`common/catalog/schedule.py`)."""
 
     __tablename__ = "cameras"
     __table_args__ = (
@@ -100,39 +100,39 @@ class Camera(Base):
     created_at: Mapped[datetime] = _created_at()
     source: Mapped[str | None]
     time_pattern: Mapped[str | None]
-    #: What its footage is analysed with.
+    #: The pipeline that analyses its footage.
     pipeline_id: Mapped[int | None] = mapped_column(ForeignKey("pipelines.id"))
     every_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
-    #: In the location's time zone.
+    #: A cron expression in the location's time zone.
     cron: Mapped[str | None]
-    #: How late footage may come and still be found by the next look; what comes later is found by a sweep.
+    #: How late footage may come and still be found by the next poll; later footage is found by a full scan.
     look_back_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("7200"))
-    #: How often everything is listed.
+    #: How often a poll is a full scan, which lists everything.
     sweep_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("86400"))
     #: The instant that slots are counted from.
     scheduled_since: Mapped[datetime | None]
     disabled_at: Mapped[datetime | None]
     removed_at: Mapped[datetime | None]
-    #: The fence of who is looking now, and his lease.
+    #: The token and the lease of the process that polls the camera now.
     look_token: Mapped[uuid.UUID | None]
     look_until: Mapped[datetime | None]
-    #: When the look began that is going on, and how far it is.
+    #: When the current poll began, and how far it is.
     look_began: Mapped[datetime | None]
     look_cursor: Mapped[str | None]
     look_is_sweep: Mapped[bool | None]
     swept_at: Mapped[datetime | None]
-    #: Why the last look failed.
+    #: Why the last poll failed.
     problem: Mapped[str | None]
-    #: How much of an hour a picture stands for, in coverage.
+    #: How much of an hour an image stands for, in coverage.
     picture_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
-    #: Footage per hour that it should deliver, from when, until when; NULL: nobody has said.
+    #: Footage per hour that the camera should deliver, from when, until when; NULL: not known.
     expected_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
     expected_since: Mapped[datetime | None]
     expected_until: Mapped[datetime | None]
 
 
 class CameraSlot(Base):
-    """A time at which a camera is to be looked at. Its key lets it be there once, whoever ticks."""
+    """A time at which a camera is to be polled. The key keeps it unique, however many schedulers note it."""
 
     __tablename__ = "camera_slots"
     __table_args__ = (
@@ -142,7 +142,7 @@ class CameraSlot(Base):
 
     camera_id: Mapped[int] = mapped_column(ForeignKey("cameras.id"))
     slot: Mapped[datetime]
-    #: Looks that ended it: one.
+    #: How many polls ended it: one.
     looks: Mapped[int] = mapped_column(server_default=text("0"))
     finished_at: Mapped[datetime | None]
 
@@ -161,7 +161,7 @@ class Pipeline(Base):
 
 
 class Backfill(Base):
-    """One call of `maskwatch backfill`: what was asked for and what was found."""
+    """One call of `maskwatch backfill`: its options, and the counts of what it found."""
 
     __tablename__ = "backfills"
 
@@ -176,13 +176,13 @@ class Backfill(Base):
     since: Mapped[datetime | None]
     until: Mapped[datetime | None]
     time_pattern: Mapped[str | None]
-    #: Objects by what became of them (`producer/submit.py` names the counts); empty until the listing has ended.
+    #: Numbers of objects by outcome (`producer/submit.py` names them); empty until the listing has ended.
     counts: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     started_at: Mapped[datetime] = _created_at()
-    #: While this is set, neither the listing goes on nor is anything of it sent.
+    #: While this is set, the listing stands still and no job of the backfill is sent.
     paused_at: Mapped[datetime | None]
     cancelled_at: Mapped[datetime | None]
-    #: When everything was listed. Its jobs may still have work to do.
+    #: When the listing ended. Jobs of the backfill may still be active.
     finished_at: Mapped[datetime | None]
 
 
@@ -194,29 +194,29 @@ class BackfillPart(Base):
 
     backfill_id: Mapped[int] = mapped_column(ForeignKey("backfills.id"))
     number: Mapped[int]
-    #: Keys behind this one, up to and with `ends_with` (NULL: to the end).
+    #: The part holds the keys after this one, up to and including `ends_with` (NULL: to the end).
     begins_after: Mapped[str] = mapped_column(server_default=text("''"))
     ends_with: Mapped[str | None]
     manifest_file: Mapped[str | None]
-    #: The last key, or the number of lines, that was registered: where it is taken up again.
+    #: The last registered key, or the number of registered lines: the listing continues behind it.
     cursor: Mapped[str | None]
-    #: As of the backfill.
+    #: As in `Backfill`, for this part.
     counts: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     finished_at: Mapped[datetime | None]
 
 
 class Source(Base):
-    """Where footage lies: a bucket, or `file://`. One that refuses everything pauses itself
-    (`common/ledger/circuit_breaker.py`)."""
+    """Where footage lies: a bucket, or `file://`. The circuit breaker (`common/ledger/circuit_breaker.py`) pauses a
+    source that refuses everything."""
 
     __tablename__ = "sources"
 
     id: Mapped[int] = mapped_column(Identity(), primary_key=True)
     bucket: Mapped[str] = mapped_column(unique=True)
-    #: Refusals in a row, and when the first of them began; 0 and NULL once it has answered again.
+    #: Refusals in a row, and when the first of them began; 0 and NULL once the source has answered again.
     refusals: Mapped[int] = mapped_column(server_default=text("0"))
     refusing_since: Mapped[datetime | None]
-    #: While this is set, nothing of it is sent but a single job at `next_trial_at`.
+    #: While this is set, the source is paused: only a single job is sent, at `next_trial_at`.
     paused_at: Mapped[datetime | None]
     next_trial_at: Mapped[datetime | None]
     trials: Mapped[int] = mapped_column(server_default=text("0"))
@@ -240,7 +240,7 @@ class MediaObject(Base):
             postgresql_where=text("superseded_at IS NULL"),
         ),
         Index(None, "location_id"),
-        # A camera's footage of some time, and the newest that is known.
+        # Finds a camera's footage of some time, and its newest footage.
         Index("ix_media_objects_camera_id", "camera_id", "observed_at"),
     )
 
@@ -252,9 +252,9 @@ class MediaObject(Base):
     etag: Mapped[str]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     last_modified: Mapped[datetime]
-    #: As S3 named it when the object was last listed; NULL for its standard class, and for files.
+    #: As S3 named it when the object was last listed; NULL for the standard class, and for files.
     storage_class: Mapped[str | None]
-    #: When an archived object was last asked for.
+    #: When S3 was last asked to restore an archived object.
     restore_requested_at: Mapped[datetime | None]
     kind: Mapped[MediaKind] = mapped_column(_enum(MediaKind, "kind"))
     location_id: Mapped[int] = mapped_column(ForeignKey("locations.id"))
@@ -276,7 +276,7 @@ class MediaObject(Base):
     created_at: Mapped[datetime] = _created_at()
 
 
-#: Jobs that are dispatched in the order of their ids, and held back together.
+#: A feed: jobs that are dispatched in the order of their ids, and paused together.
 _FEED = ("source_id", text("coalesce(backfill_id, 0)"), "lane", "id")
 
 
@@ -308,31 +308,31 @@ class Job(Base):
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     media_object_id: Mapped[int] = mapped_column(ForeignKey("media_objects.id"))
-    #: Of the media object's bucket; here, too, so that dispatch can pass over a paused one.
+    #: The source of the media object's bucket; stored here, too, so that dispatch can skip a paused source.
     source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"))
     pipeline_id: Mapped[int] = mapped_column(ForeignKey("pipelines.id"))
     backfill_id: Mapped[int | None] = mapped_column(ForeignKey("backfills.id"))
     kind: Mapped[JobKind] = mapped_column(_enum(JobKind, "kind"))
-    #: Half-open range of the file's own time; 0 and 0 for an image and a probe. The last chunk of a video goes on to
-    #: its end, whatever its header said.
+    #: Half-open range of the file's own time; 0 and 0 for an image and a probe. The last chunk of a video reaches to
+    #: the end of the file, whatever the header says.
     range_start_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     range_end_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     lane: Mapped[int] = mapped_column(SmallInteger)
     state: Mapped[JobState] = mapped_column(_enum(JobState, "state"), server_default=JobState.PENDING.value)
-    #: The fence: changes with every transition; a writer that holds an older one is refused.
+    #: The fence: changes with every transition; a writer that holds an older token is refused.
     token: Mapped[uuid.UUID] = mapped_column(server_default=func.gen_random_uuid())
     attempt: Mapped[int] = mapped_column(server_default=text("0"))
     failures: Mapped[int] = mapped_column(server_default=text("0"))
     crashes: Mapped[int] = mapped_column(server_default=text("0"))
     lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
-    #: Sent in a message of its own, because a process died while it ran.
+    #: Isolated: sent in a message of its own, because a process died or a lease ran out while it ran.
     alone: Mapped[bool] = mapped_column(server_default=text("false"))
     next_run_at: Mapped[datetime | None]
     queued_at: Mapped[datetime | None]
-    #: The lane whose list in Redis its message was put into. Not its own lane for an isolated job, and for a backfill's
-    #: job that goes ahead of live footage.
+    #: The lane whose list in Redis holds its message. Differs from `lane` for an isolated job, and for a backfill's job
+    #: that is sent ahead of live footage.
     sent_lane: Mapped[int | None] = mapped_column(SmallInteger)
-    #: The epoch of the Redis the message was sent to.
+    #: The epoch of the Redis that the message was sent to.
     epoch: Mapped[str | None]
     started_at: Mapped[datetime | None]
     lease_until: Mapped[datetime | None]
@@ -361,13 +361,13 @@ class JobAttempt(Base):
 
 
 class OperatorAction(Base):
-    """What a person did to jobs or footage, who, and when. Append-only."""
+    """What a person did to jobs or footage, and when. Append-only."""
 
     __tablename__ = "operator_actions"
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     action: Mapped[str]
-    #: Whom the command line took them for, and as whom they came to the database.
+    #: The operator's name on the command line, and the name of the database role.
     by: Mapped[str]
     database_user: Mapped[str] = mapped_column(server_default=text("SESSION_USER"))
     detail: Mapped[str | None]
@@ -385,21 +385,20 @@ class OperatorActionJob(Base):
 
 
 class Purge(Base):
-    """Faces seen before an instant were removed: see `workers/summaries/purging.py`. The latest `before` is what
-    counts."""
+    """Faces seen before an instant were removed: see `workers/summaries/purging.py`. The latest `before` holds."""
 
     __tablename__ = "purges"
 
     id: Mapped[int] = mapped_column(Identity(), primary_key=True)
     before: Mapped[datetime]
     action_id: Mapped[int] = mapped_column(ForeignKey("operator_actions.id"))
-    #: From then on the summaries of that time stay as they are.
+    #: From this time on, the summaries of purged hours are final.
     frozen_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
 
 class ErasedObject(Base):
-    """An object that may not come back. By the SHA-256 of its URI, because the name may tell something, too."""
+    """An object that must not be registered again. Only the SHA-256 of its URI is kept, because a name is data, too."""
 
     __tablename__ = "erased_objects"
 
@@ -408,9 +407,9 @@ class ErasedObject(Base):
 
 
 class FrameCount(Base):
-    """What was looked at, faces or not: frames and seconds of one job in one hour of its location.
+    """What was analysed, with or without faces: frames and seconds of one job in one hour of its location.
 
-    Deliberately not unique per job: only the fence keeps rows single, and the tests show that it does.
+    Deliberately not unique per job and hour: only the fence prevents duplicates, and the tests show that it does.
     """
 
     __tablename__ = "frame_counts"
@@ -436,8 +435,8 @@ faces_id_seq = Sequence("faces_id_seq", metadata=Base.metadata, data_type=BigInt
 class FaceRow(Base):
     """One face in one frame. Partitioned by month of `observed_at`; rows exist only for succeeded jobs.
 
-    No foreign keys: they would cost every COPY a look-up per row, and the one transaction that writes
-    faces has just locked the job they belong to.
+    No foreign keys: they would cost a look-up for every row of a COPY, and the transaction that writes a job's faces
+    has locked that job.
     """
 
     __tablename__ = "faces"
@@ -465,9 +464,9 @@ class FaceRow(Base):
     p_with_mask: Mapped[float] = mapped_column(REAL)
     p_without_mask: Mapped[float] = mapped_column(REAL)
     status: Mapped[MaskStatus] = mapped_column(_enum(MaskStatus, "status"))
-    #: When the frame is shown, from the start of its video; 0 for a picture.
+    #: When the frame is shown, from the start of its video; 0 for an image.
     offset_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("0"))
-    #: Faces of one job with the same number are taken for the same person; NULL for a picture.
+    #: Faces of one job with the same number are taken for the same person; NULL for an image.
     track_id: Mapped[int | None]
 
 

@@ -1,8 +1,8 @@
 """Which versions of Maskwatch may work on a database, and whether this one may.
 
 Each migration writes, for each part, the oldest version that may work on the schema from then on (`oldest_versions`).
-A program goes on if the schema has all that the program needs, and if its own version is not older than the one
-written there. So a program may work on a newer schema than it knows. docs/versions.md says what follows for operators.
+A program may work if the schema has all that it needs, and if the program's version is not older than the one written
+there. So a program may work on a newer schema than it knows. docs/versions.md says what follows for operators.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from common.database.sessions import (
 )
 from common.domain import MaskwatchError
 
-#: Held by a migration for as long as it runs, and (shared) by who must not meet one: "maskwatch migrations".
+#: Held by a running migration, and (shared) by what must not run beside one: "maskwatch migrations".
 MIGRATION_LOCK = 0x6D77_6D69
 
-#: Held by each transaction of an aggregator that takes marks, and by a migration from before it says which aggregators
-#: may go on until it commits: "maskwatch aggregation".
+#: Held by each transaction of an aggregator that takes marks, and by a migration, from before it writes which
+#: aggregators may work until it commits: "maskwatch aggregation".
 AGGREGATION_LOCK = 0x6D77_6167
 
 
@@ -50,7 +50,7 @@ class Part(StrEnum):
     PRODUCER = "producer"
     WORKER = "worker"
     AGGREGATOR = "aggregator"
-    #: Every command that does its work and ends.
+    #: Every command but producer, worker and aggregator.
     COMMAND = "command"
 
 
@@ -59,7 +59,7 @@ class OutdatedProgramError(MaskwatchError):
 
 
 class NewerSchemaError(MaskwatchError):
-    """The schema is newer than this version knows: it can neither migrate it nor grant rights on it."""
+    """The schema is newer than this version knows: this version can neither migrate it nor grant rights on it."""
 
     def __init__(self, found: str) -> None:
         super().__init__(
@@ -76,18 +76,18 @@ def parse(version: str) -> tuple[int, ...]:
 def check_part(session: Session, part: Part, version: str = __version__) -> None:
     """Raise `OutdatedProgramError` if this version is older than the oldest one that may run as this part.
 
-    One small read. A part of which the database says nothing may go on.
+    One small read. A part for which the database names no version may run.
     """
     oldest = session.scalar(text(OLDEST_VERSION), {"part": part.value})
     if oldest is not None and parse(version) < parse(oldest):
         raise OutdatedProgramError(
-            f"this is Maskwatch {version}, and the database takes only {oldest} or newer as {part.value}: "
+            f"this is Maskwatch {version}, but the database needs {oldest} or newer as {part.value}: "
             f"install Maskwatch {oldest} or newer"
         )
 
 
 def check_all_parts(session: Session, *, because: MaskwatchError) -> None:
-    """Raise `OutdatedProgramError`, beginning with the error that led here, if this version is too old for a part."""
+    """Raise `OutdatedProgramError`, which begins with the error `because`, if this version is too old for any part."""
     for part in Part:
         try:
             check_part(session, part)
@@ -106,8 +106,7 @@ def check_schema(part: Part = Part.COMMAND) -> None:
 
 
 def hold_schema(session: Session) -> None:
-    """Keep migrations from running until this transaction ends. Raises `NewerSchemaError` where a newer version has
-    migrated the database."""
+    """Keep migrations from running until this transaction ends. Raises `NewerSchemaError` for a newer schema."""
     session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": MIGRATION_LOCK})
     check_not_newer(schema_revision(session))
 

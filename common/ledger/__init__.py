@@ -1,15 +1,16 @@
-"""The ledger: one row in `jobs` for each unit of work, the moves between its states, and all the SQL of both.
+"""The ledger: one row in `jobs` for each unit of work, the moves between its states, and all SQL for both.
 
-`states` has the table of states and moves, `transitions` builds the statements that move jobs: nothing else writes to
-`jobs`, but `registration`, which inserts them. Above these, cut by who moves a job: `registration` (producers and
-probes), `dispatch`, `attempts` (workers), `recovery` (the reconciler), `operators`, `placements` (corrections), with
-`withdrawal` for what is taken out of the figures; `figures` reads. Callers use the names below.
+`states` has the table of states and moves, and `transitions` builds the statements that move jobs. Nothing else writes
+to `jobs`, except `registration`, which inserts them. The modules above these are divided by what moves a job:
+`registration` (producers and probes), `dispatch`, `attempts` (workers), `recovery` (the reconciler), `operators`,
+`placements` (corrections); `withdrawal` takes jobs out of the figures, and `figures` only reads. Callers use the names
+below.
 
-Every function receives a session and leaves the commit to its caller. Locks are taken in one order, so that no two
-transactions deadlock: media objects before their jobs, jobs before their sources, and rows of one table in the order of
-their ids; what is registered goes in, in the order of its keys, behind all of these. A transaction that has not locked
-a media object moves its job once: at the second move Postgres checks the foreign keys of the row anew, and would lock
-the media object behind the job.
+Every function receives a session and leaves the commit to its caller. All transactions take locks in one order, so that
+no two deadlock: media objects before their jobs, jobs before their sources, and rows of one table in the order of their
+ids; new objects are inserted after all these locks, in the order of their keys. A transaction that has not locked a
+media object may move its job only once: at a second move Postgres checks the row's foreign keys again, and would lock
+the media object after the job.
 """
 
 from common.domain import JobRef as JobRef

@@ -1,6 +1,9 @@
-"""A worker's side: what it claims, holds and ends. Every write names id and token and requires the state `running`: a
-worker that was paused past its lease, or whose job was cancelled, gets `StaleJobError` and its transaction rolls back.
-That is the fence. Leases are judged by the database's clock alone."""
+"""A worker's moves of its jobs: claim, renew, and the ends of an attempt.
+
+Every write names id and token and requires the state `running`: a worker that was paused past its lease, or whose job
+was cancelled, gets `StaleJobError` and its transaction rolls back. That is the fence. Only the database's clock decides
+whether a lease has run out.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ from common.ledger.withdrawal import PLANNED
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job that this worker holds, with what it needs to know to do it."""
+    """A job that this worker holds, with all that the worker needs to do it."""
 
     ref: JobRef
     kind: JobKind
@@ -58,7 +61,7 @@ class ClaimedJob:
     etag: str
     size_bytes: int
     last_modified: datetime
-    #: Of an image or a probe, the time in the key if it has one; of a chunk, the start of the recording.
+    #: For an image or a probe: the time in the key, if it has one. For a chunk: the start of the recording.
     observed_at: ObservedAt | None
     location_id: int
     time_zone: str
@@ -66,21 +69,21 @@ class ClaimedJob:
     pipeline_id: int
     backfill_id: int | None
     lane: Lane
-    #: The pipeline's, as it is stored; `spec` reads it.
+    #: The pipeline's spec as stored; `spec` parses it.
     stored_spec: dict[str, Any]
     #: Half-open range of a chunk, in ms of the file's own time; 0 and 0 for others.
     range_start_ms: int = 0
     range_end_ms: int = 0
-    #: The last chunk of its video: it goes on to the end of the file.
+    #: Whether this is the last chunk of its video, which reaches to the end of the file.
     last: bool = False
-    #: Of a chunk's video, by its header.
+    #: For a chunk: the video's duration by its header.
     duration_seconds: float | None = None
-    #: From its being sent to its being claimed.
+    #: From when it was queued to when it was claimed.
     queued_seconds: float = 0.0
 
     @property
     def spec(self) -> PipelineSpec:
-        """Raises `UnknownSpecError` where a newer version has made the pipeline: the job is to be given back."""
+        """Raises `UnknownSpecError` if this version doesn't know all of the spec: then give the job back."""
         return PipelineSpec.from_dict(self.stored_spec)
 
     @property
@@ -89,12 +92,12 @@ class ClaimedJob:
 
     @property
     def key_time(self) -> ObservedAt | None:
-        """The time in the key, if it has one: what a newer version of the object is planned with, too."""
+        """The time in the key, if it has one; a newer version of the object is planned with it, too."""
         seen = self.observed_at
         return seen if seen is not None and seen.source is ObservedAtSource.KEY_PATTERN else None
 
 
-#: What a worker learns of a job that it claims: name and expression.
+#: What `claim` selects of a job: names and SQL expressions.
 _CLAIMED = {
     "id": "moved.id",
     "token": "moved.token",
@@ -153,11 +156,11 @@ ORDER BY moved.id""",
 
 
 def claim(session: Session, refs: Sequence[JobRef], *, worker: str, lease_seconds: float) -> list[ClaimedJob]:
-    """queued → running for those of `refs` that still stand as they were sent; the others are dropped.
+    """queued → running for those of `refs` whose state and token are as they were sent; the others are dropped.
 
-    The commit does not wait for the disk. Should Postgres crash within the moment that its log takes to get there, and
-    nobody else's commit has brought it there, the job stands as it was sent, and this claim is one whose work is
-    refused: the message is then lost like any other, and found.
+    The commit does not wait for the disk. If Postgres crashes before this commit's log reaches the disk, the job is
+    queued again under its old token: this worker's writes are refused, and the reconciler treats the job's message as
+    lost.
     """
     return [
         ClaimedJob(
@@ -190,14 +193,14 @@ def claim(session: Session, refs: Sequence[JobRef], *, worker: str, lease_second
 
 
 def _known_time(row: Any) -> ObservedAt | None:
-    """When the object was taken, as far as that is settled before it is read."""
-    # Only a key's time is known for sure; a rerun reads EXIF again. For a chunk the probe has settled it.
+    """When the object was taken, if that is settled before the object is read."""
+    # Only a time from the key is settled; a rerun reads EXIF again. For a chunk, the probe has settled the time.
     if row.observed_at_source == ObservedAtSource.KEY_PATTERN.value or row.kind == JobKind.CHUNK.value:
         return ObservedAt(row.observed_at, ObservedAtSource(row.observed_at_source), row.observed_at_ambiguous)
     return None
 
 
-#: The state of a worker's jobs, as a parameter: so no plan goes by way of the index of all that are running (ADR 11).
+#: The state of a worker's jobs, as a parameter: so no plan uses the index of all running jobs (ADR 11).
 _RUNNING = {"running": JobState.RUNNING.value}
 
 
@@ -237,7 +240,7 @@ _RETRY_LATER = _ends(
     failures="jobs.failures + 1",
     next_run_at="clock_timestamp() + make_interval(secs => random() * least(:cap, :base * power(2, jobs.failures)))",
 )
-#: Spread, so that what was put off together is not tried together.
+#: Spread at random, so that jobs put off together are not all tried together.
 AFTER_A_CHECK = "clock_timestamp() + make_interval(secs => (0.5 + random() / 2) * :check)"
 _GIVE_BACK = _ends(JobState.RETRY_WAIT, AttemptOutcome.RELEASED, attempt="jobs.attempt - 1", next_run_at=AFTER_A_CHECK)
 _AWAIT = _ends(JobState.RETRY_WAIT, AttemptOutcome.RETRIED, next_run_at=AFTER_A_CHECK)
@@ -262,7 +265,7 @@ def succeed(
 ) -> None:
     """running → succeeded. The caller writes the job's rows in this same transaction.
 
-    `reason` and `detail` say what is missing where only a part could be analysed.
+    `reason` and `detail` say what is missing if only a part could be analysed.
 
     Raises `StaleJobError` when the job is no longer the caller's.
     """
@@ -272,7 +275,7 @@ def succeed(
     circuit_breaker.answered(session, job.source_id)
 
 
-#: Jobs of as many media objects in one statement, with the sources that have answered.
+#: Jobs of different media objects in one statement, which also clears the refusals of their sources.
 _SUCCEED_ALL = transition(
     (JobState.RUNNING,),
     JobState.SUCCEEDED,
@@ -297,8 +300,8 @@ answered AS (
 
 
 def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]) -> None:
-    """running → succeeded for jobs of as many media objects; all of them, or none: raises `StaleJobError` when one is
-    no longer the caller's. The rest as of `succeed`."""
+    """running → succeeded for jobs of different media objects; all or none: raises `StaleJobError` when one is no
+    longer the caller's. Otherwise as `succeed`."""
     for job, seen in sorted(ended, key=lambda pair: pair[0].media_object_id):
         if seen != job.observed_at:
             set_observed_at(session, job.media_object_id, seen)
@@ -326,13 +329,14 @@ def retry_later(
 def await_restore(
     session: Session, job: ClaimedJob, detail: str, *, check_seconds: float, wait_seconds: float
 ) -> JobState:
-    """running → retry_wait for an archived object that was asked for less than `wait_seconds` ago, to be tried again
-    after `check_seconds` or a little less, which counts as no failure; → quarantined for another. Returns the state."""
+    """running → retry_wait for an archived object whose restore was requested less than `wait_seconds` ago, to be tried
+    again after half to all of `check_seconds`; that counts as no failure. → quarantined for any other archived object.
+    Returns the new state."""
     asked = session.scalar(sql(_ASKED), {"media": job.media_object_id, "wait": wait_seconds})
     if asked:
         _end(session, job.ref, _AWAIT, Reason.ARCHIVED, detail, check=check_seconds)
         return JobState.RETRY_WAIT
-    late = " (it was asked for, and has not come back)" if asked is False else ""
+    late = " (its restore was requested, and has not ended in time)" if asked is False else ""
     _end(session, job.ref, _QUARANTINE, Reason.ARCHIVED, detail + late)
     return JobState.QUARANTINED
 
@@ -345,7 +349,7 @@ WHERE id = :media
 
 
 def quarantine(session: Session, job: ClaimedJob, reason: Reason, detail: str) -> None:
-    """running → quarantined after an error that another try can't mend."""
+    """running → quarantined after an error that another try can't help."""
     _end(session, job.ref, _QUARANTINE, reason, detail)
     if reason not in (*REFUSALS, Reason.OBJECT_GONE):
         circuit_breaker.answered(session, job.source_id)
@@ -362,9 +366,9 @@ def refuse(
     base: float,
     cap: float,
 ) -> JobState:
-    """The job's source denied or throttled it (`domain.REFUSALS`): count that, and move the job accordingly.
+    """The source denied or throttled the job's object (`domain.REFUSALS`): count that, and move the job.
 
-    Of a source that goes on giving other objects, a denied one is quarantined at once and a throttled one tried again
+    While the source still gives other objects, a denied object is quarantined at once and a throttled one tried again
     (`retry_later`). Once the source is paused, both wait, spread over the pause's longest wait, and count as failed
     tries. Returns the new state.
     """
@@ -397,13 +401,13 @@ def source_changed(session: Session, job: ClaimedJob, detail: str) -> None:
 
 
 def release(session: Session, job: ClaimedJob) -> None:
-    """running → pending, the attempt refunded: the worker is asked to stop and has not done this job."""
+    """running → pending without counting the attempt: the worker was asked to stop before it did this job."""
     _end(session, job.ref, _RELEASE)
 
 
 def give_back(session: Session, job: ClaimedJob, detail: str, *, check_seconds: float) -> None:
-    """running → retry_wait, the attempt refunded: this worker can't do the job, and another one may. It is sent again
-    after `check_seconds` or a little less."""
+    """running → retry_wait without counting the attempt: this worker can't do the job, but another one may. The job is
+    sent again after half to all of `check_seconds`."""
     _end(session, job.ref, _GIVE_BACK, detail=detail, check=check_seconds)
 
 
@@ -411,8 +415,9 @@ def give_back(session: Session, job: ClaimedJob, detail: str, *, check_seconds: 
 
 
 def settled_start(session: Session, job: ClaimedJob) -> ObservedAt | None:
-    """When a video's recording began, if chunks that another pipeline has planned go by that: LastModified may have
-    changed since, and a recording begins once. Of the transaction that ends the probe, behind `plan_chunks`."""
+    """When a video's recording began, if another pipeline has planned chunks with that time: LastModified may have
+    changed since then, but the start of the recording must stay the same. Call it in the transaction that ends the
+    probe, after `plan_chunks`."""
     row = session.execute(sql(_SETTLED), {"media": job.media_object_id, "pipeline": job.pipeline_id}).first()
     return None if row is None else ObservedAt(row[0], ObservedAtSource(row[1]), row[2])
 
@@ -430,10 +435,10 @@ WHERE id = :media AND observed_at IS NOT NULL
 
 
 def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: Sequence[tuple[int, int]]) -> int:
-    """Keep what a probe learned and insert the chunk jobs of its video; returns how many are new.
+    """Store the header of a probed video and insert its chunk jobs; returns how many are new.
 
-    Part of the transaction that ends the probe. A video that has a plan already keeps it, whatever its length of
-    chunks: a second one would count its frames twice.
+    Call it in the transaction that ends the probe. A video that has a plan already keeps it, whatever the length of its
+    chunks: a second plan would count frames twice.
     """
     kept = session.execute(
         update(MediaObject)
@@ -450,7 +455,7 @@ def plan_chunks(session: Session, job: ClaimedJob, info: VideoInfo, ranges_ms: S
         )
     ).first()
     if kept is None:
-        raise StaleJobError(f"what job {job.ref.id} is about was erased")
+        raise StaleJobError(f"the object of job {job.ref.id} was erased")
     return insert_chunks(
         session,
         ranges_ms,

@@ -15,14 +15,14 @@ from common.settings import get_settings
 
 
 def operator() -> str:
-    """Who gives the command: MASKWATCH_OPERATOR, or the user and host it is given on.
+    """The person who gives the command: MASKWATCH_OPERATOR, or USER@HOST of this process.
 
-    A name that people agree on, not a proof: beside it stands the database's own name for the session.
+    The name is not verified; the name of the database role is recorded beside it.
     """
     named = get_settings().operator
     if named is not None:
         if not named.strip() or not named.isprintable() or len(named) > 200:
-            raise MaskwatchError("MASKWATCH_OPERATOR is no name of 1 to 200 printable characters")
+            raise MaskwatchError("MASKWATCH_OPERATOR must be a name of 1 to 200 printable characters")
         return named
     try:
         user = getpass.getuser()
@@ -32,7 +32,7 @@ def operator() -> str:
 
 
 def record(session: Session, action: str, by: str, *, detail: str | None = None, job_ids: Sequence[int] = ()) -> int:
-    """Write an action down, with the jobs it changed; returns its id."""
+    """Record an action and the jobs that it changed; returns its id."""
     action_id = session.scalar(
         text('INSERT INTO operator_actions (action, "by", detail) VALUES (:action, :by, :detail) RETURNING id'),
         {"action": action, "by": by, "detail": detail},

@@ -1,9 +1,10 @@
-"""Sources and their pauses: a bucket that refuses everything is left alone, with a reason, until it answers again.
+"""The circuit breaker: a source (bucket) that refuses everything is paused, with a reason, until it answers again.
 
-Refusals in a row, with nothing answered in between, pause a source: its jobs wait instead of filling the quarantine. A
-paused source gets a single job now and then, as a trial, each after a longer wait; what that job meets decides.
+Refusals in a row, without a success in between, pause a source: its jobs wait instead of filling the quarantine. From
+time to time a single job of a paused source is sent as a trial, each after a longer wait. If the source answers the
+trial, the pause ends.
 
-Rows here are locked after the jobs of the same transaction, by whoever locks both.
+A transaction that locks jobs and sources locks the jobs first.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def ensure(session: Session, bucket: str) -> int:
 
 
 def refused(session: Session, source_id: int, reason: Reason, detail: str, policy: PausePolicy) -> bool:
-    """Count a refusal; returns whether the source is paused now."""
+    """Count a refusal of a source; returns whether the source is paused now."""
     return bool(
         session.scalar(
             text(
-                # The transaction's begin: what it writes itself counts as after it.
+                # now(), the begin of the transaction: what it quarantines itself counts as refused since.
                 "UPDATE sources SET refusals = refusals + 1, refusing_since = coalesce(refusing_since, now()),"
                 " reason = :reason, detail = :detail,"
                 " paused_at = CASE WHEN refusals + 1 >= :limit THEN coalesce(paused_at, clock_timestamp()) END,"
@@ -66,7 +67,7 @@ def refused(session: Session, source_id: int, reason: Reason, detail: str, polic
     )
 
 
-#: What makes a source as good as new.
+#: SQL assignments that clear a source's refusals and end its pause.
 ANSWERED = (
     "refusals = 0, refusing_since = NULL, paused_at = NULL, next_trial_at = NULL, trials = 0, reason = NULL,"
     " detail = NULL"
@@ -74,7 +75,7 @@ ANSWERED = (
 
 
 def answered(session: Session, source_id: int) -> None:
-    """The source gave an object: it refuses no longer."""
+    """The source gave an object: clear its refusals and end its pause."""
     session.execute(
         text(f"UPDATE sources SET {ANSWERED} WHERE id = :id AND refusals > 0"),
         {"id": source_id},
@@ -82,7 +83,7 @@ def answered(session: Session, source_id: int) -> None:
 
 
 def take_due_trials(session: Session, policy: PausePolicy) -> list[int]:
-    """The paused sources that may have a trial now; their next one is put off."""
+    """The paused sources whose trial is due; sets the time of their next trial."""
     rows = session.execute(
         text(
             "UPDATE sources SET trials = trials + 1, next_trial_at = clock_timestamp()"
@@ -95,7 +96,7 @@ def take_due_trials(session: Session, policy: PausePolicy) -> list[int]:
 
 
 def resume(session: Session, bucket: str) -> None:
-    """End a pause, as an operator who has put things right. Raises `MaskwatchError` if there is none."""
+    """End the pause of a source, for an operator. Raises `MaskwatchError` if it isn't paused."""
     row = session.execute(
         text(f"UPDATE sources SET {ANSWERED} WHERE bucket = :bucket AND paused_at IS NOT NULL RETURNING id"),
         {"bucket": bucket},
@@ -111,7 +112,7 @@ def list_all(session: Session) -> Sequence[Source]:
 
 
 def list_paused(session: Session) -> list[PausedSource]:
-    """The paused sources, the longest paused first."""
+    """The paused sources, the one paused for the longest time first."""
     rows = session.scalars(select(Source).where(Source.paused_at.is_not(None)).order_by(Source.paused_at, Source.id))
     return [
         PausedSource(row.bucket, row.reason or "", row.detail or "", row.paused_at, row.next_trial_at)

@@ -1,7 +1,7 @@
-"""Which pending jobs are sent, and in which order: feeds take turns, what is held up is sent anew.
+"""Which pending jobs are sent, and in which order: feeds take turns, and jobs that wait too long are sent again.
 
-A feed is what is dispatched in the order of its ids and paused together: the jobs of a source that belong to one
-backfill, or to none. How much may wait in Redis is for `producer/dispatch.py` to say, which sends the messages.
+A feed is a group of jobs that are dispatched in the order of their ids and paused together: the jobs of a source that
+belong to one backfill, or to none. `producer/dispatch.py` decides how much may wait in Redis, and sends the messages.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from common.domain import JobKind, JobRef, JobState, Lane, PausePolicy
 from common.ledger import circuit_breaker
 from common.ledger.transitions import Transition, move, transition
 
-#: The halves of the pending jobs, each with an index: literals and not parameters, so that every plan can use it.
+#: The two kinds of pending jobs, each with a partial index. Literals, not parameters, so that every plan can use it.
 #: `jobs.alone` is set for jobs that are isolated: sent in a message of their own.
 _HALVES = {False: "NOT jobs.alone", True: "jobs.alone"}
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchedJob:
-    """A job that is queued now, to be sent behind the commit."""
+    """A job that is now queued; its message is sent after the commit."""
 
     ref: JobRef
     kind: JobKind
@@ -41,8 +41,8 @@ class Feed:
     backfill_id: int
 
 
-#: The feeds of each lane that have pending jobs, found by one look into the index for each: a statement that went
-#: through all sources and backfills would read 100,000 finished ones to find the three that have work.
+#: The feeds of each lane that have pending jobs, found with one index look-up per feed: a statement over all sources
+#: and backfills would read 100,000 finished ones to find the three that have work.
 FEEDS = """
 WITH RECURSIVE feeds AS (
     (SELECT source_id, coalesce(backfill_id, 0) AS backfill_id, lane
@@ -75,8 +75,8 @@ _SENDABLE_FEEDS = {isolated: FEEDS.format(half=half) + _SENDABLE for isolated, h
 
 
 def feeds_with_work(session: Session, *, isolated: bool = False) -> dict[Lane, list[Feed]]:
-    """The feeds of each lane that have jobs to be sent, and are not paused. `isolated` selects the jobs that are sent
-    in a message of their own."""
+    """The feeds of each lane that have pending jobs and are not paused. `isolated`: count only isolated jobs, or only
+    the others."""
     found: dict[Lane, list[Feed]] = {lane: [] for lane in Lane}
     for row in session.execute(sql(_SENDABLE_FEEDS[isolated])):
         found[Lane(row.lane)].append(Feed(row.source_id, row.backfill_id))
@@ -85,8 +85,8 @@ def feeds_with_work(session: Session, *, isolated: bool = False) -> dict[Lane, l
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """How jobs are put into Redis. `lane`: whose list their messages go to. `epoch`: of this Redis. `message_size`:
-    how many images fill a message; a job of a video fills one by itself."""
+    """How jobs are put into Redis. `lane`: its list receives the messages. `epoch`: of this Redis. `message_size`:
+    how many images fill a message; a video job always has a message of its own."""
 
     lane: Lane
     epoch: str
@@ -103,12 +103,13 @@ def take_pending(
     isolated: bool = False,
     from_list: Lane | None = None,
 ) -> list[DispatchedJob]:
-    """pending → queued for at most `limit` images of a lane; a job of a video counts as a whole message of them.
-    Publish only after the commit. The jobs come in the order in which they should be sent: the feeds take turns, a
-    message each. Where there is no room for a message of each, the first feeds get one.
+    """pending → queued for at most `limit` images of a lane; a video job counts as a whole message of images.
+
+    Publish only after the commit. The jobs are in the order in which they should be sent: the feeds take turns, a
+    message each. If there is no room for a message of each feed, the first feeds get one.
 
     `from_list` also takes jobs whose message still waits in that lane's list, and gives them a new token: the old
-    message is dropped when a worker reads it. They are sent before what is pending of their feed.
+    message is dropped when a worker reads it. They are sent before the pending jobs of their feed.
 
     SKIP LOCKED: two dispatchers share the work instead of waiting for each other.
     """
@@ -124,7 +125,7 @@ def take_pending(
         for feed, found in by_feed.items():
             taken.setdefault(feed, []).extend(found)
         left -= _weigh(rows, to.message_size)
-        # The others had less than their share: what they left is for those that have more.
+        # Some feeds had less work than their share: give the rest to feeds that have more.
         full = share - to.message_size
         waiting = [feed for feed in waiting if _weigh(by_feed[feed], to.message_size) > full] if rows else []
     return [_dispatched(row) for row in _in_turns(list(taken.values()), to.message_size)]
@@ -143,7 +144,7 @@ def _weigh(rows: Iterable[Any], message_size: int) -> int:
 
 
 def _in_turns(feeds: Sequence[Sequence[Any]], message_size: int) -> Iterator[Any]:
-    """The jobs of all feeds, a message of each in turn; within a feed by their ids."""
+    """The jobs of all feeds, one message of each feed in turn; within a feed in the order of their ids."""
     messages: list[tuple[int, int, Any]] = []
     for number, rows in enumerate(feeds):
         filled = 0
@@ -154,8 +155,9 @@ def _in_turns(feeds: Sequence[Sequence[Any]], message_size: int) -> Iterator[Any
 
 
 def _taking(half: str) -> Transition:
-    """Feed by feed, as many as fit its share. What is chosen is locked by its keys, so that no more rows are locked
-    than are sent; an array of keys is read by the primary key, however many Postgres expects there to be."""
+    """The statement that takes from each feed as many jobs as fit its share. It locks the chosen jobs by their ids, so
+    that no more rows are locked than are sent; Postgres reads an array of ids by the primary key, whatever its estimate
+    of their number."""
     return transition(
         (JobState.PENDING, JobState.QUEUED),
         JobState.QUEUED,
@@ -228,7 +230,7 @@ def _take(
 
 
 def take_trials(session: Session, *, epoch: str, policy: PausePolicy) -> list[DispatchedJob]:
-    """pending → queued for one job of each paused source whose trial is due; each is sent in a message of its own, in
+    """pending → queued for one job of each paused source whose trial is due; each is sent in a message of its own, to
     the live lane's list."""
     taken: list[DispatchedJob] = []
     for source_id in circuit_breaker.take_due_trials(session, policy):
@@ -253,8 +255,8 @@ _TAKE_TRIAL = transition(
 
 
 def recall(session: Session, *, lane: Lane, epoch: str) -> int:
-    """queued → pending for all jobs that wait in their own lane's list, but those in a message of their own: to be sent
-    again in another order. Their messages are dropped when a worker reads them."""
+    """queued → pending for all jobs that wait in their own lane's list, except isolated ones: they are sent again in
+    another order. Their old messages are dropped when a worker reads them."""
     return len(move(session, _RECALL, {"lane": lane, "epoch": epoch}))
 
 
@@ -271,17 +273,16 @@ _RECALL = transition(
 
 @dataclass(frozen=True, slots=True)
 class SentFeed:
-    """What waits of a feed in the list of its own lane, by the ledger."""
+    """How much of a feed waits in the list of its own lane, by the ledger."""
 
-    #: Filled ones; less than one where a few images wait.
+    #: Number of full messages; less than one if only a few images wait.
     messages: float
-    #: How long the first of them has waited.
+    #: How long the oldest of these jobs has waited.
     oldest_seconds: float
 
 
 def sent_feeds(session: Session, *, epoch: str, message_size: int) -> dict[Lane, dict[Feed, SentFeed]]:
-    """What waits in each lane's list of the feeds that are not paused, without jobs that are sent in a message of their
-    own."""
+    """How much of each feed waits in each lane's list; without paused feeds and isolated jobs."""
     found: dict[Lane, dict[Feed, SentFeed]] = {lane: {} for lane in Lane}
     for row in session.execute(sql(_SENT_FEEDS), {"epoch": epoch, "message_size": message_size}):
         waits = SentFeed(float(row.images) / message_size, row.oldest_seconds)
@@ -303,11 +304,11 @@ GROUP BY 1, 2, 3
 
 
 def wake_retries(session: Session, *, limit: int) -> int:
-    """retry_wait → pending for at most `limit` jobs that are due, the longest due first."""
+    """retry_wait → pending for at most `limit` due jobs, the longest overdue first."""
     return len(move(session, _WAKE, {"limit": limit}))
 
 
-#: Chosen by the index of what is due, then locked in the order that all lock in.
+#: Due jobs are chosen by their index, then locked in the order that all transactions use.
 _WAKE = transition(
     (JobState.RETRY_WAIT,),
     JobState.PENDING,

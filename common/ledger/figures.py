@@ -1,4 +1,4 @@
-"""What the ledger says of itself: counts, progress, what waits. Reads only."""
+"""Figures about the ledger: counts, progress, waiting jobs. Reads only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ACTIVE = ", ".join(f"'{state}'" for state in ACTIVE_STATES)
 
 
 def counts_by_state(session: Session, backfill_id: int | None = None) -> dict[JobState, int]:
-    """How many jobs stand in each state; of one backfill or of all."""
+    """How many jobs are in each state; of one backfill or of all."""
     query = select(Job.state, func.count()).group_by(Job.state)
     if backfill_id is not None:
         query = query.where(Job.backfill_id == backfill_id)
@@ -45,8 +45,8 @@ WHERE m.revision = known.etag
 
 
 def known_keys(session: Session, planned: Sequence[PlannedObject], pipeline_id: int | None) -> set[str]:
-    """Those of the planned objects of one bucket that this pipeline has been given already, as they are now, and that a
-    backfill would leave as they are."""
+    """The keys of those planned objects of one bucket that have a job of this pipeline for their present ETag, and that
+    a backfill would leave as they are."""
     if not planned or pipeline_id is None:
         return set()
     of_bucket = {
@@ -66,22 +66,21 @@ WHERE jobs.backfill_id = :id AND jobs.kind <> 'chunk' AND m.bucket <> :files
 
 
 def same_bytes(session: Session, backfill_id: int) -> int:
-    """How many of a backfill's objects in buckets hold the same as another of them, by ETag and size. (Two uploads of
-    the same in parts of another size have other ETags, and are not found.)"""
+    """How many of a backfill's objects in buckets are copies of another one, by ETag and size. (Copies uploaded in
+    parts of another size have other ETags, and are not found.)"""
     return int(session.scalar(sql(_SAME_BYTES), {"id": backfill_id, "files": FILE_BUCKET}) or 0)
 
 
 def any_active(session: Session, location: str | None = None, *, backfill_id: int | None = None) -> bool:
-    """Whether a job of a backfill, of a location, or any, has something left to do. Quick, however large the ledger
-    is."""
-    # State by state, because each has its partial index; in one statement, because a job moves between them.
+    """Whether any job is active; of a backfill, of a location, or of all. Fast, however large the ledger is."""
+    # State by state, because each has its partial index; in one statement, because jobs move between states.
     where, parameters = _of(location, backfill_id)
     query = " OR ".join(f"EXISTS (SELECT FROM jobs WHERE state = '{state}'{where})" for state in ACTIVE_STATES)
     return bool(session.scalar(text(f"SELECT {query}"), parameters))
 
 
 def _of(location: str | None, backfill_id: int | None) -> tuple[str, dict[str, Any]]:
-    """A condition on the jobs of a backfill, of a location, or on none, and its parameters."""
+    """A condition for the jobs of a backfill or of a location, or no condition; and its parameters."""
     if backfill_id is not None:
         return " AND backfill_id = :backfill", {"backfill": backfill_id}
     if location is not None:
@@ -103,16 +102,16 @@ class Progress:
     """How far the work on some footage is."""
 
     objects: int
-    #: Of which every job has ended, well or not.
+    #: Objects all of whose jobs have ended, with success or without.
     objects_ended: int
     jobs_active: int
     jobs_ended: int
-    #: Of videos, as far as they were probed.
+    #: Length of the videos that were probed.
     footage_seconds: float
     footage_ended_seconds: float
 
 
-#: The last chunk is planned as long as the others.
+#: The last chunk of a video is planned as long as the others, so its range is cut at the video's end here.
 _PROGRESS = f"""
 SELECT count(*), count(*) FILTER (WHERE NOT is_active), coalesce(sum(active), 0), coalesce(sum(ended), 0),
        coalesce(sum(footage), 0) / 1000, coalesce(sum(footage_ended), 0) / 1000
@@ -135,14 +134,14 @@ FROM (
 
 
 def progress(session: Session, location: str | None = None, *, backfill_id: int | None = None) -> Progress:
-    """How far the work on a backfill, on a location, or on all is. Reads all of its jobs."""
+    """How far the work is; on a backfill, on a location, or on all footage. Reads all of its jobs."""
     where, parameters = _of(location, backfill_id)
     row = session.execute(sql(_PROGRESS.format(where=where)), parameters).one()
     return Progress(*map(int, row[:4]), *map(float, row[4:]))
 
 
 def unsummarized(session: Session, location: str | None = None) -> int:
-    """How many dirty marks of a location, or of all, wait for the aggregator."""
+    """How many dirty marks wait for the aggregator; of a location or of all."""
     query = select(func.count()).select_from(DirtyMark)
     if location is not None:
         query = query.join(Location, Location.id == DirtyMark.location_id).where(Location.name == location)
@@ -158,32 +157,32 @@ LIMIT 1
 
 
 def summary_lag(session: Session) -> float:
-    """Seconds since the oldest mark that waits for the aggregator was made; 0 where none waits."""
+    """Age of the oldest dirty mark that waits for the aggregator, in seconds; 0 if none waits."""
     return float(session.scalar(sql(_LAG)) or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Jobs of one state, lane, source and backfill that somebody has to do something about."""
+    """How many jobs of one state and lane there are; pending ones by feed."""
 
     state: JobState
     lane: Lane
-    #: Pending, and not to be sent: its source or backfill is paused.
+    #: Whether they are pending but not sent, because their source or backfill is paused.
     held: bool
-    #: At most the limit that was asked for.
+    #: How many, at most the `limit` of `waiting`.
     jobs: int
-    #: Of the oldest pending one; else 0.
+    #: Age of the oldest pending job in seconds; 0 for other states.
     oldest_seconds: float
 
 
 def waiting(session: Session, *, limit: int) -> list[Waiting]:
-    """How much is to be done, for metrics: counted by the partial indexes, `limit` at most of each kind, so that it
-    is quick however large the ledger is."""
+    """How many jobs wait, for metrics. Counts with the partial indexes, at most `limit` of each kind, so that it is
+    fast however large the ledger is."""
     rows = session.execute(sql(_WAITING), {"limit": limit})
     return [Waiting(JobState(row.state), Lane(row.lane), row.held, row.jobs, float(row.oldest or 0.0)) for row in rows]
 
 
-#: As dispatch takes them: feed by feed, by their index.
+#: The pending jobs of a feed, found by the index that dispatch uses.
 _OF_FEED = """
             FROM jobs
             WHERE source_id = known.source_id AND coalesce(backfill_id, 0) = known.backfill_id
@@ -228,7 +227,7 @@ GROUP BY lane{_OF_STATES}
 
 
 def get_job(session: Session, job_id: int) -> Job:
-    """Raises `MaskwatchError` where there is none of that number."""
+    """Raises `MaskwatchError` if there is no job of that number."""
     job = session.get(Job, job_id)
     if job is None:
         raise MaskwatchError(f"there is no job {job_id}; list them: maskwatch jobs list")

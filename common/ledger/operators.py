@@ -1,4 +1,4 @@
-"""What a person does to jobs: retry, cancel, rerun, restore from an archive, erase. Recorded with who did it."""
+"""What an operator does to jobs: retry, cancel, rerun, restore from an archive, erase. Recorded with the operator."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _RETRY_THESE = transition(
 
 
 def retry(session: Session, job_ids: Sequence[int] | None = None, *, by: str) -> list[int]:
-    """quarantined → pending, counters reset, for these jobs or for all; returns the ids that moved. Named ones are
-    also taken back that an operator had cancelled.
+    """quarantined → pending, counters reset, for these jobs or for all; returns the ids that moved. If jobs are named,
+    those that an operator has cancelled are retried, too.
 
-    Not those that no pattern could place in time (without one they would count under their upload time), and not
-    what was seen in purged time. `by` is recorded.
+    Not retried: jobs whose object no pattern could place in time (they would count under their upload time), and jobs
+    of footage from purged time. `by` is recorded.
     """
     hopeless = list(HOPELESS)
     if job_ids is None:
@@ -56,8 +56,8 @@ def retry(session: Session, job_ids: Sequence[int] | None = None, *, by: str) ->
 
 
 def _cancelling(which: str) -> Transition:
-    """Chosen in whatever order they are found in: to sort all that is left for each batch would make the whole grow
-    with the square of their number."""
+    """The statement that cancels a batch. Jobs are chosen without an order: sorting all remaining jobs for each batch
+    would make the total time grow with the square of their number."""
     active = ", ".join(f"'{state}'" for state in ACTIVE_STATES)
     return transition(
         ACTIVE_STATES,
@@ -85,7 +85,7 @@ _CANCEL_BACKFILL = _cancelling("backfill_id = :id")
 def cancel(session: Session, job_ids: Sequence[int], *, by: str) -> list[int]:
     """active → cancelled for these jobs; returns the ids that moved. `by` is recorded.
 
-    A worker that is at one of them goes on until it asks for its lease or wants to commit, and is refused.
+    A worker that runs one of them goes on until it renews its lease or commits, and is then refused.
     """
     chosen = {"ids": list(job_ids), "limit": None, "reason": Reason.CANCELLED_BY_OPERATOR.value, "detail": f"by {by}"}
     return _recorded(session, "cancel", by, move(session, _CANCEL, chosen))
@@ -116,15 +116,15 @@ _RERUN = transition(
     sets=ANEW,
 )
 
-#: Job ids that are a parameter.
+#: A query for the job ids in the parameter `ids`.
 THESE_JOBS = "SELECT unnest(CAST(:ids AS bigint[]))"
 
 
 def rerun(session: Session, job_ids: Sequence[int], *, by: str) -> list[int]:
-    """succeeded → pending for these images and chunks; what they had written is deleted, and its hours marked, in
-    the same transaction. Returns the ids that moved. `by` is recorded.
+    """succeeded → pending for these images and chunks; their rows are deleted, and the hours of the rows marked, in the
+    same transaction. Returns the ids that moved. `by` is recorded.
 
-    Not probes (a video keeps its plan), and not what counted in purged hours (it could not be stored again).
+    Not probes (a video keeps its plan), and not jobs that count in purged hours (their rows could not be stored again).
     """
     session.execute(sql(_LOCK_MEDIA), {"ids": list(job_ids)})
     moved = _recorded(session, "rerun", by, move(session, _RERUN, {"ids": list(job_ids)}))
@@ -166,7 +166,7 @@ _AWAIT_RESTORE = transition(
 
 
 def restore_requested(session: Session, bucket: str, keys: Sequence[str], *, check_seconds: float) -> int:
-    """quarantined → retry_wait for archived objects that S3 was asked to restore; returns how many jobs wait now."""
+    """quarantined → retry_wait for archived objects that S3 was asked to restore; returns how many jobs moved."""
     asked = {"bucket": bucket, "keys": list(keys)}
     session.execute(sql(_RESTORE_REQUESTED), asked)
     return len(move(session, _AWAIT_RESTORE, {**asked, "check": check_seconds}))
@@ -184,10 +184,10 @@ WHERE b.id = p.backfill_id AND s.bucket = :bucket AND :key IN (begins_after, end
 
 
 def erase(session: Session, bucket: str, key: str, *, by: str) -> int:
-    """Remove everything that came from an object, in all its versions: faces, counts, jobs and their story, and the
-    object itself, which stays out from now on. Marks the hours it counted in. Returns how many versions there were.
+    """Remove an object with everything that came from it, in all its versions: faces, counts, jobs and their attempts.
+    It is never registered again. Marks the hours that it counted in. Returns how many versions there were.
 
-    What remains is a hash of its URI, and the sums of purged hours, which can't be made without it any more.
+    A hash of its URI remains, and its share in the sums of purged hours, which can't be computed again.
     """
     keep_from_registering(session)
     media_ids = session.scalars(
@@ -197,7 +197,7 @@ def erase(session: Session, bucket: str, key: str, *, by: str) -> int:
         .with_for_update()
     ).all()
     parameters = {"ids": list(media_ids)}
-    # A worker that is about to commit one of them waits here, finds it gone, and is refused.
+    # A worker that is about to commit one of these jobs waits for this lock, finds the job gone, and is refused.
     session.execute(sql(f"{OF_MEDIA} ORDER BY id FOR UPDATE"), parameters)
     delete_rows(session, OF_MEDIA, parameters, keep_purged=False)
     session.execute(text("DELETE FROM jobs WHERE media_object_id = ANY(:ids)"), parameters)

@@ -1,4 +1,4 @@
-"""Where and when an object is counted, put right after the fact: what was written moves with it."""
+"""Corrects the place and time at which an object is counted: the rows of its jobs move with it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from common.ledger.withdrawal import delete_rows, withdraw
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """When an object is counted from now on, and what became of it if that can't be said."""
+    """The time at which an object counts from now on, or the reason why there is none."""
 
     media_object_id: int
-    #: None while it is not known.
+    #: None while the time is not known.
     seen: ObservedAt | None
-    #: By how much its rows move.
+    #: How far its rows move in time.
     shift: timedelta
-    #: Why it can't be counted.
+    #: Why the object can't be counted.
     reason: Reason | None = None
     detail: str | None = None
 
 
-#: `Placement`s as rows.
+#: The placements, as rows.
 _PLACEMENTS = """
     json_to_recordset(CAST(:rows AS json)) AS placed (
         id bigint, at timestamptz, source text, ambiguous boolean, shift bigint, reason text, detail text
@@ -54,7 +54,7 @@ FROM frame_counts
 WHERE job_id IN ({_OF_MEDIA}) AND hour >= {PURGED_BEFORE_SQL}
 """
 
-#: A worker that is at one of them is refused.
+#: Changes the token, so that a worker that runs one of these jobs is refused.
 _STOP = transition(
     (JobState.QUEUED, JobState.RUNNING),
     JobState.PENDING,
@@ -66,7 +66,7 @@ _STOP = transition(
     attempt=Attempt(AttemptOutcome.RELEASED, detail=":detail"),
 )
 
-#: What was withdrawn because its time is not known any more.
+#: Jobs that were withdrawn because the time of their object is not known any more.
 _LOSE_PLACE = transition(
     (JobState.CANCELLED,),
     JobState.QUARANTINED,
@@ -112,12 +112,11 @@ WHERE m.id = placed.id
 
 
 def correct(session: Session, placements: Sequence[Placement], location: Location, *, detail: str) -> list[int]:
-    """Count these media objects at a location, and at other times; returns the jobs that are to be done again.
+    """Count these media objects at another location or time; returns the ids of the jobs that start again.
 
-    What was written moves with them, and the hours that it leaves and comes to are marked. Chunks that would be torn
-    between hours, or would reach into purged time, start over. What counts in purged hours stays. A worker that is at
-    one of the objects is refused. Of the transaction that changes the location or the camera, and has locked the
-    footage (`lock_footage`).
+    The rows of their jobs move with them, and the hours before and after are marked. Chunks that would be split between
+    hours, or would reach into purged time, start again. Rows in purged hours stay. A worker that runs one of the jobs
+    is refused. Call it in the transaction that changes the location or the camera, after `lock_footage`.
     """
     rows = {
         "rows": json.dumps([_placement_row(item) for item in placements]),
@@ -139,8 +138,8 @@ def correct(session: Session, placements: Sequence[Placement], location: Locatio
 
 
 def lock_footage(session: Session, *, location_id: int | None = None, camera_id: int | None = None) -> None:
-    """Lock everything of a location or a camera, in the order that all lock in: nobody ends, plans or replaces any of
-    it until this transaction ends. After `keep_from_registering`."""
+    """Lock all media objects and jobs of a location or a camera, in the order that all transactions use: until this
+    transaction ends, no other one ends, plans or replaces any of them. Call it after `keep_from_registering`."""
     chosen, parameters = (
         ("location_id = :id", {"id": location_id}) if camera_id is None else ("camera_id = :id", {"id": camera_id})
     )
@@ -161,7 +160,7 @@ def _placement_row(item: Placement) -> dict[str, Any]:
     return row
 
 
-#: An hour of a chunk's counts would be torn, or purged time is concerned, in which frames are left out.
+#: Whether an hour of a chunk's counts would be split between hours, or would move into purged time.
 _TORN = f"""EXISTS (
           SELECT
           FROM frame_counts c
@@ -170,8 +169,8 @@ _TORN = f"""EXISTS (
                  OR c.hour + moved_by < {PURGED_BEFORE_SQL})
       )"""
 
-#: What could not be placed in time and now can, and chunks whose counts can't move. A pipeline that wants the key's
-#: time gets its turn when that is what is known now.
+#: Jobs whose object could not be placed in time and now can, and chunks whose counts can't move. A job that was
+#: quarantined for the key's time starts again only if the new time is the key's.
 _COUNT_AGAIN = transition(
     (JobState.QUARANTINED, JobState.SUCCEEDED),
     JobState.PENDING,

@@ -1,4 +1,4 @@
-"""What got lost is found: jobs of processes that died, leases that ran out, messages that never arrive."""
+"""Recovers lost jobs: those of processes that died, those whose lease ran out, those whose message never arrives."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from common.ledger.transitions import SAID, Attempt, Transition, Unless, move, t
 
 
 def _loses(condition: str, counter: str, by: str, outcome: AttemptOutcome) -> Transition:
-    """running → pending, or → quarantined once the counter reaches its limit. Which of them was to blame is not known:
-    each is isolated from now on."""
+    """running → pending, or → quarantined once the counter reaches its limit. Any of the jobs may be the cause, so each
+    is isolated from now on."""
     return transition(
         (JobState.RUNNING,),
         JobState.PENDING,
@@ -27,7 +27,7 @@ def _loses(condition: str, counter: str, by: str, outcome: AttemptOutcome) -> Tr
     )
 
 
-#: A job is only blamed for a crash that happened while it ran alone.
+#: A crash counts against a job only if the job was isolated, or was the only one that ran.
 _CRASH = _loses(
     "jobs.worker LIKE :worker",
     "crashes",
@@ -41,16 +41,16 @@ _EXPIRE = _loses("jobs.lease_until < clock_timestamp()", "lost_leases", "1", Att
 def report_crash(session: Session, worker: str, *, max_crashes: int) -> int:
     """The process that ran these jobs died: running → pending, or → quarantined.
 
-    `worker` is a LIKE pattern of `jobs.worker`. A job is only blamed for a crash that happened while it ran
-    alone; from its first crash on it is isolated.
+    `worker` is a LIKE pattern for `jobs.worker`. A crash counts against a job only if no other job ran beside it; from
+    its first crash on a job is isolated.
     """
     said = {"reason": Reason.CRASHED.value, "detail": "the worker process died while it ran this job"}
     return len(move(session, _CRASH, {"worker": worker, "limit": max_crashes, **said}))
 
 
 def recover_expired(session: Session, *, max_lost_leases: int) -> int:
-    """running → pending for jobs whose lease ran out, whatever the cause; → quarantined when that happened
-    `max_lost_leases` times."""
+    """running → pending for jobs whose lease ran out, whatever the cause; → quarantined at the `max_lost_leases`-th
+    time."""
     said = {"reason": Reason.LEASE_EXPIRED.value, "detail": "the worker stopped renewing its lease"}
     return len(move(session, _EXPIRE, {"limit": max_lost_leases, **said}))
 
@@ -58,9 +58,9 @@ def recover_expired(session: Session, *, max_lost_leases: int) -> int:
 def recover_queued(
     session: Session, *, epoch: str, overdue_seconds: float, empty_lanes: Collection[Lane], lost_seconds: float
 ) -> int:
-    """queued → pending for jobs whose message is lost: sent to a Redis that was wiped since (another epoch), overdue
-    although the list that it was put into is empty, or older than any message should get. (A message that was only slow
-    is then dropped when it is read.)"""
+    """queued → pending for jobs whose message is lost: it was sent to a Redis that was wiped since (another epoch), or
+    it is overdue although its list is empty, or it is older than any message should get. (If the message was only
+    late, it is dropped when it is read.)"""
     lost = {"epoch": epoch, "empty": list(empty_lanes), "overdue": overdue_seconds, "lost": lost_seconds}
     return len(move(session, _RECOVER, lost))
 
@@ -79,12 +79,12 @@ _RECOVER = transition(
 
 
 def recover_refused(session: Session, *, policy: PausePolicy, max_attempts: int) -> int:
-    """quarantined → retry_wait for what a source refused before it was found to refuse everything."""
+    """quarantined → retry_wait for jobs that a paused source refused before it was paused."""
     refused = {"refusals": list(REFUSALS), "cap": policy.cap_seconds, "max": max_attempts}
     return len(move(session, _REFUSED, refused))
 
 
-#: Those that ran out of tries are not among them: they were refused in earlier pauses, too.
+#: Not jobs that have used up their tries: they were refused in earlier pauses, too.
 _REFUSED = transition(
     (JobState.QUARANTINED,),
     JobState.RETRY_WAIT,

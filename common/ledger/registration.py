@@ -1,5 +1,5 @@
-"""What is found in a bucket goes into the ledger: one media object and one job each; of a video its probe, then the
-chunks that the probe plans. Once, whoever registers it how often; and a newer version takes the place of the older."""
+"""Registers objects in the ledger: one media object and one job each; for a video first a probe, then the chunks that
+the probe plans. Registering an object again changes nothing; a newer version of a key replaces the older one."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from common.ledger.withdrawal import PLANNED, withdraw
 from common.planning import PlannedObject
 from common.storage.store import FILE_BUCKET
 
-#: How much of an error's text is kept.
+#: Most characters of a detail that are kept.
 DETAIL_LIMIT = 2000
 
-#: Reasons of objects whose time is unknown: only a pattern that fits can help them.
+#: Reasons of objects whose time is unknown: only a fitting time pattern helps.
 UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME, Reason.FUTURE_TIME)
 
-#: Reasons that no retry helps against.
+#: Reasons against which no retry helps.
 HOPELESS = (*UNPLACED, Reason.PURGED)
 
-#: Held by transactions that register objects (shared), and that erase some or correct where and when they are counted.
+#: Held (shared) by transactions that register objects, and (alone) by those that erase objects or correct their place
+#: and time.
 _REGISTRATION_LOCK = 0x6D77_6572
 
 
 @dataclass(slots=True)
 class Registered:
-    """What became of a batch of planned objects."""
+    """The outcomes of a batch of planned objects."""
 
     new: int = 0
     known: int = 0
@@ -47,7 +48,7 @@ class Registered:
     #: Known objects that belong to another location or camera; they stay there.
     elsewhere: int = 0
     first_elsewhere: str | None = None
-    #: Objects that somebody has erased: they stay out.
+    #: Objects that were erased: they are not registered.
     erased: int = 0
 
 
@@ -62,18 +63,17 @@ def register(
     backfill_id: int | None = None,
     newest: bool = False,
 ) -> Registered:
-    """Put planned objects of one bucket into the ledger: one media object and one job each, of a video its probe.
+    """Put planned objects of one bucket into the ledger: one media object and one job each (a probe for a video).
 
-    Whatever is known already stays as it is, so registering twice changes nothing. A newer version of a key
-    takes the place of the older one: its jobs are cancelled, its rows deleted, its hours marked. Bytes that
-    come back after another version are analysed again. An object that an earlier pattern could not place in
-    time gets its second chance when the new one can. What was erased stays out; what was seen in purged time is
-    quarantined.
+    Known objects stay as they are, so registering twice changes nothing. A newer version of a key replaces the older
+    one: the older one's jobs are cancelled, their rows deleted, and the hours of the rows marked. Bytes that come back
+    after another version are analysed again. An object that an earlier pattern could not place in time is analysed if
+    the new pattern can. Erased objects are not registered; objects from purged time are quarantined.
 
-    `newest` says that the objects were just looked at, whatever their times say; without it a version that was
-    modified before the current one is taken for a listing that another producer has overtaken.
+    `newest` says that the objects were read just now, whatever their modification times. Without it, a version that was
+    modified before the current one is taken for the result of an older listing, and ignored.
 
-    Raises `MaskwatchError` if the location's zone, or the camera's place, is no longer what they were planned with.
+    Raises `MaskwatchError` if the location's zone or the camera's location was corrected since they were planned.
     """
     result = Registered()
     if not planned:
@@ -85,7 +85,7 @@ def register(
     if not by_key:
         return result
     source_id = circuit_breaker.ensure(session, bucket)
-    # The time of a local file is whatever its writer set, so it tells nothing of the order.
+    # The modification time of a local file can be set freely, so it doesn't tell which version is newer.
     newest = newest or bucket == FILE_BUCKET
     rows = {
         "rows": _planned_rows(by_key.values(), purged_before(session)),
@@ -118,7 +118,7 @@ def register(
 def _register_known(
     session: Session, known: dict[str, PlannedObject], rows: dict[str, Any], result: Registered
 ) -> None:
-    """What is known gets a job of this pipeline if it has none, and its turn if it was taken back."""
+    """Give known objects a job of this pipeline if they have none, and restart jobs that `_take_back` may restart."""
     others = session.execute(sql(_ELSEWHERE), {**rows, "known": known_rows(known)}).scalars().all()
     result.elsewhere = len(others)
     result.first_elsewhere = f"{rows['bucket']}/{others[0]}" if others else None
@@ -128,7 +128,7 @@ def _register_known(
 
 
 class _OvertakenError(Exception):
-    """Another transaction has registered a key since we locked the versions that were there."""
+    """Another transaction has registered one of the keys since we locked the current versions."""
 
 
 def _put(
@@ -140,16 +140,16 @@ def _put(
     *,
     newest: bool,
 ) -> dict[str, str]:
-    """Put in what is new, in place of what it replaces; returns the state of the first job of each key that is new.
+    """Insert new objects and withdraw those that they replace; returns the state of the first job of each new key.
 
-    Raises `_OvertakenError`, to be begun anew from a savepoint: to lock another transaction's rows now, behind our own
-    inserts that it may wait for, would close a circle.
+    Raises `_OvertakenError`: then roll back to the savepoint and call it again. Locking another transaction's rows now,
+    after our own inserts, could deadlock, because that transaction may wait for our inserts.
     """
     locked, older = _lock_older(session, bucket, by_key, newest=newest)
     revived = 0
     if older:
         _supersede(session, older)
-        # Only a key that has just lost its current version can get an earlier one back.
+        # Only for a key whose current version was just replaced can an earlier version come back.
         revived = len({row.media_object_id for row in move(session, _REVIVE, rows)})
     inserted: dict[str, str] = {row.key: row.state for row in session.execute(sql(_INSERT), rows)}
     # Inserted by a concurrent transaction after we took our locks: our insert may have had to wait for it.
@@ -160,8 +160,8 @@ def _put(
     return inserted
 
 
-#: What is planned, as rows; `_planned_rows` fills it. In one document, because an array per column takes psycopg longer
-#: than all the rest of a registration.
+#: The planned objects, as rows; `_planned_rows` makes the parameter. One JSON document, because an array per column
+#: takes psycopg longer than all the rest of a registration.
 _PLANNED_ROWS = """
     json_to_recordset(CAST(:rows AS json)) AS planned (
         key text, etag text, size_bytes bigint, last_modified timestamptz, storage_class text, kind text,
@@ -176,8 +176,9 @@ _FIRST_JOB_OF_MEDIA = """
            CASE WHEN planned.reason IS NULL THEN 'pending' ELSE 'quarantined' END, planned.reason, planned.detail,
            CASE WHEN planned.reason IS NOT NULL THEN clock_timestamp() END"""
 
-#: What is new, with the first job of each: what it is, and why it can't be done, if so. In one statement, because to
-#: find the rows of the one in the next takes a fifth of the time. Whoever registers the same keys waits in one order.
+#: Inserts new media objects, each with its first job, or with the reason why it can't be done. One statement, because
+#: finding the new rows in a second one takes a fifth of the time. Sorted by key, so that transactions that register the
+#: same keys wait for each other in one order.
 _INSERT = f"""
 WITH planned AS MATERIALIZED (
     SELECT *
@@ -204,7 +205,7 @@ FROM m
 JOIN made ON made.media_object_id = m.id
 """
 
-#: The first job of what is known, for a pipeline that has not been given it.
+#: Inserts the first job of known objects, for a pipeline that has none for them.
 _INSERT_JOBS = f"""
 INSERT INTO jobs {_JOB_COLUMNS}
 {_FIRST_JOB_OF_MEDIA}
@@ -220,8 +221,8 @@ ON CONFLICT DO NOTHING
 RETURNING state
 """
 
-#: Keys, the ETags that they are planned with, and the current media object of each; `known_rows` fills it. Object by
-#: object (LIMIT makes it so): a join reads all of the bucket, as long as Postgres has not noticed how much lies in it.
+#: Keys, the ETags that they are planned with, and the current media object of each; `known_rows` makes the parameter.
+#: LIMIT makes Postgres look up each object by itself: a join reads the whole bucket until Postgres has statistics.
 KNOWN = """
     json_each_text(CAST(:known AS json)) AS known (key, etag)
     CROSS JOIN LATERAL (
@@ -278,7 +279,7 @@ _FIRST_JOB = {MediaKind.IMAGE: JobKind.IMAGE, MediaKind.VIDEO: JobKind.PROBE}
 
 
 def _refused(item: PlannedObject, purged: datetime | None) -> tuple[Reason | None, str | None]:
-    """Why an object can't be analysed, if so."""
+    """The reason and detail why an object can't be analysed; None and None if it can."""
     seen = item.observed_at
     if item.reason not in UNPLACED and purged is not None and seen is not None and seen.instant < purged:
         return Reason.PURGED, f"{item.info.uri}: {purged_detail(seen.instant, purged)}"
@@ -286,7 +287,7 @@ def _refused(item: PlannedObject, purged: datetime | None) -> tuple[Reason | Non
 
 
 def purged_detail(seen_at: datetime, purged: datetime) -> str:
-    """Why footage of purged time is refused."""
+    """The detail of a job that is refused because its footage is from purged time."""
     return f"seen at {seen_at:%Y-%m-%d %H:%M:%S} UTC, and everything before {purged:%Y-%m-%d} was purged"
 
 
@@ -296,7 +297,7 @@ def storable(detail: str | None) -> str | None:
 
 
 def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[PlannedObject]:
-    """Those that nobody has erased."""
+    """The planned objects without those that were erased."""
     if not session.scalar(text("SELECT EXISTS (SELECT FROM erased_objects)")):
         return list(planned)
     by_hash = {uri_hash(item.info.uri): item for item in planned}
@@ -308,25 +309,25 @@ def _not_erased(session: Session, planned: Sequence[PlannedObject]) -> list[Plan
 
 
 def uri_hash(uri: str) -> bytes:
-    """What is kept of an erased object, so that it stays out."""
+    """The hash that is kept of an erased object's URI, so that the object is not registered again."""
     return hashlib.sha256(uri.encode()).digest()
 
 
 def keep_from_erasing(session: Session) -> None:
-    """Of a transaction that registers media objects, before it locks any: an erasure or a correction waits for it, or
-    it waits for them and then sees what they did."""
+    """Call it in a transaction that registers media objects, before it locks any. An erasure or a correction then waits
+    for this transaction, or this transaction waits for it and then sees its result."""
     session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": _REGISTRATION_LOCK})
 
 
 def keep_from_registering(session: Session) -> None:
-    """Nobody registers anything until this transaction ends. Before media objects are locked, behind cameras and
-    backfills."""
+    """Keep all other transactions from registering objects until this one ends. Call it after locking cameras and
+    backfills, and before locking media objects."""
     session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _REGISTRATION_LOCK})
 
 
 def check_places(session: Session, location: Location, camera: Camera | None) -> None:
-    """Raise `MaskwatchError` if the location's zone or the camera's place was corrected since these were read; nobody
-    corrects them until this transaction ends."""
+    """Raise `MaskwatchError` if the location's zone or the camera's location was corrected since these were read. Until
+    this transaction ends, nobody can correct them."""
     keep_from_erasing(session)
     zone = session.scalar(select(Location.time_zone).where(Location.id == location.id))
     place = location.id
@@ -334,18 +335,18 @@ def check_places(session: Session, location: Location, camera: Camera | None) ->
         place = session.scalar(select(Camera.location_id).where(Camera.id == camera.id)) or 0
     if (zone, place) != (location.time_zone, location.id):
         raise MaskwatchError(
-            f"{location.name!r} or its camera was corrected while this was listed, and what is registered with it: see "
-            "maskwatch locations list and maskwatch cameras list, and give the command again with what is right"
+            f"{location.name!r} or its camera was corrected during this listing; check maskwatch locations list and "
+            "maskwatch cameras list, then give the command again with the corrected options"
         )
 
 
 def _lock_older(
     session: Session, bucket: str, by_key: dict[str, PlannedObject], *, newest: bool
 ) -> tuple[set[str], list[int]]:
-    """Lock the current versions of these keys; returns which keys have one, and those that the planned ones are to
-    replace.
+    """Lock the current versions of these keys; returns which keys have a current version, and the ids of those that
+    planned versions replace.
 
-    A version that is seen again with a later time was put again: what is older than that must not replace it.
+    A version that is listed with a later time was uploaded again: older versions must not replace it.
     """
     current = session.execute(sql(_LOCK_CURRENT), {"bucket": bucket, "known": known_rows(by_key)}).all()
     again = {
@@ -390,9 +391,9 @@ def _supersede(session: Session, media_ids: Sequence[int]) -> None:
     withdraw(session, media_ids, "a newer version of the key was registered")
 
 
-#: Bytes that were replaced and are back: their media object is current again, its jobs start over. Only a key without a
-#: current version is concerned, which is one that `_supersede` has just dealt with. Chunks are planned anew by the
-#: probe, perhaps with another length or start of the recording.
+#: For bytes that were replaced and are back: their media object is current again, and its jobs start again. Only for
+#: keys without a current version, which `_supersede` has just replaced. The probe plans the chunks again, perhaps with
+#: another length or start of the recording.
 _REVIVE = transition(
     (JobState.CANCELLED, JobState.SOURCE_CHANGED),
     JobState.PENDING,
@@ -431,10 +432,10 @@ gone AS MATERIALIZED (
 def _replan(
     session: Session, bucket: str, placed: Sequence[PlannedObject], location: Location, camera: Camera | None
 ) -> None:
-    """Give objects that no pattern could place in time, and now one can, their time and their turn.
+    """Set the time of objects that no pattern could place in time before, and start their jobs.
 
-    Only those of this location and camera: another's zone would read the key as another time. What another pipeline
-    has made of such an object without a pattern, or is about to, stands at another time, and starts over.
+    Only for objects of this location and camera: another location's zone would give another time. Jobs of other
+    pipelines, which have analysed such an object without a pattern, have another time, and start again.
     """
     if not placed:
         return
@@ -477,12 +478,12 @@ _PLACED_AT_LAST = transition(
 
 
 def _take_back(session: Session, known: dict[str, PlannedObject], rows: dict[str, Any]) -> int:
-    """→ pending for known objects that lay in an archive and can be read now, and for those that were cancelled with
-    their backfill; returns how many objects that were."""
+    """→ pending for known objects that were in an archive and can be read now, and for those that were cancelled with
+    their backfill; returns how many objects."""
     parameters = {
         **{name: rows[name] for name in ("bucket", "pipeline", "backfill")},
         "known": known_rows(known),
-        # Mostly none.
+        # Usually empty.
         "archived": [key for key, item in known.items() if item.info.archived],
     }
     return len({row.media_object_id for row in move(session, _TAKE_BACK, parameters)})
@@ -509,7 +510,7 @@ found AS MATERIALIZED (
 
 
 def set_observed_at(session: Session, media_id: int, seen: ObservedAt) -> None:
-    """When the camera saw an object: an instant, where it comes from, and whether it was one of two."""
+    """Store when the camera saw an object: the instant, its source, and whether the local time occurred twice."""
     session.execute(
         update(MediaObject)
         .where(MediaObject.id == media_id)
@@ -523,7 +524,7 @@ _PLANNED_ANEW = assignments(
     {**ANEW, "backfill_id": "excluded.backfill_id", "lane": "excluded.lane"},
 )
 
-#: The chunks of a video, unless it has a plan. Chunks of a plan that was withdrawn are planned again.
+#: Inserts the chunks of a video, unless it has a plan. Chunks of a withdrawn plan are planned again.
 _INSERT_CHUNKS = f"""
 INSERT INTO jobs (media_object_id, source_id, pipeline_id, backfill_id, kind, lane, range_start_ms, range_end_ms)
 SELECT :media, :source, :pipeline, :backfill, 'chunk', :lane, start_ms, end_ms
@@ -541,8 +542,8 @@ WHERE jobs.state IN ('cancelled', 'source_changed')
 
 
 def insert_chunks(session: Session, ranges_ms: Sequence[tuple[int, int]], **of: int | None) -> int:
-    """Plan the chunks of a video for one pipeline, half-open ranges of the file's own time; returns how many are new.
-    `of`: media, source, pipeline, backfill, lane."""
+    """Plan the chunks of a video for one pipeline; returns how many are new. `ranges_ms`: half-open ranges of the
+    file's own time. `of`: media, source, pipeline, backfill, lane."""
     starts, ends = [start for start, _ in ranges_ms], [end for _, end in ranges_ms]
     result = session.execute(sql(_INSERT_CHUNKS), {**of, "starts": starts, "ends": ends})
     assert isinstance(result, CursorResult)

@@ -1,5 +1,5 @@
-"""The states of a job and the moves between them, as data. `transitions` builds a statement for a move of this table
-and for no other; docs/ledger.md is made from it (`python -m common.ledger`).
+"""The states of a job and the moves between them, as data. `transitions` builds statements only for these moves;
+docs/ledger.md is made from them (`python -m common.ledger`).
 
 The states themselves are `domain.JobState`.
 """
@@ -16,15 +16,15 @@ MEANING: Mapping[JobState, str] = {
     JobState.PENDING: "to be sent",
     JobState.QUEUED: "a message with the job's id and token is on its way to a worker",
     JobState.RUNNING: "a worker holds the lease and the token",
-    JobState.RETRY_WAIT: "a transient error, an archived object that was asked for, or work for a newer version only;"
-    " pending again at `next_run_at`",
+    JobState.RETRY_WAIT: "waits after a transient error, for an archived object to be restored, or for a newer version"
+    " of Maskwatch; pending again at `next_run_at`",
     JobState.SUCCEEDED: "final: its faces, frame counts and dirty marks were written in the same transaction",
     JobState.QUARANTINED: "needs a person; `reason` and `detail` say why",
     JobState.SOURCE_CHANGED: "the object was replaced after it was planned; the new version has a job of its own",
-    JobState.CANCELLED: "an operator's wish, or a newer version of the key took its place",
+    JobState.CANCELLED: "cancelled by an operator, or replaced by a newer version of the key",
 }
 
-#: States that a job leaves only by an operator, by other bytes, or by a correction.
+#: States that a job leaves only through an operator, other bytes, or a correction.
 FINAL_STATES = frozenset(set(JobState) - set(ACTIVE_STATES))
 
 #: The columns that are filled while a job is in a state, and only then. A move clears those of the state it leaves.
@@ -39,7 +39,7 @@ HOLDS: Mapping[JobState, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A pair of states that a job may go through, and who moves it when."""
+    """A move of a job from one state to another, and when it happens."""
 
     old: JobState
     new: JobState
@@ -50,8 +50,8 @@ def _moves(old: JobState, **moves: str) -> tuple[Move, ...]:
     return tuple(Move(old, JobState(new), when) for new, when in moves.items())
 
 
-_WITHDRAWN = "a newer version of the key is registered, or a correction begins its plan anew"
-_ANEW = "bytes that were replaced are back, or a pattern places at last what none could"
+_WITHDRAWN = "a newer version of the key is registered, or a correction makes a new plan"
+_ANEW = "bytes that were replaced are back, or a new pattern can place the object in time"
 
 MOVES: tuple[Move, ...] = (
     *_moves(
@@ -61,18 +61,18 @@ MOVES: tuple[Move, ...] = (
     ),
     *_moves(
         JobState.QUEUED,
-        queued="the dispatcher sends it anew, ahead of live footage: the first message is dropped when it is read",
-        pending="its message is lost (another epoch, overdue beside an empty list, older than any should get); the"
-        " dispatcher recalls it, so that feeds take turns; its location or camera is corrected",
+        queued="the dispatcher sends it again, ahead of live footage: the first message is dropped when it is read",
+        pending="its message is lost (another epoch, overdue although its list is empty, or older than any should get);"
+        " the dispatcher recalls it, so that feeds take turns; its location or camera is corrected",
         running="a worker claims it: compare-and-set on id, token and state",
         cancelled=f"an operator cancels it or its backfill; {_WITHDRAWN}",
     ),
     *_moves(
         JobState.RUNNING,
         succeeded="its worker commits its rows in the same transaction",
-        retry_wait="a transient error, a source that refuses everything, an archived object that was asked for, or a"
-        " pipeline that only a newer version knows",
-        quarantined="a permanent error; transient ones, crashes or lost leases are used up",
+        retry_wait="a transient error, a paused source, an archived object whose restore was requested, or a pipeline"
+        " that only a newer version knows",
+        quarantined="a permanent error, or too many transient errors, crashes or lost leases",
         source_changed="the object is no longer the one that was planned",
         pending="its worker gives it back; its process died; its lease ran out; its location or camera is corrected",
         cancelled=f"an operator cancels it or its backfill; {_WITHDRAWN}",
@@ -84,24 +84,24 @@ MOVES: tuple[Move, ...] = (
     ),
     *_moves(
         JobState.SUCCEEDED,
-        pending="an operator's rerun, or a correction that would tear its hours apart: its rows are deleted",
+        pending="an operator reruns it, or a correction would split its hours: its rows are deleted",
         cancelled=f"{_WITHDRAWN}: its rows are deleted",
     ),
     *_moves(
         JobState.QUARANTINED,
-        pending="an operator retries it; what it lacked is there: a time, or an object out of the archive",
-        retry_wait="its source was found to refuse everything, and has paused; S3 was asked to restore the object",
+        pending="an operator retries it; its object now has a time, or is out of the archive",
+        retry_wait="its source refused everything and was paused; S3 was asked to restore the object",
         cancelled=_WITHDRAWN,
     ),
     *_moves(
         JobState.SOURCE_CHANGED,
-        pending=f"{_ANEW}; a video is planned anew",
+        pending=f"{_ANEW}; a video is planned again",
     ),
     *_moves(
         JobState.CANCELLED,
-        pending=f"an operator retries it; another backfill comes upon it; {_ANEW}; a video is planned anew",
+        pending=f"an operator retries it; another backfill finds its object; {_ANEW}; a video is planned again",
         quarantined="a correction leaves its object without a time",
-        cancelled="a newer version takes the place of what an operator had cancelled: its own reason stands then",
+        cancelled="a newer version of the key replaces a job that an operator had cancelled: only the reason changes",
     ),
 )
 

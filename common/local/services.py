@@ -1,4 +1,4 @@
-"""What the three embedded services have in common, and the two simple ones: Redis and S3. Postgres has its own file."""
+"""The common interface of the three embedded services, and two of them: Redis and S3. Postgres has its own file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from common.local.processes import (
 
 #: Generous: a machine may be busy, and Postgres may have a crash to recover from.
 START_SECONDS = 60.0
-#: A service that is merely slow must not be taken for dead: S3 would lose its objects. A dead one refuses at once.
+#: A slow service must not be taken for dead, because S3 would lose its objects. A dead one refuses at once.
 ANSWER_SECONDS = 15.0
 TERM_THEN_KILL = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
 
 
 class Service(ABC):
-    """One service of a stack: started detached, asked whether it answers, stopped."""
+    """One service of a stack: starts it detached, checks whether it answers, stops it."""
 
     name: str
 
@@ -43,23 +43,23 @@ class Service(ABC):
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where it is reached, for people; no secrets."""
+        """Where the service is reached, for people; without secrets."""
 
     @abstractmethod
     def start(self) -> ProcessRef:
-        """Start it and return when it answers. What an earlier crash left of it is stopped first."""
+        """Start the service and return when it answers. Processes that an earlier crash left are stopped first."""
 
     @abstractmethod
     def answers(self) -> bool:
-        """Whether it can be used right now."""
+        """Whether the service can be used right now."""
 
     @abstractmethod
     def stop(self, ref: ProcessRef | None) -> None:
-        """Stop it and what an earlier crash left of it; all has ended on return."""
+        """Stop the service, and processes that an earlier crash left; all have ended on return."""
 
 
 def log_file(name: str, state_dir: Path) -> Path:
-    """Where a process of a stack writes what it has to say."""
+    """The log file of a process of a stack."""
     return state_dir / "logs" / f"{name}.log"
 
 
@@ -74,18 +74,18 @@ def wheel_folder(package: str) -> Path:
 
 
 def wheel_file(package: str, *parts: str) -> Path:
-    """A file of an installed package, which must be there."""
+    """A file of an installed package. Raises `MaskwatchError` if it is missing."""
     path = wheel_folder(package).joinpath(*parts)
     if not path.is_file():
         raise MaskwatchError(
             f"the installed package {package} lacks {path.name} for this system; "
-            "use a Postgres, a Redis and an S3 of your own, or install it anew: pip install 'maskwatch[local]'"
+            "use a Postgres, a Redis and an S3 of your own, or install it again: pip install 'maskwatch[local]'"
         )
     return path
 
 
 def wait_for_answer(service: Service, ref: ProcessRef) -> ProcessRef:
-    """Wait until a service that was just started answers; an error with the end of its log where it doesn't."""
+    """Wait until a service that was just started answers. Raises `MaskwatchError`, with the end of its log."""
     if wait_until(lambda: service.answers() or not ref.alive(), START_SECONDS) and ref.alive():
         return ref
     service.stop(ref)
@@ -93,8 +93,8 @@ def wait_for_answer(service: Service, ref: ProcessRef) -> ProcessRef:
 
 
 class Redis(Service):
-    """redis-server on a Unix socket that only this user reaches. It forgets everything when it stops: the ledger in
-    Postgres is the truth, Redis is a hint."""
+    """redis-server on a Unix socket that only this user can reach. It forgets everything when it stops. Nothing is lost
+    by that, because the ledger in Postgres decides what is to be done."""
 
     name = "redis"
 
@@ -142,7 +142,7 @@ class S3(Service):
     name = "s3"
 
     def __init__(self, state_dir: Path, port: int) -> None:
-        """`port` is the one to prefer; the one it has is known after `start`."""
+        """`port` is preferred if it is free; after `start`, `port` is the one in use."""
         super().__init__(state_dir)
         self.port = port
 
@@ -154,16 +154,16 @@ class S3(Service):
         wheel_folder("moto")
         stop_tagged(self.tag)
         program = str(Path(__file__).with_name("s3_server.py"))
-        # Bound here and handed over, so that nobody can take the port in between.
+        # Bound here and handed over, so that no other process can take the port in between.
         with self._listen() as listener:
             self.port = listener.getsockname()[1]
-            # -P: this folder must not come first on the server's import path, its names are not meant for moto.
+            # -P: this folder must not come first on the server's import path, where moto would find its modules.
             argv = [sys.executable, "-P", program, str(self.state_dir)]
             ref = start_detached(argv, service_environment(self.tag), self.log, stdin=listener.fileno())
         return wait_for_answer(self, ref)
 
     def _listen(self) -> socket.socket:
-        """A socket on the port it had before, so that URLs stay good, or else on a free one."""
+        """A socket on the port of before, so that URLs stay valid, or on a free port if that one is taken."""
         for port in (self.port, 0):
             listener = socket.socket()
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -174,7 +174,7 @@ class S3(Service):
                 listener.close()
             else:
                 return listener
-        raise MaskwatchError("no port of 127.0.0.1 is free for the embedded S3 server")
+        raise MaskwatchError("no port of 127.0.0.1 is free for the embedded S3 server; end programs that hold ports")
 
     def answers(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)

@@ -1,13 +1,13 @@
-"""The embedded stack of one machine: real Postgres, real Redis and an S3 server, all of it in one state directory.
+"""The embedded stack of one machine: real Postgres, real Redis and an S3 server, all in one state directory.
 
-Used wherever no database, broker or bucket is configured. Two rules keep it simple to live with:
+Used if no database, broker or bucket is configured. Two rules:
 
-- Whoever starts it explicitly (`up`) stops it explicitly (`down`). A command that merely needs it opens a `session`;
-  the last session to end stops a stack that nobody asked to keep.
-- What runs is recorded in `state.json`, changed only under a lock that the kernel releases when its holder dies. After
-  a crash the next start adopts what still runs and clears away what doesn't.
+- A stack that was started with `up` runs until `down`. A command that needs the stack opens a `session`; the end of the
+  last session stops a stack that was not started with `up`.
+- Running processes are recorded in `state.json`, which is changed only under a lock that the kernel releases when its
+  holder dies. After a crash the next start adopts processes that still run and forgets those that don't.
 
-Objects in the embedded S3 server live in memory; data in Postgres survive `down` and are removed by `down(purge=True)`.
+The embedded S3 server keeps objects in memory; data in Postgres survive `down` and are removed by `down(purge=True)`.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from common.local.services import S3, Redis, Service, log_file
 
 S3_REGION = "us-east-1"
 
-#: How long a worker may take to finish what it holds before it is killed.
+#: How long a worker may take to finish its jobs before it is killed.
 WORKER_STOP_SECONDS = 20.0
 
 SERVICES = (Postgres.name, Redis.name, S3.name)
 
-#: What may lie in a folder that is still to become a state directory: a start that was interrupted left it.
+#: Files that a folder may hold before it becomes a state directory: an interrupted start left them.
 _BEGINNINGS = {"lock", "in-use", "logs"}
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """How to reach the services. The URLs hold passwords, so they don't show when printed."""
+    """How to reach the services. The URLs hold passwords, so `repr` doesn't show them."""
 
     database_url: str = field(repr=False)
     broker_url: str
@@ -64,7 +64,7 @@ class Endpoints:
     s3_region: str
 
     def environment(self) -> dict[str, str]:
-        """The same as environment variables, for child processes and other tools."""
+        """The endpoints as environment variables, for child processes and other tools."""
         return {
             "MASKWATCH_DATABASE__URL": self.database_url,
             "MASKWATCH_BROKER__URL": self.broker_url,
@@ -77,7 +77,7 @@ class Endpoints:
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """One service, or one process that was started beside them."""
+    """The status of one service, or of one process that was started beside the services."""
 
     name: str
     running: bool
@@ -86,7 +86,7 @@ class ServiceStatus:
 
 
 class Worker(BaseModel):
-    """A process started beside the services, and the process that answers for it."""
+    """A process started beside the services, and the process that started it."""
 
     name: str
     tag: str
@@ -95,7 +95,7 @@ class Worker(BaseModel):
 
 
 class State(BaseModel):
-    """What is written down in `state.json`."""
+    """The contents of `state.json`."""
 
     state_dir: Path
     password: str = Field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  # of Postgres
@@ -108,7 +108,7 @@ class State(BaseModel):
 
 
 class LocalStack:
-    """The stack of one state directory. Any number of processes may hold one at the same time."""
+    """The stack of one state directory. Any number of processes may use it at the same time."""
 
     def __init__(self, state_dir: Path, lock_seconds: float = 120.0) -> None:
         self.state_dir = Path(state_dir).resolve()
@@ -120,11 +120,11 @@ class LocalStack:
     # What people and commands call.
 
     def up(self) -> Endpoints:
-        """Start what isn't running, adopt what is, and keep it until `down`."""
+        """Start the services that don't run, adopt those that do, and keep them running until `down`."""
         return self._start(keep=True)
 
     def down(self, purge: bool = False) -> None:
-        """Stop everything, workers too, whoever still uses it; `purge` also removes the data and the state."""
+        """Stop all services and workers, even if they are in use; `purge` also removes the data and the state."""
         if self._load_file() is None:  # never started, or deleted by hand
             stop_stack(self.state_dir)
             if purge:
@@ -142,7 +142,7 @@ class LocalStack:
                 self._save(state)
 
     def status(self) -> list[ServiceStatus]:
-        """Every service and every process started beside them; starts and changes nothing."""
+        """The status of every service and of every process started beside them; starts and changes nothing."""
         state = self._load()
         if state is None or state.sockets is None:
             return [ServiceStatus(name, False, None, None) for name in SERVICES]
@@ -154,7 +154,7 @@ class LocalStack:
         return services + workers
 
     def endpoints(self) -> Endpoints | None:
-        """How to reach a stack that runs; None where it doesn't."""
+        """How to reach the stack if it runs; None if it doesn't."""
         state = self._load()
         if state is None or state.sockets is None:
             return None
@@ -164,7 +164,7 @@ class LocalStack:
 
     @contextmanager
     def session(self, keep: bool = False) -> Iterator[Endpoints]:
-        """Use the stack, started if need be. The last session to end stops it, unless it is to be kept.
+        """Start the stack if needed, and use it. The end of the last session stops it, unless it is kept.
 
         Workers that this process spawned are stopped at the end in any case.
         """
@@ -179,13 +179,13 @@ class LocalStack:
             self._stop_if_unused()
 
     def spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
-        """Start a detached process beside the services, with `env` on top of our environment; its pid.
+        """Start a detached process beside the services, with `env` added to our environment; returns its pid.
 
         Its output goes to `logs/NAME.log`. It is stopped at the end of this process's session, by `down`, or by the
         next start after this process has died.
         """
         if self._load() is None:
-            raise MaskwatchError(f"the embedded services in {self.state_dir} are not running")
+            raise MaskwatchError(f"the embedded services in {self.state_dir} are not running: start them first")
         program = shutil.which(argv[0])
         if program is None:
             raise MaskwatchError(f"{argv[0]} is not an executable program")
@@ -195,7 +195,7 @@ class LocalStack:
             if any(other.process is not None and other.process.alive() for other in earlier):
                 raise MaskwatchError(f"this process already has a process named {name}; stop it first")
             _stop_in_parallel(earlier)
-            # Recorded before it exists: a kill at any moment leaves nothing that the next start doesn't know.
+            # Recorded before it exists: after a kill at any moment, the next start knows of it.
             state.workers = [other for other in state.workers if other not in earlier] + [worker]
             self._save(state)
             environment = {**os.environ, **env, TAG: worker.tag}
@@ -258,7 +258,7 @@ class LocalStack:
     # The state directory.
 
     def _open_state_dir(self) -> None:
-        """Make the directory, or make sure that it is ours and no other folder of somebody's."""
+        """Make the state directory, or check that the existing one is a state directory of this user."""
         try:
             self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             owner, entries = self.state_dir.stat().st_uid, {path.name for path in self.state_dir.iterdir()}
@@ -273,7 +273,9 @@ class LocalStack:
                 "MASKWATCH_STATE_DIR"
             )
         if not os.access(self.state_dir, os.W_OK | os.X_OK):
-            raise MaskwatchError(f"the state directory {self.state_dir} is not writable")
+            raise MaskwatchError(
+                f"the state directory {self.state_dir} is not writable; name another in MASKWATCH_STATE_DIR"
+            )
         others = {name for name in entries - _BEGINNINGS if not name.endswith(PART)}
         if self._file.name not in entries and others:
             raise MaskwatchError(
@@ -294,7 +296,7 @@ class LocalStack:
 
     @contextmanager
     def _changing(self) -> Iterator[State]:
-        """The state, under the lock, saved at the end whatever happens."""
+        """The state, under the lock; it is saved at the end, also after an error."""
         with self._held(self._lock):
             remove_parts(self.state_dir)
             log_file("", self.state_dir).parent.mkdir(mode=0o700, exist_ok=True)
@@ -305,7 +307,7 @@ class LocalStack:
                 self._save(state)
 
     def _load_here(self) -> State:
-        """The state to change; call it under the lock. A directory that is new, moved or copied gets one of its own."""
+        """The state to change; call it under the lock. A new, moved or copied directory gets a state of its own."""
         state = self._load_file()
         if state is not None and state.state_dir == self.state_dir:
             return state
@@ -322,7 +324,7 @@ class LocalStack:
         return state
 
     def _load(self) -> State | None:
-        """The state to look at; None where this directory has none of its own yet."""
+        """The state to read; None if this directory has no state of its own yet."""
         state = self._load_file()
         return state if state is not None and state.state_dir == self.state_dir else None
 
@@ -334,10 +336,10 @@ class LocalStack:
         except OSError as error:
             raise MaskwatchError(f"{self._file} can't be read ({first_line(error)})") from error
         except ValidationError as error:
-            raise MaskwatchError(f"{self._file} is damaged; remove {self.state_dir} to begin anew") from error
+            raise MaskwatchError(f"{self._file} is damaged; remove {self.state_dir} to start again") from error
 
     def _save(self, state: State) -> None:
-        # For our eyes only: it holds a password.
+        # Readable by this user only: it holds a password.
         write_atomically(self._file, state.model_dump_json(indent=2), mode=0o600)
 
     def _services(self, state: State) -> list[Service]:
@@ -356,7 +358,7 @@ class LocalStack:
             broker_url=f"redis+socket://{sockets}/redis/redis.sock?virtual_host=0",
             redis_url=f"unix://{sockets}/redis/redis.sock?db=0",
             s3_endpoint_url=f"http://127.0.0.1:{state.s3_port}",
-            # moto looks at neither, but every client wants to send some.
+            # moto checks neither key, but every client has to send them.
             s3_access_key="maskwatch",
             s3_secret_key="maskwatch",
             s3_region=S3_REGION,
@@ -364,7 +366,7 @@ class LocalStack:
 
 
 def _ensure(service: Service, ref: ProcessRef | None) -> ProcessRef:
-    """The service's process: the recorded one where it lives and answers, else a new one."""
+    """The service's process: the recorded one if it lives and answers, else a new one."""
     if ref is not None and ref.alive():
         if service.answers():
             return ref
@@ -396,8 +398,8 @@ def _ourselves() -> ProcessRef:
 
 
 def _socket_folder(recorded: Path | None) -> Path:
-    """A private folder with a short path (a socket's has at most 107 bytes): the recorded one where it is still ours,
-    since /tmp may have been cleaned and the name taken by somebody else."""
+    """A private folder with a short path (a socket's path has at most 107 bytes): the recorded folder if this user
+    still owns it. After a clean-up of /tmp, the name may belong to another user."""
     try:
         ours = recorded is not None and not recorded.is_symlink() and recorded.stat().st_uid == os.geteuid()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Where the broker's Redis is, how one gets in, and what was wrong where one doesn't. Imports no Celery.
+"""The address of the broker's Redis, its credentials, and sentences for errors of its clients. Imports no Celery.
 
-The name and password of the user never become part of a URL that a library holds, because libraries print and log
-their URLs: both clients, kombu's and ours, ask `Credentials` for them at every connection.
+The user and password never become part of a URL that a library holds, because libraries print and log their URLs: both
+clients, kombu's and ours, ask `Credentials` for them at every connection.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class BrokerDownError(MaskwatchError):
 
 
 class BrokerRefusedError(BrokerDownError):
-    """Redis, or its certificate, can be reached and does not fit: waiting alone won't put it right."""
+    """Redis can be reached, but refuses the connection or a command, or has a wrong certificate: waiting won't help."""
 
     def __init__(self, sentence: str) -> None:
         MaskwatchError.__init__(self, sentence)
 
 
 class Place(NamedTuple):
-    """Where a Redis is; `path` of a Unix socket, or else a host and a port. No secrets."""
+    """The address of a Redis: the `path` of a Unix socket, or a host and a port. No secrets."""
 
     path: str | None
     host: str
@@ -49,21 +49,21 @@ class Place(NamedTuple):
 
 
 class Credentials(CredentialProvider):
-    """The user's name and password, read anew for every connection: a password that was changed in its file is used
-    by the next one, so a worker needs no restart."""
+    """The user's name and password, read again for every connection: when the file with the password changes, the next
+    connection uses the new password, and a worker needs no restart."""
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         try:
             username, password = credentials(Settings().broker)
-        except (ValueError, OSError, MaskwatchError):  # a file is being replaced; its text may be in the error
+        except (ValueError, OSError, MaskwatchError):  # a file is being replaced; the error may hold its text
             username = password = None
         if password is None:
-            raise AuthenticationError("MASKWATCH_BROKER__PASSWORD can't be read at the moment")
+            raise AuthenticationError("MASKWATCH_BROKER__PASSWORD can't be read at this moment")
         return (password,) if username is None else (username, password)
 
 
 def credentials(settings: BrokerSettings) -> tuple[str | None, str | None]:
-    """User and password. What is set on its own goes before what the URL says."""
+    """User and password. The separate settings override those in the URL."""
     url = _split(settings)
     username = settings.username or (unquote(url.username) if url.username else None)
     if settings.password is not None:
@@ -72,7 +72,7 @@ def credentials(settings: BrokerSettings) -> tuple[str | None, str | None]:
 
 
 def place(settings: BrokerSettings) -> Place:
-    """Where the URL points. Raises `MaskwatchError`, which shows nothing of it: all of it may be part of a password."""
+    """The address in the URL. Raises `MaskwatchError`, which shows no part of it: any part may belong to a password."""
     url = _split(settings)
     query = dict(parse_qsl(url.query, keep_blank_values=True))
     is_socket = url.scheme == "redis+socket"
@@ -86,17 +86,17 @@ def place(settings: BrokerSettings) -> Place:
         raise _malformed()
     if not found.tls and (settings.ca_file or settings.certificate_file or settings.key_file):
         raise MaskwatchError(
-            "MASKWATCH_BROKER__CA_FILE, __CERTIFICATE_FILE and __KEY_FILE are for TLS: begin MASKWATCH_BROKER__URL "
-            "with rediss://, or leave them out"
+            "MASKWATCH_BROKER__CA_FILE, __CERTIFICATE_FILE and __KEY_FILE need TLS: begin MASKWATCH_BROKER__URL "
+            "with rediss://, or unset them"
         )
     return found
 
 
 def transport_url() -> str:
-    """The broker's URL as kombu wants it, without a secret. Raises `MaskwatchError` where none is configured."""
+    """The broker's URL in kombu's form, without secrets. Raises `MaskwatchError` if no broker is configured."""
     settings = get_settings().broker
     found = place(settings)
-    # By name: kombu takes it from the URL for a host and for a socket alike, and a spawned child can look it up.
+    # By name: kombu reads it from the URL for a host and for a socket alike, and a spawned child can look it up.
     query = f"credential_provider={__name__}:{Credentials.__name__}" if credentials(settings)[1] is not None else ""
     if found.path is not None:
         return f"redis+socket://{found.path}?virtual_host={found.database}" + (f"&{query}" if query else "")
@@ -106,8 +106,8 @@ def transport_url() -> str:
 
 
 def tls_options(settings: BrokerSettings) -> dict[str, Any] | None:
-    """What kombu and redis-py alike want to know of TLS; None where it is not used. The certificate is always
-    checked: TLS with just anybody protects nothing."""
+    """The TLS options of kombu and redis-py; None without TLS. The certificate is always checked: TLS to an unknown
+    server protects nothing."""
     if not place(settings).tls:
         return None
     files = {
@@ -143,41 +143,41 @@ def redis_client() -> Redis:
 
 
 def broker_error(error: BaseException) -> BrokerDownError:
-    """What to tell people of an error of a client: what was wrong and what to do. Shows no secret."""
+    """A client's error as a sentence: what is wrong and what to do. Shows no secret."""
     for cause in _chain(error):
         sentence = _refusal(cause)
         if sentence is not None:
             return BrokerRefusedError(sentence)
     with suppress(MaskwatchError):
         if place(get_settings().broker).tls:
-            # A port without TLS waits for the rest of what it takes for a command.
+            # A port without TLS takes the handshake for a command and waits for the rest of it.
             return BrokerDownError(error, "is Redis running, and does this port speak TLS?")
         if any(word in str(error) for word in ("closed", "reset")):
-            return BrokerDownError(error, "does it want TLS, and so a URL that begins with rediss://?")
+            return BrokerDownError(error, "does it need TLS, with a MASKWATCH_BROKER__URL that begins with rediss://?")
     return BrokerDownError(error)
 
 
 def _refusal(error: BaseException) -> str | None:
-    """The sentence for one that waiting alone won't put right; None for others."""
+    """The sentence for an error that waiting won't fix; None for other errors."""
     if isinstance(error, NoPermissionError):
         return (
-            f"the broker does not let {_user()} do this ({error}): give the user the rights of its role, "
+            f"the broker refused a command of {_user()} ({error}): give the user the rights of its role, "
             "which docs/redis.acl lists"
         )
     if isinstance(error, AuthenticationError):
         return (
-            f"the broker did not let {_user()} in ({error}): check MASKWATCH_BROKER__USERNAME and "
-            "MASKWATCH_BROKER__PASSWORD, or what MASKWATCH_BROKER__URL says of them"
+            f"the broker refused the login of {_user()} ({error}): check MASKWATCH_BROKER__USERNAME and "
+            "MASKWATCH_BROKER__PASSWORD, or the user and password in MASKWATCH_BROKER__URL"
         )
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
-            f"the broker's certificate does not fit ({getattr(error, 'verify_message', error)}): check the host in "
+            f"the broker's certificate is not valid ({getattr(error, 'verify_message', error)}): check the host in "
             "MASKWATCH_BROKER__URL and the authority in MASKWATCH_BROKER__CA_FILE"
         )
     if isinstance(error, ssl.SSLError):
         return (
-            f"no TLS with the broker ({getattr(error, 'reason', None) or error}): is this a port with TLS, and does it "
-            "want a client certificate (MASKWATCH_BROKER__CERTIFICATE_FILE and __KEY_FILE)?"
+            f"TLS with the broker failed ({getattr(error, 'reason', None) or error}): does this port speak TLS, and "
+            "does it need a client certificate (MASKWATCH_BROKER__CERTIFICATE_FILE and __KEY_FILE)?"
         )
     return None
 
@@ -187,12 +187,12 @@ def _user() -> str:
         username, password = credentials(get_settings().broker)
         if username is not None:
             return f"the user {username}"
-        return "its default user" if password else "us in without a password"
-    return "us"
+        return "the default user" if password else "a user without a password"
+    return "this user"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it."""
+    """An error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -221,7 +221,7 @@ def _tls(url: SplitResult) -> bool:
 
 def _malformed() -> MaskwatchError:
     return MaskwatchError(
-        f"MASKWATCH_BROKER__URL is no URL of the form {_FORM}. A user and password belong into "
+        f"MASKWATCH_BROKER__URL is no URL of the form {_FORM}. Set a user and password in "
         "MASKWATCH_BROKER__USERNAME and MASKWATCH_BROKER__PASSWORD, or before the host as user:password@, "
-        "percent-encoded; nothing else of Redis is set in the URL"
+        "percent-encoded; the URL takes no other options"
     )

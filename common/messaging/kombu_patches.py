@@ -1,8 +1,8 @@
-"""What Maskwatch changes in kombu, all of it: each change with its reason, and with what of kombu's it stands on.
+"""All changes that Maskwatch makes to kombu, each with its reason and with the parts of kombu that it depends on.
 
-kombu's private parts may change in any release. So pyproject.toml names one version of kombu, and
-tests/unit/common/messaging/test_kombu_patches.py knows the source of every function of kombu's that is replaced or
-called here: it fails, with the function's name, where another version has another one. Knows neither our app nor our
+kombu's private parts may change in any release. So pyproject.toml pins one version of kombu, and
+tests/unit/common/messaging/test_kombu_patches.py keeps a hash of every function of kombu that is replaced or called
+here: it fails, with the function's name, if another version has changed it. This module knows neither our app nor our
 queues.
 """
 
@@ -24,10 +24,10 @@ from common.observability.logs import get_logger
 
 log = get_logger(__name__)
 
-#: What kombu puts between the name of a queue and a priority other than 0.
+#: kombu's separator between the name of a queue and a priority other than 0.
 PRIORITY_SEPARATOR = "\x06\x16"
 
-#: Gives the message that Celery gets to see for the bytes of a queue's list of some priority, or raises `ValueError`.
+#: Takes bytes from a queue's list, the queue and the priority; returns the message for Celery or raises `ValueError`.
 Admit = Callable[[bytes, str, int], dict[str, Any]]
 
 
@@ -37,18 +37,18 @@ def list_name(queue: str, priority: int) -> str:
 
 
 def apply() -> None:
-    """Have every channel of this process count messages as `QoS` does, and lock as `mutex` does."""
+    """Make every channel of this process count messages with `QoS` and lock with `mutex`."""
     redis_transport.Channel.QoS = QoS
     redis_transport.Mutex = mutex
 
 
 class QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
-    """Counts a message as taken, and as acknowledged, even if Redis could not be told.
+    """Counts a message as taken, and as acknowledged, even if Redis could not store that.
 
-    Kombu's own leaves it counted as in hand when the connection breaks at that moment; a worker that takes one message
-    at a time then never asks for another, and so never notices that the connection is gone. And a Redis that is full
-    refuses to note either: without us the worker ends there, although it is what would make room again. What Redis
-    still holds of the message comes back later and is harmless: its token has changed.
+    Without this, a message stays counted as unacknowledged if the connection breaks at that moment; a worker that takes
+    one message at a time then never asks for another, and never notices that the connection is gone. And a full Redis
+    refuses to store either: without this the worker ends, although only workers make room in Redis. If Redis delivers
+    the message again later, that is harmless: its token has changed.
     """
 
     def append(self, message: Any, delivery_tag: str) -> None:
@@ -69,8 +69,8 @@ class QoS(redis_transport.QoS):  # type: ignore[misc]  # kombu carries no types
 
 @contextmanager
 def mutex(client: Redis, name: str, expire: int) -> Iterator[None]:
-    """Kombu's lock around its search for messages that nobody acknowledged, without the Lua script that releases it:
-    so no user of ours needs the right to run scripts, which can keep Redis from all others."""
+    """Kombu's lock around its search for unacknowledged messages, without the Lua script that releases it: so no Redis
+    user of Maskwatch needs the right to run scripts, which can block Redis for all others."""
     ours = uuid.uuid4().hex.encode()
     if not client.set(name, ours, nx=True, ex=expire):
         raise redis_transport.MutexHeld
@@ -78,7 +78,7 @@ def mutex(client: Redis, name: str, expire: int) -> Iterator[None]:
     def release(pipe: Any) -> None:
         held = pipe.get(name)
         pipe.multi()
-        if held == ours:  # else it has run out, and is somebody else's
+        if held == ours:  # else the lock has run out, and belongs to another process
             pipe.delete(name)
 
     try:
@@ -88,13 +88,13 @@ def mutex(client: Redis, name: str, expire: int) -> Iterator[None]:
 
 
 class Channel(redis_transport.Channel):  # type: ignore[misc]  # kombu carries no types
-    """Kombu's channel, which hands on only what `admit` lets in: kombu itself believes what a message says, and some
-    that make no sense end the worker that reads them. Other messages are dropped, with a line in the log."""
+    """Kombu's channel, which passes on only messages that `admit` accepts, and logs and drops all others. Kombu itself
+    trusts the contents of a message, and some malformed messages end the worker that reads them."""
 
     admit: ClassVar[Admit]
 
     def _brpop_read(self, **options: Any) -> bool:
-        """As kombu's own; what differs is between reading and delivering."""
+        """As kombu's own, with a check between reading and delivering."""
         try:
             try:
                 found = self.client.parse_response(self.client.connection, "BRPOP", **options)
@@ -109,7 +109,7 @@ class Channel(redis_transport.Channel):  # type: ignore[misc]  # kombu carries n
             try:
                 message = type(self).admit(item, queue, int(priority or 0))
             except ValueError as error:
-                log.error("dropped a message that is none of ours", queue=queue, detail=str(error))
+                log.error("dropped a message that Maskwatch did not send", queue=queue, detail=str(error))
             else:
                 self.connection._deliver(message, queue)
             return True
@@ -119,12 +119,12 @@ class Channel(redis_transport.Channel):  # type: ignore[misc]  # kombu carries n
 
 
 def deliver_only(admit: Admit) -> None:
-    """Hand on, of whatever this process takes from Redis, only what passes `admit`.
+    """Pass every message that this process takes from Redis through `admit`.
 
-    Raises `MaskwatchError` where another version of kombu reads its queues in another way: nothing may come in unseen.
+    Raises `MaskwatchError` if another version of kombu reads its queues in another way, and would bypass `admit`.
     """
     for name in ("_brpop_read", "_flush_brpop_reauth", "sep"):
         if not hasattr(redis_transport.Channel, name):
-            raise MaskwatchError(f"this version of kombu has no Channel.{name}; install the one that Maskwatch names")
+            raise MaskwatchError(f"this version of kombu has no Channel.{name}; install the one that Maskwatch pins")
     Channel.admit = staticmethod(admit)
     redis_transport.Transport.Channel = Channel

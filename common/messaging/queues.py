@@ -1,6 +1,6 @@
-"""Queues and tasks by name, and how to send to them: nobody imports a task to send it.
+"""Queues and tasks by name, and how to send to them: no module imports a task to send it.
 
-A message carries job ids and tokens, nothing else; the ledger holds the truth.
+A message carries only job ids and tokens; the ledger decides what they mean.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common.settings import get_settings
 
 
 class Queue(StrEnum):
-    """Every queue. A test shows that each has a consumer."""
+    """Every queue. A test checks that each has a consumer."""
 
     MEDIA = "maskwatch.media"
     PRODUCER = "maskwatch.producer"
@@ -42,7 +42,7 @@ class TaskName(StrEnum):
     SUMMARIZE = "workers.summarize"
 
 
-#: Where the messages of each task go.
+#: The queue of each task.
 ROUTES: Mapping[TaskName, Queue] = {
     TaskName.ANALYZE: Queue.MEDIA,
     TaskName.DISPATCH: Queue.PRODUCER,
@@ -52,16 +52,16 @@ ROUTES: Mapping[TaskName, Queue] = {
     TaskName.SUMMARIZE: Queue.AGGREGATION,
 }
 
-#: The lanes of `Queue.MEDIA`, as Celery's priorities: kombu keeps a list for each, and takes from the first that isn't
-#: empty. So a worker that is free takes live footage, however much of a backfill waits.
+#: The lanes of `Queue.MEDIA`, as Celery's priorities: kombu keeps a list for each, and takes from the first list that
+#: isn't empty. So a free worker takes live footage first, however much of a backfill waits.
 PRIORITIES: Mapping[Lane, int] = {Lane.LIVE: 0, Lane.BACKFILL: 3}
 
-#: The key whose value tells one life of a Redis from the next; only the reconciler writes it.
+#: The key of the epoch, which changes when a Redis loses its data; only the reconciler writes it.
 EPOCH_KEY = "maskwatch.epoch"
 
 
 def read_epoch(client: Redis) -> str | None:
-    """The epoch of this Redis; None in one that was just made or wiped."""
+    """The epoch of this Redis; None if it is new or was wiped."""
     try:
         found = client.get(EPOCH_KEY)
     except RedisError as error:
@@ -70,7 +70,7 @@ def read_epoch(client: Redis) -> str | None:
 
 
 def ensure_epoch(client: Redis) -> str:
-    """The epoch of this Redis, begun if there is none. Called by the reconciler alone."""
+    """The epoch of this Redis; begins one if there is none. Only the reconciler calls it."""
     try:
         client.set(EPOCH_KEY, uuid.uuid4().hex, nx=True)
     except RedisError as error:
@@ -95,8 +95,8 @@ def list_of(queue: Queue, lane: Lane) -> str:
 
 
 def send(task: TaskName, *messages: Sequence[Any], **options: Any) -> None:
-    """Publish a task once per message, each the task's arguments. Raises `BrokerDownError` when the broker
-    does not take one; what came before it is then on its way."""
+    """Publish a task once per message; a message is the task's arguments. Raises `BrokerDownError` when the broker does
+    not take one; the messages before it are then sent."""
     broker = get_settings().broker
     try:
         with app.connection_for_write(

@@ -13,18 +13,18 @@ from common.settings import Settings, get_settings
 
 
 def configure(settings: Settings) -> None:
-    """Take over what the deployment sets. Not when this module is imported: where the broker of the embedded stack is,
-    is known only when that runs."""
+    """Configure the app from the settings. Not at import: the broker of the embedded stack is known only when the stack
+    runs."""
     app.conf.update(
         broker_url=transport_url(),
         broker_use_ssl=tls_options(settings.broker),
         worker_concurrency=settings.worker.processes,
-        # Recycle children: native libraries leak a little over days, and a lot at once is caught by the memory. Not
-        # more often than it helps: a new child takes seconds to start.
+        # Replace children: native libraries leak a little memory over days; the memory limit catches a large leak. Not
+        # often, because a new child takes seconds to start.
         worker_max_tasks_per_child=settings.worker.max_tasks_per_child,
         worker_max_memory_per_child=settings.worker.max_memory_per_child_mb * 1024,
-        # A group that hangs in native code is ended from outside; its lease then runs out. The soft limit is
-        # ours (`workers/jobs/run.py`): Celery's raises anywhere, and would look like a broken picture.
+        # A child that hangs in native code is killed by its parent; its leases then run out. The soft limit is our own
+        # (`workers/jobs/run.py`): Celery's raises anywhere in the code, and would look like a broken image.
         task_time_limit=settings.worker.hard_time_limit_seconds,
     )
     app.conf.broker_transport_options |= timeouts(settings.broker)
@@ -32,11 +32,11 @@ def configure(settings: Settings) -> None:
 
 def serve(queue: str, name: str, *, pool: str, tasks: str, beat: bool = False) -> None:
     """Run a worker of one queue in this process until SIGTERM; `tasks` is the module that holds its tasks. With `beat`
-    this process also ticks the schedule of the app.
+    this process also runs the schedule of the app.
 
-    Raises `MaskwatchError` where no broker is configured.
-    A broker that is away is waited for, at the start and later. One that refuses us at the start ends it
-    (`BrokerRefusedError`), because somebody has to put a setting right; later it is asked again until it lets us in.
+    Raises `MaskwatchError` if no broker is configured. Waits for a broker that can't be reached, at the start and
+    later. Raises `BrokerRefusedError` if the broker refuses the connection at the start, because a setting must be
+    corrected; later it tries again until the broker accepts the connection.
     """
     configure(get_settings())
     try:
@@ -47,17 +47,17 @@ def serve(queue: str, name: str, *, pool: str, tasks: str, beat: bool = False) -
         if isinstance(problem, BrokerRefusedError):
             raise problem from error
         get_logger(__name__).warning(str(problem))
-    # Kept apart by queue: a consumer puts back what others of its kind left, and needs no right to other queues.
+    # Separate keys per queue: a consumer restores the messages of its own queue only, and needs no right to others.
     app.conf.broker_transport_options |= {
         "unacked_key": f"{queue}.unacked",
         "unacked_index_key": f"{queue}.unacked_index",
         "unacked_mutex_key": f"{queue}.unacked_mutex",
     }
-    # By way of the settings, because spawned children get those and not the command line.
+    # Through the app's settings, because spawned children get those and not the command line.
     app.conf.include = (tasks,)
     guard()
     if beat:
-        # In memory: what is due follows from the ledger, so a restarted beat needs to remember nothing.
+        # In memory: the ledger tells what is due, so a restarted beat needs no stored state.
         EmbeddedService(app, thread=True, scheduler_cls=Scheduler).start()
     quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
     app.worker_main(["worker", "-Q", queue, "-n", f"{name}@%h", "-P", pool, "-l", "INFO", *quiet])

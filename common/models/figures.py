@@ -1,8 +1,8 @@
-"""How often each shipped classifier is right, kept where the read side has it without any model: one confusion matrix
-per file of weights, in model_figures.json.
+"""How often each shipped classifier is right: one confusion matrix per file of weights, in figures.json, so that the
+read side needs no model.
 
 `maskwatch evaluate faces DATA --held-out --keep-confusion common/models/figures.json` measures and writes it, and a
-test compares what is kept with what is measured. Standard library only.
+test compares the stored matrices with measured ones. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from common.files import write_atomically
 
 SHIPPED = Path(__file__).with_name("figures.json")
 
-#: Faces called with_mask, without_mask and uncertain.
+#: Numbers of faces classified as with_mask, without_mask and uncertain.
 Called = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """What a classifier called labelled faces it had never seen, as a pipeline would have stored it.
+    """How a classifier classified labelled faces that it was not trained on, as a pipeline would have stored it.
 
-    classifier and sha256: the model, as in a `ModelRef`; with_mask and without_mask: what faces that really are so were
-    called; uncertain_below: the probability below which they were `uncertain`; data: the faces, in words.
+    classifier and sha256: the model, as in a `ModelRef`; with_mask and without_mask: the results for faces with that
+    label; uncertain_below: the probability below which a face was `uncertain`; data: a description of the faces.
     """
 
     classifier: str
@@ -43,12 +43,12 @@ class Confusion:
 
     @property
     def faces(self) -> int:
-        """How many faces it was measured on."""
+        """The number of faces that the matrix was measured on."""
         return sum(self.with_mask) + sum(self.without_mask)
 
     @property
     def right_with_mask(self) -> float | None:
-        """The share of masked faces that is called so, of those that are not uncertain; None where there are none."""
+        """The share of correct results among masked faces that are not uncertain; None if there are none."""
         decided = self.with_mask[0] + self.with_mask[1]
         return self.with_mask[0] / decided if decided else None
 
@@ -60,8 +60,8 @@ class Confusion:
 
 
 def confusion_of(spec: PipelineSpec) -> Confusion | None:
-    """What is known of a pipeline's classifier; None where nothing was kept of these weights, or where the pipeline
-    calls faces uncertain by another threshold than was measured with."""
+    """The matrix of a pipeline's classifier; None if none is stored for these weights, or if the pipeline has another
+    threshold for uncertain faces than the measurement."""
     kept = _shipped().get(spec.classifier.sha256)
     return kept if kept is not None and kept.uncertain_below == spec.uncertain_below else None
 
@@ -72,7 +72,7 @@ def _shipped() -> dict[str, Confusion]:
 
 
 def read_confusions(path: Path) -> dict[str, Confusion]:
-    """What a file keeps, by the SHA-256 of the weights. Raises `MaskwatchError` where it holds something else."""
+    """The matrices in a file, by the SHA-256 of the weights. Raises `MaskwatchError` if it holds something else."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         kept = [
@@ -82,14 +82,14 @@ def read_confusions(path: Path) -> dict[str, Confusion]:
     except OSError as error:
         raise MaskwatchError(f"{path} can't be read: {first_line(error)}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise MaskwatchError(f"{path} holds something else than kept confusions ({error}); restore it") from error
+        raise MaskwatchError(f"{path} does not hold confusion matrices ({error}); restore it") from error
     return {entry.sha256: entry for entry in kept}
 
 
 def keep_confusion(path: Path, confusion: Confusion) -> None:
-    """Writes it into the file, in place of what was kept of a classifier with that name.
+    """Write a matrix into the file, in place of the one of the classifier with that name.
 
-    Raises `MaskwatchError` where the file can't be written, and as `read_confusions`.
+    Raises `MaskwatchError` if the file can't be written, and as `read_confusions`.
     """
     kept = list(read_confusions(path).values()) if path.exists() else []
     kept = [entry for entry in kept if entry.classifier != confusion.classifier]

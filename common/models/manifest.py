@@ -1,7 +1,7 @@
 """The models Maskwatch knows by name: what each is, where its files come from, and the SHA-256 that pins them.
 
 The producer plans with these names and hashes and needs no model; a worker refuses a file whose hash differs.
-Where the files lie on a machine is the business of `workers.weights.files`.
+`workers.weights.files` finds the files on a machine.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from pathlib import Path
 from common.domain import MaskwatchError, ModelRef
 from common.models.pins import is_sha256, read_pins
 
-#: The package of files that Maskwatch itself ships: they lie among the workers, who alone read them.
+#: The package of files that Maskwatch itself ships; only workers read them.
 OWN_PACKAGE = "maskwatch"
 
 
 class ModelKind(StrEnum):
     DETECTOR = "detector"
     CLASSIFIER = "classifier"
-    #: ImageNet weights that a training begins with.
+    #: ImageNet weights from which a training starts.
     BACKBONE = "backbone"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """One file of a model. It ships inside an installed package, or lies in the cache of models under its name."""
+    """One file of a model. It is part of an installed package, or lies in the folder of models under its name."""
 
     name: str
-    #: None where nobody has published a hash: whoever uses such a file pins what they have, as `name@sha256`.
+    #: None if nobody has published a hash: a user of such a file pins the hash of their own, as `name@sha256`.
     sha256: str | None
     size: int | None = None
     #: The package that ships it, and its path inside that package; of `OWN_PACKAGE`, below workers/.
     package: str | None = None
     path: str | None = None
-    #: Where `maskwatch models pull` gets it. None: ships in a package, or must be imported by hand.
+    #: The URL from which `maskwatch models pull` gets it. None: part of a package, or must be imported by hand.
     url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model by its name.
+    """A model and its name.
 
-    threshold: the detector's score below which a find is dropped, where a pipeline names none. Chosen
-        on labelled training scenes at the default scaling: of the default detector for recall, of the others for the
-        best F1; of those whose weights weren't at hand, their authors' own.
+    threshold: the detector's score below which a detection is dropped, unless the pipeline sets one. Chosen on labelled
+        training scenes at the default scaling: for recall for the default detector, for the best F1 for others. A
+        detector whose weights weren't available has its authors' threshold.
     requirement: for a model that is code (its weights are compiled in): the distribution that holds it, pinned.
     """
 
@@ -61,11 +61,11 @@ class Model:
 
     @property
     def sha256(self) -> str | None:
-        """What pins the model: its file's hash; of several files, the hash of their hashes; None if one is unknown."""
+        """The hash that pins the model: its file's, or for several files the hash of their hashes; None if unknown."""
         return self.sha256_with([file.sha256 for file in self.files])
 
     def sha256_with(self, file_hashes: Sequence[str | None]) -> str | None:
-        """What would pin the model if its files had these hashes. Code counts as a file that holds its requirement."""
+        """The hash that pins the model if its files have these hashes. Code counts as a file with its requirement."""
         code = [hashlib.sha256(self.requirement.encode()).hexdigest()] if self.requirement is not None else []
         return combined_sha256([*code, *file_hashes])
 
@@ -80,12 +80,12 @@ class Model:
         return ModelRef(self.name, self.sha256)
 
     def with_pins(self, pins: Mapping[str, str]) -> Model:
-        """The model with the hashes that a machine remembers (file name → SHA-256), where none is published."""
+        """The model with this machine's pinned hashes (file name → SHA-256) for files without a published hash."""
         return replace(self, files=tuple(replace(f, sha256=f.sha256 or pins.get(f.name)) for f in self.files))
 
 
 def combined_sha256(hashes: list[str | None]) -> str | None:
-    """One file's own hash; of several, the SHA-256 of their hex digests joined by line breaks; None if one is None."""
+    """One file's hash; for several, the SHA-256 of their hex digests joined by line breaks; None if one is None."""
     known = [value for value in hashes if value is not None]
     if len(known) != len(hashes):
         return None
@@ -94,7 +94,7 @@ def combined_sha256(hashes: list[str | None]) -> str | None:
 
 _RETINAFACE = "biubug6/Pytorch_Retinaface, trained on WIDER FACE"
 
-#: Files that our own detector and fdet's share.
+#: Files that are used by our own detector and by fdet's.
 _RESNET50_FILES = (
     ModelFile(
         "retinaface_resnet50_final.pt",
@@ -295,15 +295,15 @@ def known_model(name: str, kind: ModelKind) -> Model:
 def pinned_model(name: str, kind: ModelKind, models_dir: Path) -> tuple[Model, ModelRef]:
     """The model that `NAME` or `NAME@SHA256` means, and the reference that pins it.
 
-    A bare name means the published hash, or what was pinned in `models_dir` where there is none. Raises
-    `MaskwatchError` for an unknown name, for something that is no SHA-256, and for a name without any hash.
+    A bare name means the published hash or, if there is none, the hash pinned in `models_dir`. Raises `MaskwatchError`
+    for an unknown name, for an invalid SHA-256, and for a name without any hash.
     """
     name, at, sha256 = name.partition("@")
     model = known_model(name, kind)
     if not at:
-        # The pins are read only where they matter: who plans with published hashes needs no such folder.
+        # The pins are read only if they matter: planning with published hashes needs no such folder.
         pinned = model if model.sha256 is not None else model.with_pins(read_pins(models_dir))
         return pinned, pinned.ref
     if not is_sha256(sha256):
-        raise MaskwatchError(f"{sha256!r} behind {name}@ is no SHA-256: 64 characters of 0-9 and a-f")
+        raise MaskwatchError(f"{sha256!r} after {name}@ is no SHA-256; valid: 64 characters of 0-9 and a-f")
     return model, ModelRef(name, sha256)

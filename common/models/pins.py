@@ -1,7 +1,7 @@
-"""The hashes that this machine remembers for model files whose hash nobody has published.
+"""The hashes that this machine has pinned for model files without a published hash.
 
-`maskwatch models pull` and `import` write them once, beside the files; from then on the bare name means that very
-file, and another one is refused. Standard library only: the producer plans with these hashes.
+`maskwatch models pull` and `import` write them once, beside the files; from then on the bare name means exactly that
+file, and any other is refused. Standard library only: the producer plans with these hashes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PINS_FILE = "pins.json"
 
 
 def read_pins(models_dir: Path) -> dict[str, str]:
-    """File name → SHA-256 as 64 hexadecimal digits; empty where nothing was pinned yet.
+    """File name → SHA-256 as 64 hexadecimal digits; empty if nothing is pinned yet.
 
     Raises `MaskwatchError` if the file of pins can't be read or holds something else.
     """
@@ -33,12 +33,12 @@ def read_pins(models_dir: Path) -> dict[str, str]:
             f"{path} is no JSON ({error}); restore it, or remove it and pull the models again"
         ) from error
     if not isinstance(pins, dict) or not all(is_sha256(value) for value in pins.values()):
-        raise MaskwatchError(f"{path} holds something else than hashes; restore it, or remove it and pull again")
+        raise MaskwatchError(f"{path} does not hold hashes; restore it, or remove it and pull the models again")
     return pins
 
 
 def remember_pins(models_dir: Path, pins: Mapping[str, str]) -> None:
-    """Add pins to those of the folder. Whoever calls holds the folder's lock (`workers.weights.download.staging`)."""
+    """Add pins to those of the folder. The caller holds the folder's lock (`workers.weights.download.staging`)."""
     if not pins:
         return
     path = models_dir / PINS_FILE
@@ -46,5 +46,5 @@ def remember_pins(models_dir: Path, pins: Mapping[str, str]) -> None:
 
 
 def is_sha256(value: object) -> bool:
-    """Whether it is a SHA-256 as Maskwatch writes it: 64 characters of 0-9 and a-f."""
+    """Whether a value is a SHA-256 as Maskwatch writes it: 64 characters of 0-9 and a-f."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")

@@ -1,4 +1,4 @@
-"""The pipeline that settings describe, with the weights that the manifest or this machine pins."""
+"""Makes a pipeline's spec from settings, with the weights that the manifest or this machine pins."""
 
 from __future__ import annotations
 

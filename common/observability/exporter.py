@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 from common.observability.metrics import FILE_BYTES, FOLDER, METRICS, Role, series, switch
 
-#: The same for Prometheus's library, which looks for it when it is imported.
+#: The same folder for Prometheus's library, which reads this variable when it is imported.
 _LIBRARY_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 _PREFIX = "maskwatch-metrics-"
 
 
-#: The process number of the file that holds the sums of children that have ended.
+#: The process number in the name of the file that holds the sums of ended children.
 _ENDED = 0
 
 
 @contextmanager
 def serving(role: Role, settings: MetricsSettings, gauges: Callable[[], Iterable[Collector]] = tuple) -> Iterator[None]:
-    """Serve the metrics of this process and its children over HTTP meanwhile, if a port is configured.
+    """During the block, serve the metrics of this process and its children over HTTP, if a port is configured.
 
-    `gauges` makes collectors of further ones. To be entered once in the life of a process, before its children start
-    and before anything imports Prometheus's library. Raises `MaskwatchError` where the port or a folder can't be had.
+    `gauges` makes collectors of more metrics. Enter it once per process, before its children start and before anything
+    imports Prometheus's library. Raises `MaskwatchError` if the port or a folder is not available.
     """
     global _on
     if not settings.port:
@@ -47,7 +47,7 @@ def serving(role: Role, settings: MetricsSettings, gauges: Callable[[], Iterable
         os.environ |= {FOLDER: str(folder), _LIBRARY_FOLDER: str(folder)}
         switch(on=True)
         try:
-            # From the start, at 0: a rate knows an increase only from what was there before.
+            # Every series begins at 0 at the start: `rate` sees an increase only after an earlier value.
             for metric in METRICS:
                 if role in metric.roles:
                     for values in itertools.product(*metric.labels.values()):
@@ -75,8 +75,8 @@ def _server(host: str, port: int, folder: Path, gauges: Iterable[Collector]) -> 
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise MaskwatchError(
-            f"metrics can't be served on {host}:{port}: {first_line(error)}; choose others with "
-            "MASKWATCH_METRICS__HOST and MASKWATCH_METRICS__PORT, one for each process of a machine"
+            f"metrics can't be served on {host}:{port}: {first_line(error)}; set another MASKWATCH_METRICS__HOST or "
+            "MASKWATCH_METRICS__PORT; each process of a machine needs a port of its own"
         ) from error
     try:
         yield
@@ -94,7 +94,7 @@ def _sums_of(folder: Path) -> Collector:
     class Sums(Collector):
         def __init__(self) -> None:
             self._files = MultiProcessCollector(None, path=str(folder))
-            # Two who scrape at once must not meet in the middle of a sum.
+            # Two scrapes at once must not read a half-written sum.
             self._lock = threading.Lock()
 
         def collect(self) -> Iterable[Any]:
@@ -106,10 +106,10 @@ def _sums_of(folder: Path) -> Collector:
 
 
 def fold_ended(folder: Path) -> int:
-    """Add the counts of processes that have ended to one file, and remove theirs; returns how many files went.
+    """Add the counts of ended processes to one file, and remove their files; returns how many files were removed.
 
-    A worker replaces its children now and then, for as long as it runs. Not removed without being added: a counter
-    must not go down.
+    A worker replaces its children from time to time, so their files must not pile up. Their counts are added first,
+    because a counter must not go down.
     """
     from prometheus_client.mmap_dict import MmapedDict
 
@@ -135,24 +135,24 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, with the number of one of ours: looked at again when that has gone
+    except PermissionError:  # another user's process has the pid now: try again when it has ended
         return True
     return True
 
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder to count in, held while it is used: so those that killed processes leave are told from ours."""
+    """A folder to count in, locked while it is in use: so folders that killed processes left can be recognized."""
     remove_left_over(_PREFIX, folder=True)
     try:
         path, handle = make_held(_PREFIX, folder=True)
-        # Where the sums of children will lie that have ended: made now, while there is room.
+        # The file for the sums of ended children is made now, while there is room on the disk.
         for kind in ("counter", "histogram"):
             with (path / f"{kind}_{_ENDED}.db").open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
     except OSError as error:
         raise MaskwatchError(
-            f"no room for metrics in {tempfile.gettempdir()}: {first_line(error)}; make some there, or set TMPDIR"
+            f"no room for metrics in {tempfile.gettempdir()}: {first_line(error)}; free space there, or set TMPDIR"
         ) from error
     try:
         yield path

@@ -21,7 +21,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     ]
     renderer: Any = structlog.processors.JSONRenderer()
     if sys.stderr.isatty():
-        # Plain: structlog's own choice prints the local variables of every frame, passwords and pixels among them.
+        # Plain tracebacks: structlog's default prints the local variables of every frame, with passwords and pixels.
         renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -33,7 +33,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # Celery reports every task twice at INFO; ours say more, once per group.
+    # Celery logs every task twice at INFO; our own lines say more, once per group.
     for noisy in ("celery.worker.strategy", "celery.app.trace", "celery.beat", "botocore", "kombu"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("celery.beat").addFilter(_in_one_line)
@@ -46,13 +46,14 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """Beat adds two stacks to each tick that Redis did not take, every second for as long as it is away or full."""
+    """Cut a record to one line: Beat logs two stack traces for each tick that it can't send, once a second while Redis
+    can't be reached or is full."""
     record.msg, record.args, record.exc_info = record.getMessage().partition("\n")[0], None, None
     return True
 
 
-# What a process says before it has configured its logs, or without: structlog's own way is standard output, where
-# results belong, and tracebacks with the local variables of every frame.
+# For a process that has not configured its logs: structlog's defaults write to standard output, where results belong,
+# and print tracebacks with the local variables of every frame.
 structlog.configure(
     processors=[
         structlog.processors.add_log_level,
@@ -65,8 +66,8 @@ structlog.configure(
 
 
 def working_on(job_id: int, attempt: int) -> AbstractContextManager[None]:
-    """Put a job and its attempt into every line that is logged meanwhile, by us or by a library, in this thread and
-    in those that are started in a copy of its context."""
+    """Add a job and its attempt to every line that Maskwatch or a library logs in this block, in this thread and in
+    threads that run in a copy of its context."""
     return structlog.contextvars.bound_contextvars(job=job_id, attempt=attempt)
 
 

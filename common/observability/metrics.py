@@ -1,10 +1,10 @@
-"""Metrics for Prometheus: every one by name, and how they are counted.
+"""Metrics for Prometheus: the name of every metric, and how they are counted.
 
-Counting is for the hot path, so it is nothing at all until a process serves metrics (`exporter.serving`), and it never
-raises: a figure that is lost is no reason to lose a job. Prometheus's own library is imported only then.
+Counting is on the hot path, so it does nothing until a process serves metrics (`exporter.serving`), and it never
+raises: a lost figure is no reason to lose a job. Prometheus's library is imported only when metrics are served.
 
-The children of a worker count in files of a folder that the main process makes for them, and it serves the sums
-(`common/observability/exporter.py`). What is read from the ledger is the business of `producer/gauges.py`.
+The children of a worker count in files of a folder that the main process makes; the main process serves the sums
+(`common/observability/exporter.py`). `producer/gauges.py` makes the metrics that are read from the ledger.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = get_logger(__name__)
 
 
 class Role(StrEnum):
-    """Which process serves a metric."""
+    """The kind of process that serves a metric."""
 
     PRODUCER = "producer"
     WORKER = "worker"
@@ -38,19 +38,19 @@ class Role(StrEnum):
 
 
 class Stage(StrEnum):
-    """A step of the work on a picture or a video."""
+    """A step of the work on an image or a video."""
 
     READ = "read"
     DECODE = "decode"
     DETECT = "detect"
     CLASSIFY = "classify"
-    #: Of pictures, some at a time.
+    #: Images are written in groups.
     WRITE = "write"
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What is counted, and every value that its labels can have: so no key and no id can become a label."""
+    """A metric, with every value that its labels can have: so no key and no id can become a label."""
 
     name: str
     help: str
@@ -76,32 +76,30 @@ ATTEMPTS = Metric(
 )
 ATTEMPT_SECONDS = Metric(
     "maskwatch_attempt_seconds",
-    "From the begin of an attempt to its end.",
+    "Time from the begin of an attempt to its end.",
     (Role.WORKER,),
     {"kind": _KINDS},
     (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900),
 )
 QUEUE_SECONDS = Metric(
     "maskwatch_queue_seconds",
-    "From a job's being sent to its being claimed by a worker.",
+    "Time from when a job is queued to when a worker claims it.",
     (Role.WORKER,),
     {"lane": _LANES},
     (0.1, 0.5, 1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600),
 )
 STAGE_SECONDS = Metric(
     "maskwatch_stage_seconds",
-    "Time of a step: read (an object, a block of a video), decode (a picture, the next frame of a video with what it"
-    " waits for its bytes), detect and classify (a picture; on a GPU a batch), write (the transaction that ends it).",
+    "Time of a step: read (an object, or a block of a video), decode (an image, or the next frame of a video including"
+    " the wait for its bytes), detect and classify (an image; on a GPU a batch), write (the transaction that ends it).",
     (Role.WORKER,),
     {"stage": tuple(stage.value for stage in Stage)},
     (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
-FRAMES = Metric(
-    "maskwatch_frames", "Pictures and frames of video that were analysed.", (Role.WORKER,), {"kind": _KINDS}
-)
+FRAMES = Metric("maskwatch_frames", "Images and frames of video that were analysed.", (Role.WORKER,), {"kind": _KINDS})
 FACES = Metric(
     "maskwatch_faces",
-    "Faces that were found, by what they were classified as.",
+    "Faces found, by their classification.",
     (Role.WORKER,),
     {"status": tuple(status.value for status in MaskStatus)},
 )
@@ -111,16 +109,18 @@ QUARANTINES = Metric(
 )
 LEASE_LOSSES = Metric(
     "maskwatch_lease_losses",
-    "Jobs lost by who held them: a lease ran out (producer), a child of a worker died, or a write was refused because"
-    " the job was no longer this worker's (taken back, cancelled or replaced).",
+    "Jobs that a worker lost: a lease ran out (counted by the producer), a child of a worker died, or a write was"
+    " refused because the job was no longer this worker's (taken back, cancelled or replaced).",
     (Role.WORKER, Role.PRODUCER),
     {"cause": ("expired", "crashed", "refused")},
 )
 DISPATCHED = Metric("maskwatch_dispatched_jobs", "Jobs sent to workers.", (Role.PRODUCER,), {"lane": _LANES})
-LOST_MESSAGES = Metric("maskwatch_lost_messages", "Jobs whose message got lost, to be sent again.", (Role.PRODUCER,))
+LOST_MESSAGES = Metric(
+    "maskwatch_lost_messages", "Jobs whose message was lost, and that are sent again.", (Role.PRODUCER,)
+)
 TICKS = Metric(
     "maskwatch_ticks",
-    "Ticks of the producer's schedule that were worked off.",
+    "Ticks of the producer's schedule that were run.",
     (Role.PRODUCER,),
     {"task": ("dispatch", "reconcile", "request_summary", "look_at_cameras")},
 )
@@ -132,10 +132,10 @@ METRICS = (
     DISPATCHED, LOST_MESSAGES, TICKS, SUMMARIZED,
 )  # fmt: skip
 
-#: Where the processes of a worker count: set by the main process, inherited by its children.
+#: The folder in which the processes of a worker count: set by the main process, inherited by its children.
 FOLDER = "MASKWATCH_METRICS_FOLDER"
-#: Room that a process takes in the folder before it counts: a file that grows into a full disk would end the process
-#: (SIGBUS), and not raise. The metrics above need less, whatever happens.
+#: Bytes that a process reserves in the folder before it counts: if a memory-mapped file grows on a full disk, SIGBUS
+#: ends the process instead of an exception. The metrics above never need more.
 FILE_BYTES = 512 * 1024
 
 _on = FOLDER in os.environ
@@ -143,17 +143,17 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def count(metric: Metric, amount: float = 1, **labels: str) -> None:
-    """Add to a counter. Nothing where metrics are off; never raises."""
+    """Add to a counter. Does nothing if metrics are off; never raises."""
     if not _on or not amount:
         return
     try:
         series(metric, tuple(labels.items())).inc(amount)
-    except Exception:  # whatever it is, the job goes on
+    except Exception:  # the job must go on after any error here
         _give_up(metric)
 
 
 def observe(metric: Metric, seconds: float, **labels: str) -> None:
-    """Add a time to a histogram. Nothing where metrics are off; never raises."""
+    """Add a time to a histogram. Does nothing if metrics are off; never raises."""
     if not _on:
         return
     try:
@@ -163,18 +163,18 @@ def observe(metric: Metric, seconds: float, **labels: str) -> None:
 
 
 def switch(*, on: bool) -> None:
-    """Whether this process counts, from now on. Its folder must be set before."""
+    """Turn counting in this process on or off. Its folder must be set before."""
     global _on
     _on = on
 
 
 def stage(name: Stage) -> AbstractContextManager[None]:
-    """Time a step of the work, also one that fails."""
+    """Time a step of the work, also if it fails."""
     return timed(STAGE_SECONDS, stage=name.value)
 
 
 def timed(metric: Metric, **labels: str) -> AbstractContextManager[None]:
-    """Time a block for a histogram, also one that raises."""
+    """Time a block for a histogram, also if it raises."""
     return _Timed(metric, labels) if _on else _NOTHING
 
 
@@ -188,7 +188,7 @@ def analysed(kind: JobKind, frames: Sequence[Sequence[Face]]) -> None:
 
 
 def failed(reason: Reason, state: JobState) -> None:
-    """Count an attempt that failed: tried again, or in quarantine."""
+    """Count a failed attempt, as a retry or as a quarantine."""
     count(QUARANTINES if state is JobState.QUARANTINED else RETRIES, reason=reason.value)
 
 
@@ -216,7 +216,7 @@ def series(metric: Metric, labels: tuple[tuple[str, str], ...]) -> Any:
     return whole.labels(**given) if given else whole
 
 
-#: Guards making a metric: the caches above and below let two threads make the same one.
+#: Held while a metric is made: the caches above and below would let two threads make the same one.
 _making = threading.Lock()
 _made: dict[str, Any] = {}
 
@@ -228,7 +228,7 @@ def _library_metric(metric: Metric) -> Any:
             from prometheus_client import Counter as LibraryCounter
             from prometheus_client import Histogram
 
-            # No registry: what is served is read from the files of all processes.
+            # No registry: the exporter reads the files of all processes.
             if metric.buckets:
                 _made[metric.name] = Histogram(
                     metric.name, metric.help, list(metric.labels), buckets=metric.buckets, registry=None
@@ -239,12 +239,12 @@ def _library_metric(metric: Metric) -> Any:
 
 
 def _reserve() -> None:
-    """Take this process's room in the folder. Raises `OSError` where there is none."""
+    """Reserve this process's space in the folder. Raises `OSError` if the disk is full."""
     for kind in ("counter", "histogram"):
         path = _file(kind, os.getpid())
         if path.exists():
             continue
-        # Under its name only when it is whole: a scrape can't read an empty file, and would fail for all processes.
+        # The file gets its name only when it is complete: a scrape would fail on an empty file, for all processes.
         with replacing(path) as part, part.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
 
@@ -254,7 +254,7 @@ def _file(kind: str, process: int) -> Path:
 
 
 def _give_up(metric: Metric) -> None:
-    """Say once that this process counts no more: what goes wrong once goes wrong each time."""
+    """Turn counting off in this process, and log that once: the same error would come each time."""
     global _on
     _on = False
     log.warning("metrics are off in this process: one could not be counted", metric=metric.name, exc_info=True)

@@ -1,6 +1,6 @@
-"""What work costs here: measured from the attempts that workers have made, else from the benchmark.
+"""The cost model: how long work takes here, measured from the workers' attempts, or taken from the benchmark.
 
-Read side: receives a session, changes nothing. Every figure carries where it comes from.
+Read side: receives a session, changes nothing. Every figure names its origin.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from enum import StrEnum
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-#: Attempts that are looked at, the newest first: some hours of a worker, read in milliseconds.
+#: How many of the newest attempts are read: some hours of a worker's work, read in milliseconds.
 RECENT = 20_000
 
-#: With fewer jobs of a kind, what they took says little: the first ones load the models.
+#: With fewer jobs of a kind, their times say little: the first ones load the models.
 ENOUGH = 20
 
 
 class Origin(StrEnum):
-    """Where a figure comes from."""
+    """The origin of a figure."""
 
-    #: The workers of this deployment, with this pipeline.
+    #: Measured on the workers of this deployment, with this pipeline.
     MEASURED = "measured here"
-    #: docs/performance.md: a worker process on one core of a server, with the default pipeline.
+    #: From docs/performance.md: a worker process on one core of a server, with the default pipeline.
     BENCHMARK = "the benchmark's"
-    #: Nothing of the kind was analysed yet.
+    #: No job of the kind was done yet.
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A figure and where it comes from; `value` is None where it is unknown."""
+    """A figure and its origin; `value` is None if it is unknown."""
 
     value: float | None
     origin: Origin
@@ -39,11 +39,11 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What a deployment's worker processes take, each by itself."""
+    """The times and counts per image or second of video, for one worker process."""
 
     seconds_per_image: Rate
     seconds_per_probe: Rate
-    #: Of a video, per second of it.
+    #: Per second of video.
     seconds_per_footage_second: Rate
     faces_per_image: Rate
     #: Of videos.
@@ -52,12 +52,12 @@ class Throughput:
     bytes_per_footage_second: Rate
 
 
-#: 20 Nov. 2026, docs/performance.md: 78 to 106 ms a picture of 960×540 with its share of the road; 17 frames per second
-#: on two cores. Per frame: at one per second, which is the default.
+#: 20 Nov. 2026, docs/performance.md: 78 to 106 ms per image of 960×540, end to end; 17 frames per second on two cores.
+#: Per second of video: at one frame per second, which is the default.
 _BENCHMARK = {"image": 0.12, "probe": 0.1, "chunk": 2 / 17}
 
-#: A message's jobs begin together and end one by one, so what a message takes is from its claim to its last end. What
-#: takes three times as long as others had to load models, or waited for something.
+#: A message's jobs begin together and end one by one, so a message takes the time from its claim to its last end.
+#: Messages that took more than three times the median are left out: they loaded models, or waited for something.
 _SPANS = """
 WITH recent AS (
     SELECT a.worker, j.kind, a.job_id, a.started_at, a.ended_at
@@ -77,7 +77,7 @@ SELECT kind, sum(jobs)::int AS jobs, sum(seconds) / sum(units) AS per_unit
 FROM messages JOIN usual USING (kind) WHERE units > 0 AND seconds / units <= 3 * middle GROUP BY kind
 """
 
-#: Of the newest pictures, or chunks of videos: what is in them differs more than what it costs to look.
+#: Faces per frame in the newest images, or chunks of videos.
 _FACES = """
 WITH recent AS MATERIALIZED (
     SELECT j.id FROM jobs j JOIN media_objects m ON m.id = j.media_object_id JOIN locations l ON l.id = m.location_id
@@ -98,7 +98,7 @@ WHERE m.id > (SELECT max(id) FROM media_objects) - 200000 AND m.kind = 'video' A
 
 
 def measured(session: Session, pipeline_id: int | None, location: str) -> Throughput:
-    """What is known of this pipeline's work; of faces and videos rather those of the location than of all."""
+    """The figures for this pipeline. Those of faces and videos are the location's, or all locations' if it has none."""
     spans: dict[str, float] = {}
     if pipeline_id is not None:
         found = session.execute(text(_SPANS), {"recent": RECENT, "pipeline": pipeline_id})

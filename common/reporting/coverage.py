@@ -1,4 +1,4 @@
-"""What was looked at, not only what was found: a camera's hours, and the holes in them."""
+"""Coverage: how much of a camera's hours was analysed, and the holes in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.settings import get_settings
 
 DAY, WEEK = timedelta(days=1), timedelta(days=7)
 
-#: Seconds that an hour may lack before it is a hole: cameras and containers round.
+#: Seconds that an hour may lack before it is a hole: cameras and containers round times.
 TOLERANCE = 1.0
 
 
@@ -29,14 +29,14 @@ class CoverageHour:
     waiting_seconds: float
     failed_seconds: float
     missing_seconds: float | None
-    #: Pictures and chunks, and how many of them failed, whatever their length.
+    #: The number of images and chunks, and how many of them failed, whatever their length.
     pieces: int
     failed_pieces: int
     coverage: float | None
 
     @property
     def is_hole(self) -> bool:
-        """Whether something that should have been analysed is not, and isn't about to be."""
+        """Whether footage that should have been analysed is missing, and no active job will analyse it."""
         done = self.analysed_seconds + self.waiting_seconds
         return self.failed_pieces > 0 or (
             self.expected_seconds is not None and self.expected_seconds - done > TOLERANCE
@@ -48,7 +48,7 @@ def coverage(
 ) -> list[CoverageHour]:
     """The hours of a camera in which there is footage, or should be; bounds as instants (aware) or on the location's
     clock (naive)."""
-    # Which instant a time on a clock is, the hours themselves say; no zone is a day away from UTC.
+    # A naive bound is widened by a day here, more than any zone differs from UTC; `_within` compares the local hours.
     bounds = {name: _instant(bound, margin) for name, bound, margin in (("since", since, -DAY), ("until", until, DAY))}
     rows = session.execute(
         text(
@@ -62,7 +62,7 @@ def coverage(
 
 
 def _instant(bound: datetime | None, margin: timedelta) -> datetime | None:
-    """An instant that is not behind `bound`, seen in the direction of the margin."""
+    """The bound as an instant; a naive bound is moved by the margin, so that no hour is left out."""
     if bound is None or bound.tzinfo is not None:
         return bound
     try:
@@ -79,7 +79,7 @@ def _within(row: CoverageHour, since: datetime | None, until: datetime | None) -
 
 
 def failed_jobs(session: Session, camera: Camera, hours: list[datetime]) -> list[int]:
-    """Jobs in quarantine whose footage begins in these hours of a camera, by the pipeline that its location shows."""
+    """Quarantined jobs, of the pipeline that the location shows, whose footage begins in these hours of a camera."""
     rows = session.execute(
         text(
             "SELECT j.id FROM media_objects m JOIN locations l ON l.id = m.location_id"

@@ -1,4 +1,4 @@
-"""What `maskwatch jobs list` and `jobs show` read of the ledger."""
+"""The reads of the ledger for `maskwatch jobs list` and `jobs show`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.domain import JobState
 
 
 def list_jobs(session: Session, state: JobState | None, limit: int) -> list[dict[str, Any]]:
-    """The latest jobs, of all states or of one."""
+    """The newest jobs, of all states or of one."""
     query = (
         select(Job, MediaObject.bucket, MediaObject.key)
         .join(MediaObject, MediaObject.id == Job.media_object_id)
@@ -39,8 +39,8 @@ def list_jobs(session: Session, state: JobState | None, limit: int) -> list[dict
 
 
 def show_job(session: Session, job_id: int) -> dict[str, Any]:
-    """All of one job: its object, its state, its attempts and what operators did to it. Raises `MaskwatchError` where
-    there is none of this id."""
+    """All about one job: its object, its state, its attempts and what operators did to it. Raises `MaskwatchError` if
+    there is no job of this id."""
     job = ledger.get_job(session, job_id)
     media = session.get_one(MediaObject, job.media_object_id)
     return {
@@ -99,7 +99,7 @@ def _actions(session: Session, job_id: int) -> list[dict[str, Any]]:
 
 
 def _range(job: Job) -> str | None:
-    """The part of a video that a chunk is about, in its own time; None for other jobs."""
+    """The part of its video that a chunk covers, in the file's own time; None for other jobs."""
     if not job.range_end_ms:
         return None
     return "–".join(str(timedelta(milliseconds=ms)) for ms in (job.range_start_ms, job.range_end_ms))

@@ -20,9 +20,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from common.reporting.queries import ComplianceRow, Period
 
 dates: Any = mpl.dates  # without types of its own
-#: ColorBrewer's Dark2: told apart by colour-blind readers too. The page uses the same ones.
+#: ColorBrewer's Dark2, which colour-blind readers can distinguish, too. The page uses the same colours.
 WITH_MASK, WITHOUT_MASK, UNCERTAIN = "#1b9e77", "#d95f02", "#8a8f98"
-#: Stands for the page's text colour, so that the plot fits a light and a dark page.
+#: A placeholder for the page's text colour, so that the plot fits a light and a dark page.
 _TEXT = "#010203"
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
@@ -41,7 +41,7 @@ _STYLE: Any = {
 #: Labels of ticks at years, months, days, hours, minutes and seconds; and at the first of each.
 _TICKS = ["%Y", "%b", "%d %b", "%H:%M", "%H:%M", "%H:%M:%S"]
 _DAY_TICKS = ["", "%Y", "%d %b", "%d %b", "%H:%M", "%H:%M"]
-#: Longer stretches of time are drawn by day.
+#: Longer times are drawn by day.
 HOURLY_UP_TO = timedelta(days=14)
 LENGTH = {Period.HOUR: timedelta(hours=1), Period.DAY: timedelta(days=1), Period.WEEK: timedelta(days=7)}
 
@@ -80,7 +80,7 @@ def _draw_rates(axes: Axes, rows: Sequence[ComplianceRow], by: Period) -> None:
     starts = [dates.date2num(row.start) for row in decided]
     lows = [row.figures.rate_low or 0.0 for row in decided]
     highs = [row.figures.rate_high or 0.0 for row in decided]
-    # A box per hour: wide where few faces were seen, and no line invents figures for hours without footage.
+    # A box per hour, tall if few faces were seen; no line, which would suggest figures for hours without footage.
     heights = [high - low for low, high in zip(lows, highs, strict=True)]
     axes.bar(starts, heights, width, bottom=lows, align="edge", color=WITH_MASK, alpha=0.25)
     values = [row.figures.rate or 0.0 for row in decided]

@@ -1,6 +1,6 @@
 """The read side: figures for tables, plots and the report, from the analysts' views and the ledger.
 
-Everything receives a session and changes nothing. What a rate means, and what it doesn't, is in docs/schema.md.
+Every function receives a session and changes nothing. docs/schema.md says what a rate means, and what it doesn't.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Period(StrEnum):
     WEEK = "week"
 
 
-#: The instant a row's period begins. Hours are instants already; an hour that clocks repeat is two rows.
+#: The instant at which a row's period begins. An hour that the clocks repeat is two rows.
 _STARTS = {
     Period.HOUR: "hour",
     Period.DAY: "date_trunc('day', local_hour) AT TIME ZONE time_zone",
@@ -50,7 +50,7 @@ class Figures:
     """Sums over some time of one location, by its promoted pipeline.
 
     `rate` = with_mask / (with_mask + without_mask), in [0, 1]; `rate_low` and `rate_high` are Wilson's 95 %
-    interval. All three are None where no face was decided. `seconds`: length of the video looked at.
+    interval. All three are None if no face was decided. `seconds`: length of the analysed video.
     """
 
     frames: int
@@ -79,7 +79,7 @@ class ComplianceRow:
 
 @dataclass(frozen=True, slots=True)
 class LocationTotals:
-    """A location and its figures over all time; `first_hour` and `last_hour` (aware, local) are None without any."""
+    """A location and its figures over all time; `first_hour` and `last_hour` (aware, local) are None if none."""
 
     name: str
     time_zone: str
@@ -93,9 +93,9 @@ class LocationTotals:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How much of a location's media its promoted pipeline has been through: jobs, by where they stand.
+    """How much of a location's media its promoted pipeline has analysed: jobs by state.
 
-    `times` counts the analysed media objects by where their time comes from (`domain.ObservedAtSource`).
+    `times` counts the analysed media objects by the source of their time (`domain.ObservedAtSource`).
     """
 
     analysed: int
@@ -106,7 +106,7 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A job that needs a person: what it was about and why it was given up."""
+    """A job that needs a person: its object, and why it was quarantined."""
 
     job_id: int
     location: str
@@ -213,7 +213,7 @@ def coverage(session: Session) -> dict[str, Coverage]:
 
 
 def hours_to_summarize(session: Session) -> int:
-    """How many hours have changed since they were last summarized: until that is done, figures lag behind."""
+    """How many hours have new results that are not in the summaries yet."""
     marks = "SELECT count(*) FROM (SELECT DISTINCT location_id, pipeline_id, hour FROM dirty_marks) AS hours"
     return int(session.execute(text(marks)).scalar_one())
 

@@ -1,4 +1,4 @@
-"""Writes report.html: everything a reader needs in one file that loads nothing from anywhere.
+"""Writes report.html: one file with everything a reader needs, which loads no other file.
 
 The page is common/reporting/report.html.j2; names, keys and reasons are data and are escaped there.
 """
@@ -40,13 +40,13 @@ from common.reporting.tables import percent
 MAX_PICTURES = 12
 PICTURE_WIDTH_PX = 900
 MAX_QUARANTINED = 200
-#: Per location; the rest is one query away.
+#: Per location; `maskwatch summary` shows the rest.
 MAX_DAYS = 62
 
 
 @dataclass(frozen=True, slots=True)
 class LocationSection:
-    """What the page shows of one location; `plot` is SVG or None where nothing was analysed."""
+    """The page's section about one location; `plot` is SVG, or None if nothing was analysed."""
 
     totals: LocationTotals
     coverage: Coverage | None
@@ -66,7 +66,7 @@ class Picture:
 
 
 def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ()) -> None:
-    """Write the report of all locations to `path`; of `pictures` (annotated examples) 12 go in, evenly picked.
+    """Write the report of all locations to `path`, with at most 12 of `pictures` (annotated examples), evenly picked.
 
     The file is replaced whole or not at all. Raises `MaskwatchError` for a path that can't be written and
     for a picture that can't be read.
@@ -76,7 +76,7 @@ def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ())
     page = render(session, [_picture(picture) for picture in chosen])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A picture's name may hold bytes that are no text.
+        # A picture's file name may hold bytes that are no text.
         write_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise MaskwatchError(f"can't write the report to {path}: {first_line(error)}") from error
@@ -120,7 +120,7 @@ def _section(
     if location.first_hour is None or location.last_hour is None:
         return LocationSection(location, covered, None, "", [], 0, broken)
     by = plot_period(location.first_hour, location.last_hour)
-    # Safe to be taken as markup: drawn by us from figures, with no name in it.
+    # Safe as markup: our own code draws it from figures, without any name.
     plot = Markup(compliance_svg(compliance(session, location.name, by), by))
     days = compliance(session, location.name, Period.DAY)
     return LocationSection(location, covered, plot, by.value, days[-MAX_DAYS:], max(0, len(days) - MAX_DAYS), broken)

@@ -1,4 +1,4 @@
-"""Turns compliance rows into words for people and values for machines: the same columns everywhere."""
+"""Turns compliance rows into text for people and values for machines: the same columns everywhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def interval(figures: Figures) -> str:
 
 
 def period_name(row: ComplianceRow, by: Period) -> str:
-    """When a row's period was, on the location's clock; with its offset where the clock shows the hour twice."""
+    """A row's period on the location's clock; with the offset from UTC if the clock shows the hour twice."""
     if by is Period.HOUR:
         twice = row.start.replace(fold=0).utcoffset() != row.start.replace(fold=1).utcoffset()
         return f"{row.start:%Y-%m-%d %H:%M}" + (row.start.isoformat()[-6:] if twice else "")
@@ -55,7 +55,7 @@ def as_dict(row: ComplianceRow) -> dict[str, Any]:
 
 
 def as_csv(rows: Sequence[ComplianceRow]) -> str:
-    """Comma-separated values with a header, `\\n` between lines; no rate is an empty field."""
+    """Comma-separated values with a header, `\\n` between lines; an empty field if there is no rate."""
     buffer = io.StringIO()
     names = ("location", "start", *Figures.__slots__)
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
@@ -66,5 +66,5 @@ def as_csv(rows: Sequence[ComplianceRow]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in [0, 1] for people, as `71.4 %`; a dash where there was nothing to be counted."""
+    """A share in [0, 1] for people, as `71.4 %`; a dash if there is none."""
     return "–" if value is None else f"{100 * value:.1f} %"

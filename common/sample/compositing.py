@@ -1,4 +1,4 @@
-"""Figures in a picture: where they stand, what they hide of each other, and how they get into it."""
+"""Draws figures into an image: where they stand, and what they hide of each other."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from common.sample.ground_truth import Box, TrueFace
 
 #: The longer side of a face at scale 1.
 FACE_SIZE_NATIVE = max(people.FACE_BOX[2] - people.FACE_BOX[0], people.FACE_BOX[3] - people.FACE_BOX[1])
-#: What a figure hides below its head.
+#: The area below its head that a figure hides.
 BODY_BOX = (15.0, 145.0, 380.0, float(people.FIGURE_SIZE[1]))
 
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Someone in a picture: the figure's top left corner and scale in pixels of the picture."""
+    """A person in an image: the figure's top left corner, in pixels of the image, and its scale."""
 
     look: people.Look
     x: float
@@ -29,7 +29,7 @@ class Person:
     scale: float
 
     def placed(self, box: Box) -> Box:
-        """A box of the figure as a box of the picture."""
+        """A box of the figure as a box of the image."""
         if self.look.flipped:
             box = people.flipped_box(box)
         return (
@@ -58,7 +58,7 @@ def meet(a: Box, b: Box) -> bool:
 
 
 def paste(image: Image.Image, person: Person) -> None:
-    """Draw a person into a picture."""
+    """Draw a person into an image."""
     # Sampled at the exact fraction of a pixel, so that the box of its face is exact too.
     left, top = math.floor(person.x), math.floor(person.y)
     inverse = 1 / person.scale
@@ -76,14 +76,15 @@ def paste(image: Image.Image, person: Person) -> None:
 
 
 def vignette(width: int, height: int) -> NDArray[np.float64]:
-    """What a lens leaves of the light at each pixel: 1 in the middle, 0.87 in the corners; (height, width, 1)."""
+    """The share of light that a lens lets through at each pixel: 1 in the middle, 0.87 in the corners;
+    (height, width, 1)."""
     rows, columns = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     shares: NDArray[np.float64] = (1 - 0.13 * (rows**2 + columns**2) / 2)[..., None]
     return shares
 
 
 def caption(image: Image.Image, words: str) -> None:
-    """Write into the picture's upper left corner, as cameras do."""
+    """Write into the image's upper left corner, as cameras do."""
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(16)
     draw.rectangle((0, 0, 14 + draw.textlength(words, font), 26), fill=(18, 18, 20))

@@ -1,7 +1,7 @@
-"""Makes the sample footage of the demo: pictures of three cameras and a video of a fourth, with known faces and masks.
+"""Makes the sample footage of the demo: images of three cameras and a video of a fourth, with known faces and masks.
 
 `common/sample/people.py` draws the people and `common/sample/scenes.py` the places; this module decides who
-stands where and when in the pictures, adds what a camera adds (noise, JPEG), and writes the ground truth beside them.
+stands where and when in the images, adds the effects of a camera (noise, JPEG), and writes the ground truth.
 `common/sample/walkers.py` makes the video. Needs the layer `worker` (Pillow, NumPy, PyAV).
 """
 
@@ -24,7 +24,7 @@ from common.sample.compositing import FACE_SIZE_NATIVE, Person, caption, hides, 
 from common.sample.ground_truth import BadObject, GroundTruth, TrueCamera, TruePicture, TrueVideo
 from common.sample.scenes import FILMED, SCENES, Scene
 
-#: Saturday and Sunday; Berlin's clocks go from 02:00 to 03:00 on the second.
+#: A Saturday and a Sunday; Berlin's clocks go from 02:00 to 03:00 on the Sunday.
 DAYS = (date(2026, 3, 28), date(2026, 3, 29))
 TIME_ZONES = {"lobby": "Europe/Berlin", "market-street": "Asia/Kolkata"}
 #: Hours with footage, by day; the two in the night lie around the change of Berlin's clocks.
@@ -40,10 +40,10 @@ FILM_TIME = time(10, 15)
 
 
 def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22, video: bool = True) -> GroundTruth:
-    """Write pictures, a few bad objects, `truth.json` and, unless `video` is false, a video under the folder `out`.
+    """Write images, a few bad objects, `truth.json` and, unless `video` is false, a video under the folder `out`.
 
     The same seed gives the same bytes. Keys are paths relative to `out/bucket`, for example
-    `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The ground truth has a `TruePicture` for every picture, and
+    `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The ground truth has a `TruePicture` for every image, and
     for every second of a video.
     """
     bucket = out / "bucket"
@@ -186,7 +186,7 @@ def _someone(scene: Scene, mask_share: float, rng: np.random.Generator) -> Perso
         flipped=bool(rng.random() < 0.5),
         gain=float(rng.uniform(0.85, 1.08)),
     )
-    # A camera at eye level: whoever stands on the floor has their eyes near the horizon, near or far.
+    # The camera is at eye level: the eyes of a person on the floor are near the horizon at any distance.
     eyes = 100 * scale
     lift = rng.normal(0, HEIGHT_SPREAD) * people.FIGURE_SIZE[1] * scale
     # The floor is narrow at its far end.
@@ -206,7 +206,7 @@ def _apart(a: Person, b: Person) -> bool:
 
 
 def _photographed(image: Image.Image, local_time: datetime, rng: np.random.Generator) -> Image.Image:
-    """What light and camera add: exposure by the time of day, darker corners, noise."""
+    """Add the effects of light and camera: exposure by the time of day, darker corners, noise."""
     pixels: NDArray[np.float32] = np.asarray(image, np.float32)
     height, width = pixels.shape[:2]
     noon = 1 - min(1.0, abs(local_time.hour + local_time.minute / 60 - 13) / 12)
@@ -224,7 +224,7 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _make_bad_objects(bucket: Path, whole: TruePicture) -> list[BadObject]:
-    """A few objects such as every real bucket has, so that a newcomer sees what becomes of them."""
+    """A few bad objects, as in every real bucket, so that a newcomer sees how Maskwatch treats them."""
     folder = f"{whole.location}/{whole.camera}/{DAYS[0]:%Y/%m/%d}"
     contents = {
         f"{folder}/12-40-00.jpg": (bucket / whole.key).read_bytes()[:20_000],
@@ -242,7 +242,7 @@ def _make_bad_objects(bucket: Path, whole: TruePicture) -> list[BadObject]:
 
 
 def _make_bad_video(bucket: Path, whole: TrueVideo) -> BadObject:
-    """Cut off in the middle: what an MP4 needs to be opened comes at its end."""
+    """A video cut off in the middle: an MP4 can't be opened without the index at its end."""
     content = (bucket / whole.key).read_bytes()
     key = f"{whole.key.rpartition('/')[0]}/10-50-00.mp4"
     (bucket / key).write_bytes(content[: len(content) // 2])

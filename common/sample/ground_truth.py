@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 
 from common.domain import MaskStatus, MaskwatchError, Reason
 
-#: Two boxes show the same face from this intersection over union on; the usual value for face detection.
+#: Two boxes show the same face if their intersection over union is at least this; the usual value for face detection.
 MATCH_IOU = 0.5
-#: The demo promises figures for faces whose longer side has at least this many pixels.
+#: The demo's figures are for faces whose longer side has at least this many pixels.
 MIN_SIZE_PX = 32.0
 
 Box = tuple[float, float, float, float]
@@ -28,7 +28,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class TrueFace:
-    """A face that was drawn. Box: xyxy pixels of the picture, hairline to chin and ear to ear."""
+    """A face that was drawn. Box: xyxy pixels of the image or frame, hairline to chin and ear to ear."""
 
     box: Box
     label: MaskStatus
@@ -41,10 +41,10 @@ class TrueFace:
 
 @dataclass(frozen=True, slots=True)
 class TruePicture:
-    """A picture, by its key in the bucket, or a frame of a video, by its key and its time in the video.
+    """An image, by its key in the bucket, or a frame of a video, by its key and its time in the video.
 
-    `local_time` is naive: what the location's wall clock showed. `faces` are in full view; `ignored` are boxes of faces
-    that are hidden or cut off in part: they need not be found, and what is found there is not wrong.
+    `local_time` is naive: the time on the location's wall clock. `faces` are in full view; `ignored` are boxes of faces
+    that are partly hidden or cut off: these need not be found, and faces found there are not wrong.
     """
 
     key: str
@@ -59,7 +59,7 @@ class TruePicture:
 
 @dataclass(frozen=True, slots=True)
 class TrueVideo:
-    """A video, by its key in the bucket. visits: how many people are seen in it, each from coming to leaving."""
+    """A video, by its key in the bucket. visits: how many people come and leave in it."""
 
     key: str
     seconds: float
@@ -69,7 +69,7 @@ class TrueVideo:
 
 @dataclass(frozen=True, slots=True)
 class TrueCamera:
-    """A camera of the footage, and what `maskwatch backfill` has to be told about its keys."""
+    """A camera of the footage, and the options of `maskwatch backfill` for its keys."""
 
     location: str
     name: str
@@ -80,7 +80,7 @@ class TrueCamera:
 
 @dataclass(frozen=True, slots=True)
 class BadObject:
-    """An object that can't be analysed. reason: what its job is quarantined with; None: no job is made for it."""
+    """An object that can't be analysed. reason: the reason its job is quarantined with; None: it gets no job."""
 
     key: str
     reason: Reason | None
@@ -89,7 +89,7 @@ class BadObject:
 
 @dataclass(frozen=True, slots=True)
 class GroundTruth:
-    """All that is known about one set of sample footage. `pictures` holds the frames of its videos, too."""
+    """The ground truth of one set of sample footage. `pictures` holds the frames of its videos, too."""
 
     seed: int
     cameras: tuple[TrueCamera, ...]
@@ -98,12 +98,12 @@ class GroundTruth:
     videos: tuple[TrueVideo, ...] = ()
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; datetimes as ISO 8601."""
+        """Write the ground truth as JSON; datetimes as ISO 8601."""
         path.write_text(json.dumps(asdict(self), default=datetime.isoformat, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> GroundTruth:
-        """Read what `save` wrote. Raises `MaskwatchError` where there is no such file."""
+        """Read a file that `save` wrote. Raises `MaskwatchError` if there is none."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -136,9 +136,9 @@ def _picture(values: dict[str, Any]) -> TruePicture:
 
 @dataclass(frozen=True, slots=True)
 class StoredFace:
-    """A face the system found, by the key of its picture or video. Box: xyxy pixels of the picture or frame.
+    """A face that Maskwatch found, by the key of its image or video. Box: xyxy pixels of the image or frame.
 
-    offset_seconds: when in its video; 0 for a picture.
+    offset_seconds: when in its video; 0 for an image.
     """
 
     key: str
@@ -148,7 +148,7 @@ class StoredFace:
 
 
 def stored_faces(session: Session, bucket: str) -> list[StoredFace]:
-    """The faces of `face_results` whose pictures and videos lie in `bucket` (for example `s3://footage`)."""
+    """The faces of `face_results` whose images and videos lie in `bucket` (for example `s3://footage`)."""
     base = bucket.rstrip("/") + "/"
     rows = session.execute(
         text(
@@ -170,7 +170,7 @@ def stored_faces(session: Session, bucket: str) -> list[StoredFace]:
 
 
 def stored_visits(session: Session, bucket: str) -> dict[str, int]:
-    """The visits that were counted in each video of `bucket`, by key: its tracks. A video without faces is left out."""
+    """The number of visits (tracks) in each video of `bucket`, by key. A video without faces is left out."""
     base = bucket.rstrip("/") + "/"
     rows = session.execute(
         text(
@@ -194,7 +194,7 @@ class Comparison:
 
     Found and labelled are counted over true faces of `min_size_px` and more; smaller ones are in
     `small_faces` and `small_found` only. `confusion[label][status]` counts the found ones. `frames` are the frames of
-    videos that the ground truth describes. `visits_counted`: how many visits the system counted; None: not asked.
+    videos that the ground truth describes. `visits_counted`: how many visits Maskwatch counted; None: not compared.
     """
 
     min_size_px: float
@@ -221,7 +221,7 @@ class Comparison:
 
     @property
     def labelled_right_share(self) -> float | None:
-        """Of the found faces, those with the true label; an uncertain one is not right."""
+        """The share of found faces with the true label; an uncertain face is not right."""
         return self.labelled_right / self.found if self.found else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -259,10 +259,10 @@ def compare_with_ground_truth(
     min_size_px: float = MIN_SIZE_PX,
     counted_visits: Mapping[str, int] | None = None,
 ) -> Comparison:
-    """Match stored faces to true ones within each picture and each frame, and count.
+    """Match stored faces to true ones within each image and each frame, and count.
 
-    Pairs are taken greedily, best IoU first, one to one, down to `MATCH_IOU`. Stored faces of pictures and frames
-    that the ground truth doesn't describe count as extra. counted_visits: what `stored_visits` gives.
+    Pairs are taken greedily, best IoU first, one to one, down to `MATCH_IOU`. Stored faces of images and frames
+    that the ground truth doesn't describe count as extra. counted_visits: the result of `stored_visits`.
     """
     found_at: dict[_Moment, list[StoredFace]] = {}
     for one in stored:
@@ -287,7 +287,8 @@ def compare_with_ground_truth(
     return report
 
 
-#: A picture's key, and a time in ms: what a database and a decoder say of the same frame differs in the last digits.
+#: An image's key, and a time in ms, because the times of one frame in a database and a decoder differ in the last
+#: digits.
 _Moment = tuple[str, int]
 
 
@@ -332,7 +333,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def _common_area(a: Box, b: Box) -> float:
-    """The area that both cover."""
+    """The area that both boxes cover."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return max(0.0, width) * max(0.0, height)

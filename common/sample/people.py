@@ -19,7 +19,7 @@ from common.sample.source_images import astronaut
 
 #: The face: fringe to chin, ear to ear.
 FACE_BOX = (175.0, 68.0, 273.0, 180.0)
-#: What nobody may stand in front of: the whole head, with hair and collar.
+#: The whole head, with hair and collar: no other figure may cover it.
 HEAD_BOX = (150.0, 12.0, 304.0, 200.0)
 #: Width and height of a whole figure; the photograph ends at PHOTO_BOTTOM, below it is drawn.
 FIGURE_SIZE = (400, 980)
@@ -73,7 +73,7 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True, slots=True)
 class MaskStyle:
-    """What a mask looks like: its colour, and pleats (surgical) or a fold down the middle."""
+    """The look of a mask: its colour, and pleats (surgical) or a fold down the middle."""
 
     colour: Colour
     pleated: bool
@@ -166,7 +166,7 @@ def _head(mask: MaskStyle | None) -> Image.Image:
 
 
 def _masked(photograph: Pixels, style: MaskStyle) -> Pixels:
-    """The photograph with a mask over nose, mouth and chin, lit as the face below it is."""
+    """The photograph with a mask over nose, mouth and chin, with the light of the face below it."""
     covered = outline(MASK, 512, 512, blur=0.6)
     rows, columns = np.mgrid[0:512, 0:512].astype(np.float32)
     grey = Image.fromarray(photograph.mean(axis=2).astype(np.uint8))
@@ -216,7 +216,7 @@ def _suit(colour: Colour) -> Image.Image:
 
 
 def _draw_coat(pixels: Pixels, photograph: Pixels) -> None:
-    """Continue the suit downwards as a coat: its lowest rows, drawn long, so that folds and colours go on."""
+    """Continue the suit downwards as a coat: stretch its lowest rows, so that folds and colours continue."""
     top = PHOTO_BOTTOM - 8
     rows = COAT_BOTTOM - top
     strip = Image.fromarray(np.clip(photograph[PHOTO_BOTTOM - 14 : PHOTO_BOTTOM, :400], 0, 255).astype(np.uint8))
@@ -224,7 +224,7 @@ def _draw_coat(pixels: Pixels, photograph: Pixels) -> None:
     columns = np.arange(400, dtype=np.float32)
     folds = 0.05 * np.sin(columns / 11) + 0.04 * np.sin(columns / 4.7 + 1) - 0.25 * ((columns - 195) / 165) ** 2
     down = np.linspace(0, 1, rows, dtype=np.float32)[:, None]
-    # The drawn folds set in gradually, so that no edge shows where the photograph ends.
+    # The drawn folds begin gradually, so that no edge shows at the end of the photograph.
     shade = 1 + folds * np.minimum(1, down * 4) - 0.12 * down
     seam = np.exp(-(((np.abs(columns - 195.5) - 113 + 8 * down) / 4) ** 2)) * np.minimum(1, down * 3)
     coat = np.maximum.reduce([outline(part, *FIGURE_SIZE, blur=1.2)[top:COAT_BOTTOM] for part in (TORSO, *ARMS)])

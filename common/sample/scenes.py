@@ -1,4 +1,4 @@
-"""Draws the empty scenes of the sample footage: what each camera sees when nobody is there.
+"""Draws the empty scenes of the sample footage: each camera's view without people.
 
 Plain geometry with two textures (brick, gravel: CC0, see SOURCES.md).
 """
@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A fixed camera's view. `horizon`: where eye level lies, as a share of the height."""
+    """A fixed camera's view. `horizon`: the height of eye level, as a share of the image's height from its top."""
 
     width: int
     height: int
@@ -78,7 +78,7 @@ def _gradient(width: int, height: int, top: Colour, bottom: Colour) -> Image.Ima
 
 
 def _end_wall(width: int, height: int) -> tuple[float, float, float, float]:
-    """Where the wall at the far end of a room is seen, xyxy."""
+    """The box of the wall at the far end of a room, xyxy."""
     return 0.34 * width, 0.06 * height, 0.66 * width, 0.58 * height
 
 
@@ -183,19 +183,19 @@ def _awnings(draw: ImageDraw.ImageDraw, width: int, height: int) -> None:
 class Corridor:
     """A straight corridor, seen from its middle at eye level; another one crosses its far end.
 
-    Lengths are pixels of a whole figure (`people.FIGURE_SIZE`) from the camera's axis. Depth is told by the scale at
-    which a figure is seen there: (x, y) at scale s is the pixel (width / 2 + x * s, horizon * height + y * s).
+    Lengths are pixels of a whole figure (`people.FIGURE_SIZE`) from the camera's axis. Depth is given as the scale of a
+    figure at that depth: (x, y) at scale s is the pixel (width / 2 + x * s, horizon * height + y * s).
     """
 
     half_width: float = 950
     floor: float = 880
     ceiling: float = -550
-    #: Where the side walls end and the crossing begins, and where the crossing's own wall stands.
+    #: The depths at which the side walls end, and at which the crossing's own wall stands.
     corner_scale: float = 0.25
     end_scale: float = 0.19
 
     def opening(self, width: int) -> tuple[int, int]:
-        """The columns [left, right) between which the crossing is seen; beyond them the side walls hide it."""
+        """The columns [left, right) in which the crossing is seen; outside them the side walls hide it."""
         reach = round(self.half_width * self.corner_scale)
         return width // 2 - reach, width // 2 + reach
 
@@ -205,7 +205,7 @@ CORRIDOR_HORIZON = 0.31
 
 
 def lobby_corridor(width: int, height: int) -> Image.Image:
-    """A corridor with doors on both sides, and a notice board on the wall it leads to."""
+    """A corridor with doors on both sides, and notice boards on the wall at its end."""
     hall = CORRIDOR
     side, floor, ceiling, corner, end = hall.half_width, hall.floor, hall.ceiling, hall.corner_scale, hall.end_scale
 
@@ -222,7 +222,7 @@ def lobby_corridor(width: int, height: int) -> Image.Image:
     tiles = _checkered((158, 160, 158), (142, 145, 144))
     plaster = _gradient(512, 512, (214, 212, 202), (182, 178, 166))
     light = _gradient(512, 512, (222, 222, 216), (190, 190, 186))
-    # The crossing: wider than what is seen of it.
+    # The crossing: wider than its visible part.
     far_wall = [seen(-1600, ceiling, end), seen(1600, ceiling, end), seen(1600, floor, end), seen(-1600, floor, end)]
     _lay(image, _gradient(512, 512, (176, 186, 186), (160, 168, 166)), far_wall)
     _lay(image, light, level(1600, ceiling, end, corner))
@@ -247,7 +247,7 @@ def lobby_corridor(width: int, height: int) -> Image.Image:
     return image
 
 
-#: The cameras that take pictures.
+#: The cameras that take images.
 SCENES: dict[tuple[str, str], Scene] = {
     ("lobby", "door"): Scene(1280, 720, 0.2, lobby_door),
     ("lobby", "stairs"): Scene(960, 540, 0.2, lobby_stairs),

@@ -1,7 +1,7 @@
 """Films the corridor of the sample footage: people come round a corner, walk past the camera and leave.
 
-Who walks where and when is written down here, so every face of every frame is known. `common/sample/compositing.py`
-says where a figure's face lies, `common/sample/scenes.py` draws the corridor. Needs the layer `worker` (PyAV).
+This module decides who walks where and when, so every face of every frame is known. `common/sample/compositing.py`
+tells where a figure's face lies, `common/sample/scenes.py` draws the corridor. Needs the layer `worker` (PyAV).
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ TOLD_PER_SECOND = 1
 
 #: When people come, in seconds, and on which side of the corridor (-1 left) they walk towards the camera.
 TOWARDS = ((0.0, -1), (2.2, 1), (6.0, -1), (8.5, 1), (13.0, -1))
-#: When someone crosses the view before the camera, from right to left.
+#: When a person crosses the view before the camera, from right to left.
 ACROSS = 18.5
 VISITS = len(TOWARDS) + 1
 
-#: A face that something comes closer to than this share of its height is not in full view.
+#: A face is not in full view if another figure is closer to it than this share of its height.
 CLEARANCE = 0.1
-#: From the picture's edge, pixels.
+#: Least distance of a face in full view from the image's edge, pixels.
 EDGE = 2
 #: The middle of a figure, and the row of its eyes.
 MIDDLE, EYES = people.FIGURE_SIZE[0] / 2, 100
-#: The picture's noise, in steps of luma. Luma of limited range leaves more than twice as much below black.
+#: The noise of a frame, in steps of luma. Luma of limited range has more than twice as many steps below black.
 NOISE, NOISE_LIMIT = 1.3, 6
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Where someone is at a time. x: from the middle of the corridor, as in `scenes.Corridor`; scale: how near."""
+    """Where a person is at a time. x: from the middle of the corridor, as in `scenes.Corridor`; scale: how near."""
 
     seconds: float
     x: float
@@ -55,19 +55,19 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Walker:
-    """Someone on their way. lift: by how much their eyes are above the camera, in pixels of the figure."""
+    """A walking person. lift: the height of their eyes above the camera, in pixels of the figure."""
 
     look: people.Look
     way: tuple[Stop, ...]
     lift: float
 
     def at(self, seconds: float, scene: Scene) -> Person | None:
-        """Where their figure is in the picture; None before the first stop and after the last."""
+        """Where the figure is in the frame; None before the first stop and after the last."""
         for a, b in pairwise(self.way):
             if a.seconds <= seconds < b.seconds:
                 share = (seconds - a.seconds) / (b.seconds - a.seconds)
                 x = a.x + (b.x - a.x) * share
-                # In equal times nearer by equal factors: slower the nearer, as people do before a door.
+                # The scale grows by equal factors in equal times.
                 scale = a.scale * (b.scale / a.scale) ** share
                 stride = math.pi * 1.7 * (seconds - self.way[0].seconds)
                 up = self.lift + 6 * abs(math.sin(stride))
@@ -82,7 +82,7 @@ class Walker:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What one frame shows. ignored: of faces that are hidden or cut off in part, what lies in the picture."""
+    """The contents of one frame. ignored: the parts inside the frame of faces that are partly hidden or cut off."""
 
     offset_seconds: float
     faces: tuple[TrueFace, ...]
@@ -90,9 +90,9 @@ class Shown:
 
 
 def film(path: Path, scene: Scene, title: Callable[[float], str], rng: np.random.Generator) -> list[Shown]:
-    """Write the video, H.264 in MP4 without a time of its own, and return what its frames of whole seconds show.
+    """Write the video, H.264 in MP4 without a creation time, and return the contents of its frames at whole seconds.
 
-    title: what the camera writes into the picture, for a time in the video.
+    title: the text that the camera writes into the frame at a time in the video.
     """
     walkers = cast(rng)
     cut_outs = {walker.look: _CutOut.of(walker.look) for walker in walkers}
@@ -138,7 +138,7 @@ def cast(rng: np.random.Generator) -> list[Walker]:
 
 
 def _towards(start: float, side: int, lane: float) -> tuple[Stop, ...]:
-    """Round the corner, along one side of the corridor, and out of the picture beside the camera."""
+    """Round the corner, along one side of the corridor, and out of the frame beside the camera."""
     corner = CORRIDOR.corner_scale
     return tuple(
         Stop(start + seconds, side * x, scale)
@@ -163,7 +163,7 @@ def _present(walkers: Sequence[Walker], seconds: float, scene: Scene) -> list[Pe
 
 
 def _columns(person: Person, scene: Scene) -> tuple[int, int]:
-    """The columns of the picture that this person may be seen in: behind the corner, between the walls."""
+    """The columns of the frame in which this person may be seen; behind the corner, those between the walls."""
     return CORRIDOR.opening(scene.width) if person.scale < CORRIDOR.corner_scale else (0, scene.width)
 
 
@@ -184,9 +184,9 @@ def _told(seconds: float, persons: Sequence[Person], scene: Scene) -> Shown:
 
 @dataclass(frozen=True, slots=True)
 class _CutOut:
-    """A figure ready to be scaled again and again: colours multiplied by coverage, and margins all around.
+    """A figure prepared for scaling many times: colours multiplied by coverage, and margins all around.
 
-    half: the same at half the size, from which a small one is made in a third of the time.
+    half: the figure at half the size, from which a small one is made in a third of the time.
     """
 
     whole: Image.Image
@@ -203,7 +203,7 @@ class _CutOut:
         return cls(whole, whole.reduce(2), pad)
 
     def paste(self, picture: Image.Image, person: Person, columns: tuple[int, int]) -> None:
-        """Draw what of the figure lies in the picture and in these columns, [left, right)."""
+        """Draw the part of the figure that lies in the frame and in these columns, [left, right)."""
         x, y = person.x - self.pad * person.scale, person.y - self.pad * person.scale
         image, scale = (self.whole, person.scale) if person.scale > 0.5 else (self.half, person.scale * 2)
         left, top = max(math.ceil(x), columns[0]), max(math.ceil(y), 0)
@@ -224,8 +224,8 @@ def _encode(path: Path, pictures: Iterator[Image.Image], rng: np.random.Generato
 
     first = next(pictures)
     with av.open(str(path), "w", format="mp4") as file:
-        # Without mbtree, which this preset leaves out, a view that hardly changes takes four times the bytes.
-        # Without B-frames, because with them and mbtree x264's code for AVX-512 differs from run to run.
+        # With mbtree, which this preset turns off: without it, a view that hardly changes takes four times the bytes.
+        # Without B-frames, because with them and mbtree the output of x264's AVX-512 code differs from run to run.
         options = {"preset": "superfast", "crf": "25", "x264-params": "mbtree=1:rc-lookahead=10:bframes=0"}
         stream = file.add_stream("libx264", rate=Fraction(FRAMES_PER_SECOND), options=options)
         stream.width, stream.height = first.size
@@ -248,15 +248,15 @@ def _encode(path: Path, pictures: Iterator[Image.Image], rng: np.random.Generato
 
 
 def _noise(size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A sheet of noise larger than the picture; negative values as their complement to 256."""
+    """A sheet of noise larger than a frame; negative values as their complement to 256."""
     sheet = np.clip(rng.normal(0, NOISE, (size[1] + 64, size[0] + 64)), -NOISE_LIMIT, NOISE_LIMIT)
     return np.round(sheet).astype(np.int8).view(np.uint8)
 
 
 def _add_noise(frame: Any, noise: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    """Another part of the sheet for every frame, on its luma."""
+    """Add a random part of the sheet to the luma of a frame."""
     down, right = (int(shift) for shift in rng.integers(64, size=2))
     plane = frame.planes[0]
     luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
-    # Adding the complement subtracts, and limited range leaves room: nothing runs over.
+    # Adding the complement subtracts; limited range leaves room, so that no value overflows.
     luma += noise[down : down + frame.height, right : right + frame.width]

@@ -1,8 +1,8 @@
 """A large object as a seekable file that fetches only the blocks it is asked for.
 
-Demuxers read in small steps, jump to an index and back, and then go straight on. So blocks are cached, and once the
-reading is sequential the next ones are fetched ahead, while the last one is being decoded. A block that could not be
-fetched is tried again here: whoever reads goes on where it was and never notices.
+Demuxers read in small steps, jump to an index and back, and then read sequentially. So blocks are cached, and while the
+reading is sequential the next blocks are prefetched during decoding. A block that could not be fetched is tried again
+here, so that the reader never notices.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from common.domain import TransientJobError
 #: Fetches the bytes [start, stop) of the object; raises the job errors of `common/domain.py`.
 Fetch = Callable[[int, int], bytes]
 
-#: Blocks fetched ahead. What is read too much at the end of a chunk is at most this many.
+#: Blocks to prefetch. At the end of a chunk, at most this many were fetched for nothing.
 AHEAD = 2
-#: Seconds before the second try at a block, at most; doubled for each further one.
+#: Longest wait before the second try at a block, in seconds; doubled for each further try.
 RETRY_SECONDS = 0.5
 
 
 class BlockReader:
-    """A binary file to read and seek in, of `size` bytes. Not for several threads at once.
+    """A seekable binary file of `size` bytes. Not for several threads at once.
 
-    `error` holds what a fetch raised at last: FFmpeg turns whatever its reader raises into an error of its own. From
-    then on there is nothing to read: FFmpeg asks again, and an error of the same would only be logged by PyAV.
+    `error` holds the error of a fetch after its last try, because FFmpeg replaces its reader's error by one of its own.
+    From then on the file reads as ended: FFmpeg reads again, and PyAV would only log a second error.
     """
 
     def __init__(self, fetch: Fetch, size: int, *, block_bytes: int, cached_blocks: int, tries: int) -> None:
@@ -48,7 +48,7 @@ class BlockReader:
 
     @property
     def fetched_bytes(self) -> int:
-        """Bytes fetched so far, those fetched ahead included."""
+        """Bytes fetched so far, prefetched ones included."""
         return sum(self._sizes)
 
     def __enter__(self) -> BlockReader:
@@ -60,7 +60,7 @@ class BlockReader:
         self.close()
 
     def close(self) -> None:
-        """Fetch nothing more."""
+        """Stop fetching."""
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._blocks.clear()
@@ -82,9 +82,9 @@ class BlockReader:
         return self._position
 
     def read(self, count: int = -1) -> bytes:
-        """At most `count` bytes (all that is left of the block, at most), b"" at the end of the object.
+        """At most `count` bytes, and at most the rest of the block; b"" at the end of the object.
 
-        Raises what fetching raised, once.
+        Raises the error of a fetch, once.
         """
         if self.error is not None or self._position >= self.size or count == 0:
             return b""

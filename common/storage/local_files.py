@@ -1,4 +1,4 @@
-"""The local file system as a bucket. Files are read whole or by ranges, pinned to an ETag of ours."""
+"""The local file system as a bucket. Files are read whole or by ranges, pinned to an ETag that is made here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.storage.store import FILE_BUCKET, check, check_etag, whole
 
 
 class FileStore:
-    """Local files. The ETag is the time of the last change and the size, which is what a rewrite changes."""
+    """Local files. The ETag is made of modification time and size, which change when a file is written again."""
 
     bucket = FILE_BUCKET
 
@@ -29,7 +29,7 @@ class FileStore:
             try:
                 page.append(self._info(key, path.stat()))
             except FileNotFoundError:
-                continue  # deleted while we listed: there is nothing to analyse
+                continue  # deleted during the listing: there is nothing to analyse
             if len(page) == self._page_size:
                 yield page
                 page = []
@@ -37,14 +37,14 @@ class FileStore:
             yield page
 
     def list_folders(self, prefix: str, limit: int) -> list[str]:
-        return []  # a walk has to go through all of it each time
+        return []  # finding folders would take a walk through all files
 
     def restore(self, key: str, *, days: int, tier: str) -> None:
         raise MaskwatchError(f"file:///{key} is a file: there is nothing to restore")
 
     def _walk(self, root: Path) -> Iterator[Path]:
         """All files below a folder in the order of their keys, hidden ones left out."""
-        # Reversed, so that the first is popped first; a stack of ours, because folders may nest deeper than calls.
+        # Reversed, so that the first is popped first. Not recursive, because folders may nest deeper than calls.
         stack = [root]
         while stack:
             path = stack.pop()
@@ -53,7 +53,7 @@ class FileStore:
                 try:
                     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
                 except FileNotFoundError:
-                    continue  # deleted while we listed
+                    continue  # deleted during the listing
                 except OSError as error:
                     raise MaskwatchError(f"may not list {path}: {first_line(error)}") from error
                 entries.sort(key=lambda entry: f"{entry}/" if entry.is_dir() else str(entry), reverse=True)
@@ -70,14 +70,14 @@ class FileStore:
             before = self._info(key, os.fstat(file.fileno()))
             check(before, etag, max_bytes)
             data = file.read(max_bytes + 1)
-            # A file that is written while we read it must not pass for the one that was planned.
+            # Checked after reading, too: a file that changes during the read must not pass for the planned one.
             check(self._info(key, os.fstat(file.fileno())), etag, max_bytes)
             return data
 
     def read_range(self, key: str, etag: str, start: int, stop: int) -> bytes:
         with _file_errors(key), Path("/", key).open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), stop - start, start)
-            # Looked at afterwards, so that what a writer has changed meanwhile can't pass for what was planned.
+            # Checked after reading, so that a file that changes during the read can't pass for the planned one.
             check_etag(self._info(key, os.fstat(file.fileno())), etag)
         return whole(data, f"file:///{key}", start, stop)
 

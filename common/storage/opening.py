@@ -1,4 +1,4 @@
-"""Opens the store that a URI or a path means."""
+"""Opens the store of a URI or a path."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from common.storage.store import FILE_BUCKET, ObjectStore, is_storable, split_ur
 
 
 def open_source(source: str, settings: Settings) -> tuple[ObjectStore, str]:
-    """The store and prefix a person means by `s3://bucket/prefix`, `file:///path`, or a path.
+    """The store and prefix of `s3://bucket/prefix`, `file:///path`, or a path.
 
-    Raises `MaskwatchError` for another scheme and for a path that isn't there.
+    Raises `MaskwatchError` for another scheme and for a path that doesn't exist.
     """
     if not is_storable(source):
-        raise MaskwatchError(f"can't read {source!r}: its name is no UTF-8, or too long")
+        raise MaskwatchError(f"can't read {source!r}: the name is not UTF-8, or too long")
     if "://" not in source:
         source = f"{FILE_BUCKET}{Path(source).expanduser().absolute()}"
     if not source.startswith(("s3://", FILE_BUCKET)):
         raise MaskwatchError(f"can't read {source!r}; expected s3://bucket/prefix or a folder")
     bucket, prefix = split_uri(source)
     if bucket == FILE_BUCKET:
-        # One file, one key: however the way to it was written.
+        # Normalized, so that a file has one key, however its path was written.
         prefix = os.path.normpath(f"/{prefix}").lstrip("/")
         try:
             Path("/", prefix).stat()

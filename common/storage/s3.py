@@ -1,4 +1,4 @@
-"""S3 buckets, and what their errors mean for a person who lists and for a job that reads."""
+"""S3 buckets, and the meaning of their errors: for a person who lists, and for a job that reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class S3Store:
         self._name = bucket.removeprefix("s3://")
         self._page_size = settings.list_page_size
         self._client = client(settings.endpoint_url, settings.connect_timeout_seconds, settings.read_timeout_seconds)
-        # A bucket that lets the owner pay ignores it.
+        # A bucket whose owner pays ignores this.
         self._payer: dict[str, Any] = {"RequestPayer": "requester"} if settings.requester_pays else {}
 
     def list_pages(self, prefix: str, start_after: str = "") -> Iterator[list[ObjectInfo]]:
@@ -41,7 +41,7 @@ class S3Store:
             Bucket=self._name,
             Prefix=prefix,
             StartAfter=start_after,
-            # Which archived objects can be read for now; servers that have no archive ignore it.
+            # Tells which archived objects can be read for now; servers without an archive ignore it.
             OptionalObjectAttributes=["RestoreStatus"],
             PaginationConfig={"PageSize": self._page_size},
             **self._payer,
@@ -70,7 +70,7 @@ class S3Store:
             Bucket=self._name, Prefix=prefix, Delimiter="/", PaginationConfig={"PageSize": 1000}, **self._payer
         )
         with _listing_errors(f"{self.bucket}/{prefix}"):
-            # Where millions of objects lie beside the folders, a few pages have to do.
+            # Only a few pages: millions of objects may lie beside the folders.
             for page in islice(pages, 10):
                 folders += [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
                 if len(folders) >= limit:
@@ -109,15 +109,15 @@ class S3Store:
                 Bucket=self._name, Key=key, IfMatch=f'"{etag}"', Range=f"bytes={start}-{stop - 1}", **self._payer
             )
             with answer["Body"] as body:
-                # Some servers ignore that a version was asked for.
+                # Some servers ignore IfMatch.
                 if (found := answer["ETag"].strip('"')) != etag:
                     raise SourceChangedError(f"{self.bucket}/{key} changed: planned ETag {etag}, found {found}")
-                # Others ignore that a range was asked for and send everything, from its first byte on.
+                # Others ignore Range, and send the object from its first byte on.
                 if not answer.get("ContentRange", "").startswith(f"bytes {start}-{stop - 1}/"):
                     raise TransientJobError(
                         Reason.STORAGE_UNAVAILABLE,
-                        f"reading {self.bucket}/{key}: the server doesn't answer the range [{start:,}, {stop:,}) with "
-                        "this range",
+                        f"reading {self.bucket}/{key}: the server answered a request for the bytes "
+                        f"[{start:,}, {stop:,}) with another range",
                     )
                 data = body.read()
         return whole(data, f"{self.bucket}/{key}", start, stop)
@@ -130,7 +130,7 @@ def client(endpoint_url: str | None, connect_timeout: float, read_timeout: float
     from botocore.exceptions import BotoCoreError
 
     config = Config(
-        # "standard" adds jitter and retries throttling; what still fails after it goes to the ledger.
+        # "standard" adds jitter and retries throttling; what still fails is retried by the ledger.
         retries={"mode": "standard", "total_max_attempts": 4},
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
@@ -160,8 +160,8 @@ def _listing_errors(uri: str) -> Iterator[None]:
             raise MaskwatchError(f"listing {uri} failed: {_CLOCK}") from error
         if code in _DENIED:
             raise MaskwatchError(
-                f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys; of a bucket whose "
-                "requester pays, set MASKWATCH_STORAGE__REQUESTER_PAYS"
+                f"listing {uri} is denied ({code}): grant s3:ListBucket to these keys; for a requester-pays bucket, "
+                "set MASKWATCH_STORAGE__REQUESTER_PAYS"
             ) from error
         raise MaskwatchError(f"listing {uri} failed: {first_line(error)}") from error
     except NoCredentialsError as error:
@@ -172,11 +172,11 @@ def _listing_errors(uri: str) -> Iterator[None]:
         raise MaskwatchError(f"listing {uri} failed: {first_line(error)}") from error
 
 
-#: Comes with status 403, and no grant helps against it.
+#: An error code that comes with status 403, but that no grant fixes.
 _SKEWED = "RequestTimeTooSkewed"
 
 
-_CLOCK = f"this machine's clock and the server's are many minutes apart ({_SKEWED}): set it, best by NTP"
+_CLOCK = f"the clocks of this machine and of the server are many minutes apart ({_SKEWED}): set them, best by NTP"
 
 
 _DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled"}

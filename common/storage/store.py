@@ -1,7 +1,7 @@
-"""The protocol of what holds footage, its URIs, and what every kind of store checks.
+"""The protocol of stores of footage, their URIs, and the checks that all stores share.
 
 Listing raises `MaskwatchError` (a person waits for it); reading raises the job errors of `common/domain.py`
-(the ledger keeps the reason). Reads are pinned to an ETag, so that what is analysed is what was planned.
+(the ledger keeps the reason). Reads are pinned to an ETag, so that the analysed version is the planned one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from common.domain import MaskwatchError, ObjectInfo, PermanentJobError, Reason,
 FILE_BUCKET = "file://"
 
 
-#: A third of a Postgres page, what an index entry may take, holds the bucket and the revision, too.
+#: An index entry of Postgres may take a third of a page, which has to hold the bucket and the revision, too.
 MAX_KEY_BYTES = 2000
 
 
@@ -30,8 +30,8 @@ class ObjectStore(Protocol):
         ...
 
     def list_folders(self, prefix: str, limit: int) -> list[str]:
-        """At most `limit` prefixes of the next level below one, each ending in a slash, in order; none where a store
-        can't tell them without reading everything."""
+        """At most `limit` folders directly below a prefix, each ending in a slash, in order; none if the store would
+        have to list everything to find them."""
         ...
 
     def restore(self, key: str, *, days: int, tier: str) -> None:
@@ -62,16 +62,16 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def named_object(uri: str) -> tuple[str, str]:
-    """(bucket, key) of one object, as the ledger names it, from a URI or a path. It need not exist any more."""
+    """(bucket, key) of one object, as the ledger names it, from a URI or a path. The object need not exist any more."""
     if "://" not in uri:
         uri = f"{FILE_BUCKET}{Path(uri).expanduser().absolute()}"
     if not uri.startswith(("s3://", FILE_BUCKET)):
-        raise MaskwatchError(f"{uri!r} is no s3://bucket/key and no path")
+        raise MaskwatchError(f"{uri!r} is no object; expected s3://bucket/key or a path")
     bucket, key = split_uri(uri)
     if bucket == FILE_BUCKET:
         key = os.path.normpath(f"/{key}").lstrip("/")
     if not is_storable(key):
-        raise MaskwatchError(f"{uri!r} names no object")
+        raise MaskwatchError(f"{uri!r} names no object; expected a key of at most {MAX_KEY_BYTES} bytes of UTF-8")
     return bucket, key
 
 
@@ -90,10 +90,10 @@ def check_etag(found: ObjectInfo, etag: str) -> None:
 
 
 def whole(data: bytes, uri: str, start: int, stop: int) -> bytes:
-    """What was read of a range, if it is all of it."""
+    """The data of a range; raises `TransientJobError` if a part is missing."""
     if len(data) != stop - start:
         raise TransientJobError(
-            Reason.STORAGE_UNAVAILABLE, f"reading {uri}: {len(data):,} bytes came for [{start:,}, {stop:,})"
+            Reason.STORAGE_UNAVAILABLE, f"reading {uri}: got {len(data):,} bytes for the range [{start:,}, {stop:,})"
         )
     return data
 

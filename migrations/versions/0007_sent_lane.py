@@ -1,4 +1,4 @@
-"""Where a job's message went: whether it is lost is judged by that list in Redis, and no longer by the job's lane."""
+"""The lane whose list in Redis holds a job's message: this list, not the job's own lane, tells whether it is lost."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ down_revision = "0006"
 
 
 def upgrade() -> None:
-    # NULL of what was sent before, or by an older dispatcher: taken for the job's own lane.
+    # NULL for messages sent before this migration or by an older dispatcher: read as the job's own lane.
     op.add_column("jobs", sa.Column("sent_lane", sa.SmallInteger()))

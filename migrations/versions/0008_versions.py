@@ -19,5 +19,5 @@ def upgrade() -> None:
         sa.CheckConstraint(r"version ~ '^\d+\.\d+\.\d+$'", name=op.f("ck_oldest_versions_version")),
         sa.PrimaryKeyConstraint("part", name=op.f("pk_oldest_versions")),
     )
-    # Earlier versions don't read this: none of them starts on a schema that it doesn't know.
+    # Earlier versions don't read this table, and need not: they don't start on a schema that they don't know.
     set_oldest(producer="0.2.0", worker="0.2.0", aggregator="0.2.0", command="0.2.0")

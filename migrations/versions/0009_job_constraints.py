@@ -1,7 +1,7 @@
-"""What the ledger relies on stands in the schema: a running job has a lease and a worker, one that has ended its time.
+"""Constraints that the ledger relies on: a running job has a lease and a worker, an ended job has its time.
 
-Claims go on meanwhile: the constraints come in without a look at the rows there are (0010 takes that look), in a lock
-that is asked for again and again instead of being waited for. Rows that don't fit are repaired behind it, in batches.
+Claims continue during the migration: the constraints are added without a check of existing rows (0010 checks them),
+and their lock is tried again and again with a short timeout. Rows that violate them are repaired later, in batches.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from migrations.compatibility import set_oldest
 revision = "0009"
 down_revision = "0008"
 
-#: Jobs that are looked at in one transaction.
+#: Jobs that are checked in one transaction.
 BATCH = 50_000
 
-#: An ended job without its time ended when its last attempt did; one that was quarantined at its registration, then.
+#: An ended job without its time gets the end of its last attempt; one that was quarantined at its registration gets the
+#: time of that.
 ENDED_AT = """
 coalesce(
     (SELECT max(a.ended_at) FROM job_attempts a WHERE a.job_id = jobs.id),
@@ -35,8 +36,8 @@ ORDER BY id
 LIMIT 10
 """
 
-#: The two settings make a vacuum come when a fiftieth of the jobs has moved and not a fifth, and not rest on the way:
-#: every move leaves a dead row and dead index entries behind (`state` is indexed, so there are no HOT updates).
+#: With the two settings a vacuum starts when 2 % of the jobs have moved, not 20 %, and does not pause: every move
+#: leaves a dead row and dead index entries (`state` is indexed, so there are no HOT updates).
 CONSTRAIN = """
 DO $$
 BEGIN
@@ -87,12 +88,12 @@ def upgrade() -> None:
 
 
 def refuse_what_has_no_right_value() -> None:
-    """Before anything is changed."""
+    """Raise `MaskwatchError`, before anything is changed, for ended jobs whose time is unknown."""
     rows = op.get_bind().execute(text(HOPELESS)).all()
     if rows:
         named = ", ".join(f"{row.id} ({row.state})" for row in rows)
         raise MaskwatchError(
-            f"{rows[0].jobs} job(s) have ended, and neither finished_at nor an attempt says when: {named}"
+            f"{rows[0].jobs} job(s) have ended, but neither finished_at nor an attempt tells when: {named}"
             f"{', ...' if rows[0].jobs > len(rows) else ''}. Set their finished_at, then run `maskwatch db upgrade` "
             "again; nothing was changed"
         )

@@ -1,4 +1,4 @@
-"""Every job there is fits the constraints of 0009. The look at them holds nobody up."""
+"""Checks all jobs against the constraints of 0009. The check blocks no reader or writer."""
 
 from __future__ import annotations
 

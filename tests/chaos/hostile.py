@@ -268,7 +268,7 @@ def forged_messages(lab: Lab, scale: Scale) -> Outcome:
     figures = {
         "forged messages": count,
         "MB of them": megabytes,
-        "dropped at the door": lab.logged("dropped a message that is none of ours"),
+        "dropped at the door": lab.logged("dropped a message that Maskwatch did not send"),
         "code run": int(canary.exists()),
         "objects read": unplanned,
         "tables changed": changed,

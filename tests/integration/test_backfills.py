@@ -166,7 +166,7 @@ def test_a_paused_backfill_sends_nothing_and_lists_no_further(session: Session, 
         if report.listed == 3:
             assert maskwatch("backfills", "pause", "1").returncode == 0
 
-    with pytest.raises(MaskwatchError, match=r"is paused, and nothing of it is lost.*backfills resume 1"):
+    with pytest.raises(MaskwatchError, match=r"is paused, nothing is lost.*backfills resume 1"):
         backfill(bucket, on_page=pause)
     reconcile(get_settings())
     assert dispatch(get_settings()) == 0
@@ -386,7 +386,7 @@ def test_an_object_that_does_not_come_back_is_quarantined(
     session.execute(text("SELECT pg_sleep(0.1)"))
     read(session)
     (row,) = rows(session, "SELECT state, reason, detail FROM jobs")
-    assert (row.state, row.reason) == ("quarantined", "archived") and "has not come back" in row.detail
+    assert (row.state, row.reason) == ("quarantined", "archived") and "has not ended in time" in row.detail
     assert settings.storage.restore_wait_seconds < 1
 
 

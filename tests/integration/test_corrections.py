@@ -227,9 +227,7 @@ def test_a_time_pattern(session: Session) -> None:
     assert done.placed == unplaced
     work(session)
     assert told(session, "lobby") == told(session, "oracle")
-    with pytest.raises(
-        MaskwatchError, match=r"'x/%Y%m%d.jpg' gives none of the 27 pictures and videos of camera 'gate'"
-    ):
+    with pytest.raises(MaskwatchError, match=r"'x/%Y%m%d.jpg' fits none of the 27 keys of camera 'gate'"):
         corrections.correct_camera(session, camera, time_pattern="x/%Y%m%d.jpg", by="test")
     session.rollback()
     assert told(session, "lobby") == told(session, "oracle")
@@ -277,7 +275,7 @@ def test_what_was_planned_before_is_not_registered_after(
         corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
         session.commit()
         if checked:
-            with pytest.raises(MaskwatchError, match=r"'lobby' or its camera was corrected while this was listed"):
+            with pytest.raises(MaskwatchError, match=r"'lobby' or its camera was corrected during this listing"):
                 enqueue(lister, "a", KEYED[-6:], *read)
             assert scalar(session, "SELECT count(*) FROM media_objects") == 0
         else:
@@ -346,7 +344,7 @@ def test_a_pattern_that_fits_nothing_is_refused_beside_older_versions(session: S
     replace_first(session, wrong, camera)
     work(session)
     before = told(session, "lobby")
-    with pytest.raises(MaskwatchError, match=r"gives none of the 3 pictures and videos"):
+    with pytest.raises(MaskwatchError, match=r"fits none of the 3 keys"):
         corrections.correct_camera(session, camera, time_pattern="x/%Y%m%d.jpg", by="test")
     session.rollback()
     assert told(session, "lobby") == before
@@ -481,7 +479,9 @@ def test_a_backfill_that_is_limited_in_time_comes_first(session: Session) -> Non
     )
     session.add(backfill)
     session.commit()
-    with pytest.raises(MaskwatchError, match=r"backfill 1 is limited in time by the clocks .* backfills cancel 1"):
+    with pytest.raises(
+        MaskwatchError, match=r"time range of backfill 1 was read in the time zone .* backfills cancel 1"
+    ):
         corrections.correct_zone(session, wrong, "Asia/Kolkata", by="test")
     session.rollback()
     backfill.since = None

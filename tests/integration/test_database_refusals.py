@@ -1,4 +1,4 @@
-"""A Postgres that lets us not in, or may not do what we ask for the role we are: one clear line, without a secret."""
+"""A Postgres that refuses the connection, or a right to our role: one clear line, without a secret."""
 
 from __future__ import annotations
 
@@ -54,12 +54,14 @@ def test_a_wrong_password_is_named(url: URL, configure: Configure, given: str) -
     else:
         configure(database__url=words(url.set(password="wr0ng")))
     with (
-        pytest.raises(DatabaseDownError, match=r'let us not in .*"weak".*MASKWATCH_DATABASE__PASSWORD'),
+        pytest.raises(DatabaseDownError, match=r'refused the connection .*"weak".*MASKWATCH_DATABASE__PASSWORD'),
         session_scope() as s,
     ):
         s.scalar(text("SELECT 1"))
     done = maskwatch("status")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "let us not in" in done.stderr
+    assert (
+        done.returncode == 1 and done.stderr.count("\n") == 1 and "the database refused the connection" in done.stderr
+    )
     assert "wr0ng" not in done.stderr
 
 
@@ -77,7 +79,7 @@ def test_too_many_connections_are_named(url: URL, configure: Configure) -> None:
     held = [psycopg.connect(words(url.set(drivername="postgresql", password=SECRET))) for _ in range(2)]
     try:
         with (
-            pytest.raises(DatabaseDownError, match="all that this role may have are in use"),
+            pytest.raises(DatabaseDownError, match="all connections of this role are in use"),
             session_scope() as session,
         ):
             session.scalar(text("SELECT 1"))

@@ -195,7 +195,7 @@ def test_an_inventory_is_paused_and_resumed(session: Session, bucket: Bucket) ->
         if report.listed == 3:
             assert maskwatch("backfills", "pause", "1").returncode == 0
 
-    with pytest.raises(MaskwatchError, match=r"is paused, and nothing of it is lost.*backfills resume 1"):
+    with pytest.raises(MaskwatchError, match=r"is paused, nothing is lost.*backfills resume 1"):
         backfill(bucket, manifest, on_page=pause)
     (shown,) = json.loads(maskwatch("backfills", "list", "--json").stdout)
     assert (shown["state"], shown["source"]) == ("paused", manifest)

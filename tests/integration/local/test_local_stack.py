@@ -448,7 +448,7 @@ class TestErrors:
         stack.down()
         version = Path(recorded(stack)["cluster"]) / "data" / "PG_VERSION"
         version.write_text("17\n")
-        with pytest.raises(MaskwatchError, match=r"made by Postgres 17, the embedded one is 18: dump it"):
+        with pytest.raises(MaskwatchError, match=r"made by Postgres 17, but the embedded one is 18: dump it"):
             stack.up()
         assert [service.name for service in stack.status() if service.running] == ["redis", "s3"]
         version.write_text("18\n")

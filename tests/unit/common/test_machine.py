@@ -50,7 +50,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         require_device("cuda")
     monkeypatch.setattr(machine, "gpu_names", lambda: ("A", "B"))
     require_device("cuda:1")
-    with pytest.raises(MaskwatchError, match="cuda:2 is not there; here are: cuda:0 A, cuda:1 B"):
+    with pytest.raises(MaskwatchError, match="cuda:2 does not exist; choose one of: cuda:0 A, cuda:1 B"):
         require_device("cuda:2")
 
 

@@ -154,10 +154,10 @@ def test_a_setting_that_cannot_be_read_is_named_and_not_shown(configure: Configu
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(AuthenticationError("invalid username-password pair"), "did not let the user me in .*PASSWORD"),
-     (NoPermissionError("no permissions to run 'x'"), "does not let the user me do this .*redis.acl"),
-     (ssl.SSLCertVerificationError(1, "no"), "certificate does not fit .*CA_FILE"),
-     (ssl.SSLError(1, "alert"), "no TLS with the broker .*CERTIFICATE_FILE")],
+    [(AuthenticationError("invalid username-password pair"), "refused the login of the user me .*PASSWORD"),
+     (NoPermissionError("no permissions to run 'x'"), "refused a command of the user me .*redis.acl"),
+     (ssl.SSLCertVerificationError(1, "no"), "certificate is not valid .*CA_FILE"),
+     (ssl.SSLError(1, "alert"), "TLS with the broker failed .*CERTIFICATE_FILE")],
 )  # fmt: skip
 def test_a_refusal_is_known_below_whatever_wraps_it(configure: Configure, error: Exception, words: str) -> None:
     configure(broker__url=f"redis://me:{QUOTED}@h")

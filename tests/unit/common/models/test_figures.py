@@ -54,7 +54,7 @@ def test_a_pipeline_finds_the_figures_of_its_own_weights_and_threshold_only(tmp_
 def test_a_file_that_holds_something_else_is_named(tmp_path, content):
     path = tmp_path / "figures.json"
     path.write_text(content)
-    with pytest.raises(MaskwatchError, match=r"figures\.json holds something else than kept confusions"):
+    with pytest.raises(MaskwatchError, match=r"figures\.json does not hold confusion matrices"):
         read_confusions(path)
 
 

@@ -59,7 +59,7 @@ def test_a_range_is_pinned_and_whole_or_an_error(tmp_path: Path) -> None:
     info = store.stat(key(path))
     assert store.read_range(info.key, info.etag, 10, 13) == bytes([10, 11, 12])
     assert store.read_range(info.key, info.etag, 90, 100) == bytes(range(90, 100))
-    with pytest.raises(TransientJobError, match="10 bytes came") as short:
+    with pytest.raises(TransientJobError, match="got 10 bytes") as short:
         store.read_range(info.key, info.etag, 90, 120)
     assert short.value.reason is Reason.STORAGE_UNAVAILABLE
     path.write_bytes(bytes(101))
@@ -105,7 +105,7 @@ def test_a_server_that_ignores_ranges_is_noticed(monkeypatch: pytest.MonkeyPatch
     """Its answer begins with the first byte of the object, and has as many as were asked for, or more."""
     with (
         answering(monkeypatch, 200, {"ETag": '"e"'}, bytes(range(100))) as store,
-        pytest.raises(TransientJobError, match="doesn't answer the range"),
+        pytest.raises(TransientJobError, match="with another range"),
     ):
         store.read_range("k", "e", 50, 53)
 
@@ -113,7 +113,11 @@ def test_a_server_that_ignores_ranges_is_noticed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("code", "reason", "told"),
     [
-        ("RequestTimeTooSkewed", Reason.STORAGE_UNAVAILABLE, "clock and the server's are many minutes apart"),
+        (
+            "RequestTimeTooSkewed",
+            Reason.STORAGE_UNAVAILABLE,
+            "clocks of this machine and of the server are many minutes apart",
+        ),
         ("AccessDenied", Reason.ACCESS_DENIED, "denied .*: grant s3:"),
     ],
 )

@@ -150,7 +150,7 @@ def test_an_operator_resumes_a_source_and_that_is_recorded(session: Session) -> 
     register_many(session, 4)
     refuse(session, 3)
     status = maskwatch("status")
-    assert "s3://footage is paused since" in status.stderr and "sources resume s3://footage" in status.stderr
+    assert "s3://footage has been paused since" in status.stderr and "sources resume s3://footage" in status.stderr
     assert "access_denied" in maskwatch("sources", "list").stdout
     done = maskwatch("sources", "resume", "s3://footage", env={"MASKWATCH_OPERATOR": "Ada"})
     assert done.returncode == 0, done.stderr

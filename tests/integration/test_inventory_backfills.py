@@ -383,7 +383,7 @@ def test_a_dry_run_of_an_inventory_names_it_and_writes_nothing(session: Session,
     assert (told["listed"], told["images"], told["others"], told["known"]) == (11, 10, 1, 0)
     assert everything(session) == before
     shown = maskwatch(*command)
-    assert shown.returncode == 0 and f"by the inventory {manifest}" in " ".join(shown.stderr.split())
+    assert shown.returncode == 0 and f"read from the inventory {manifest}" in " ".join(shown.stderr.split())
     listed = estimate.estimate(get_settings(), source, location_name="lobby")
     assert (listed.found.images, listed.inventory) == (11, None), "the control: a listing sees what came since"
     backfill(bucket, manifest)

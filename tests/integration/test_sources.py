@@ -201,7 +201,7 @@ def test_who_waits_is_told_of_a_pause(session: Session, capsys: pytest.CaptureFi
     ledger.cancel(session, [row.id for row in rows(session, "SELECT id FROM jobs")], by="Ada")
     session.commit()
     wait_for(get_settings())
-    assert "s3://footage refuses everything and is paused (denied)" in " ".join(capsys.readouterr().err.split())
+    assert "s3://footage refuses every request and is paused (denied)" in " ".join(capsys.readouterr().err.split())
 
 
 def work(session: Session, settings: Settings) -> None:

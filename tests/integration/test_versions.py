@@ -197,7 +197,7 @@ def test_who_waits_says_so_once_and_goes_on(
     monkeypatch.setattr(deployment.time, "sleep", sleep)
     wait_for_permission(Part.WORKER)
     assert turns == [deployment.WAIT_SECONDS] * 3
-    assert " ".join(capsys.readouterr().err.split()).count("waiting, as the worker may not go on") == 1
+    assert " ".join(capsys.readouterr().err.split()).count("the worker waits, because its version may not work") == 1
 
 
 def test_doctor_names_the_parts_that_are_too_old(engine: Engine) -> None:

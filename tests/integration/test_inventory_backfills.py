@@ -408,18 +408,18 @@ def no_bucket(bucket: Bucket, other: Bucket) -> Sequence[str]:
 
 def no_json(bucket: Bucket, other: Bucket) -> Sequence[str]:
     other.put(DELIVERY, b"<html>")
-    return f"{DELIVERY} is no manifest of an S3 Inventory", "Invalid JSON"
+    return f"{DELIVERY} is not a manifest of an S3 Inventory", "Invalid JSON"
 
 
 def no_inventory(bucket: Bucket, other: Bucket) -> Sequence[str]:
     other.put(DELIVERY, b'{"name": "maskwatch"}')
-    return f"{DELIVERY} is no manifest of an S3 Inventory", "sourceBucket Field required"
+    return f"{DELIVERY} is not a manifest of an S3 Inventory", "sourceBucket Field required"
 
 
 def another_bucket(bucket: Bucket, other: Bucket) -> Sequence[str]:
     content = content_of(other, DELIVERY)
     other.put(DELIVERY, content.replace(f'"{bucket.name}"'.encode(), b'"elsewhere"'))
-    return "is one of s3://elsewhere, and the SOURCE lies in", bucket.uri
+    return "lists s3://elsewhere, but the SOURCE lies in", bucket.uri
 
 
 def no_data_file(bucket: Bucket, other: Bucket) -> Sequence[str]:

@@ -165,7 +165,7 @@ class _Tick:
 
 
 def _rounded(number: float) -> int:
-    """Round down or, with the fraction as the probability, up: 0.3 of a message is one message in three of ten ticks."""
+    """Round down or, with the fraction as the probability, up: 0.3 messages are one message in three of ten ticks."""
     return math.floor(number + random.random())
 
 

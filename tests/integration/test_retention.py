@@ -356,7 +356,7 @@ def test_the_commands(session: Session) -> None:
     assert json.loads(done.stdout) == {"object": uri, "versions": 1}
     assert rows(session, SUMMARY) == [(JANUARY, 1, 2)]
     unknown = maskwatch("erase", uri, "--yes")
-    assert unknown.returncode == 1 and f"nothing is known of {uri}" in unknown.stderr
+    assert unknown.returncode == 1 and f"{uri} is unknown" in unknown.stderr
     for wrong in ("gs://a/b", "s3://footage/"):
         assert maskwatch("erase", wrong, "--yes").returncode == 1
     future = maskwatch("purge", "--before", "2999-01-01", "--yes")

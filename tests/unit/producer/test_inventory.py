@@ -366,7 +366,11 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, named: str) -> None:
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [({"Size": None}, "the Size None"), ({"ETag": None}, "no ETag"), ({"LastModifiedDate": None}, "Date None is not a t")],
+    [
+        ({"Size": None}, "the Size None"),
+        ({"ETag": None}, "no ETag"),
+        ({"LastModifiedDate": None}, "Date None is not a t"),
+    ],
 )
 def test_a_bad_row_of_parquet_is_named(tmp_path: Path, values: dict[str, Any], named: str) -> None:
     path = deliver_to(tmp_path, [parquet_file([row("a.jpg"), row("b.jpg", **values)])], "Parquet")

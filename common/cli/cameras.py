@@ -226,7 +226,7 @@ def remove_camera(session: Session, name: str, location: str) -> Say:
 @json_option
 @with_session
 def list_cameras(session: Session, as_json: bool) -> Say:
-    """List the cameras: where they hang, when they are looked at, when they were last, and what went wrong.
+    """List the cameras: location, source, schedule, last poll, and the problem if it failed.
 
     \b
     Example:

@@ -121,7 +121,7 @@ def test_every_picture_is_analysed_and_an_unreadable_one_named(tmp_path, write_s
 
 
 def test_a_folder_that_is_no_scene_folder_is_one_line(tmp_path):
-    with pytest.raises(MaskwatchError, match="is no scene folder: it needs images/ and annotations/"):
+    with pytest.raises(MaskwatchError, match="is not a scene folder: it needs images/ and annotations/"):
         evaluate_scenes(tmp_path, lambda image_rgb: [], 10**6)
 
 

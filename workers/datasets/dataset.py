@@ -289,7 +289,7 @@ def _read_in_parallel(
 
 
 def _shrunk(sample: FaceSample) -> FaceSample:
-    """The sample with its face at most `KEEP_FACE_PX` on its longer side, which saves memory, and time when cropping."""
+    """The sample with its face at most `KEEP_FACE_PX` on its longer side, which saves memory and later work."""
     x1, y1, x2, y2 = sample.box
     scale = KEEP_FACE_PX / max(x2 - x1, y2 - y1)
     if scale >= 1:
@@ -363,8 +363,8 @@ class Split:
 
 
 def split_by_group(samples: Sequence[FaceSample], seed: int) -> Split:
-    """About eight tenths, one tenth and one tenth. Each side has the same shares of classes and kinds of data; groups stay
-    on one side.
+    """About eight tenths, one tenth and one tenth. Each side has the same shares of classes and kinds of data; groups
+    stay on one side.
 
     Raises `MaskwatchError` if a side would lack a class.
     """

@@ -24,7 +24,7 @@ from workers.datasets.dataset import FaceSample
 from workers.training.recipes import FitSettings, Recipe
 
 #: Shares of a class: faces of scenes; unmasked faces of class folders with a mask drawn on; faces of any kind whose
-#: mask is worn wrongly (rare, and the hardest), and such masks drawn on. The rest are faces of class folders as they are.
+#: mask is worn wrongly (rare, and the hardest), and such masks drawn on. The rest are other faces of class folders.
 SCENE_SHARE = 0.35
 DRAWN_SHARE = 0.12
 WORN_WRONGLY_SHARE = 0.08

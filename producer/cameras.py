@@ -1,4 +1,4 @@
-"""Looking for new footage of cameras, when a slot of theirs is due."""
+"""Polls cameras for new footage, when one of their slots is due."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from producer.listing import Page, Rules, list_range, plan_pages
 
 log = get_logger(__name__)
 
-#: Cameras of one producer that are looked at at once; each may wait for a slow S3 server.
+#: How many cameras one producer polls at once; each poll may wait for a slow S3 server.
 THREADS = 4
 
 
 def tick(settings: Settings) -> list[int]:
-    """Note down the slots that have come due; returns the cameras that are to be looked at."""
+    """Record the slots that have come due; returns the cameras to poll."""
     with session_scope() as session:
         noted = schedule.note_slots(session)
         waiting = schedule.to_look_at(session)
@@ -41,7 +41,7 @@ def tick(settings: Settings) -> list[int]:
 
 
 class Watcher:
-    """Looks at cameras in threads of its own, so that dispatching does not wait for a listing."""
+    """Polls cameras in threads of its own, so that dispatching does not wait for a listing."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="look")
@@ -49,7 +49,7 @@ class Watcher:
         self._lock = threading.Lock()
 
     def look_at(self, camera_ids: list[int], settings: Settings) -> None:
-        """Begin with those that no thread of ours is looking at, as many as there are threads."""
+        """Start polling those of the cameras that no thread here is polling, as far as threads are free."""
         for camera_id in camera_ids:
             with self._lock:
                 if camera_id in self._looking or len(self._looking) >= THREADS:
@@ -61,16 +61,16 @@ class Watcher:
         try:
             look_at(camera_id, settings)
         except Exception:
-            # Its slots stay due, and its lease runs out.
-            log.exception("a look at a camera ended", camera=camera_id)
+            # The camera's slots stay due, and the lease of this poll runs out.
+            log.exception("a camera's poll ended with an error", camera=camera_id)
         finally:
             with self._lock:
                 self._looking.discard(camera_id)
 
 
 def look_at(camera_id: int, settings: Settings) -> int | None:
-    """Enqueue what is new of a camera, and end its slots; returns how many objects are new, None where there was
-    nothing to do, somebody else does it, or it failed."""
+    """Enqueue the new objects of a camera, and end its slots; returns how many objects are new. None if no slot is due,
+    another producer polls the camera, or the poll failed."""
     with session_scope() as session:
         look = schedule.begin_look(session, camera_id, lease_seconds=settings.dispatch.look_lease_seconds)
     if look is None:
@@ -80,7 +80,7 @@ def look_at(camera_id: int, settings: Settings) -> int | None:
     except LookLostError as error:
         log.warning(str(error))
     except MaskwatchError as error:
-        log.error("a look at a camera failed, and is tried again", camera=camera_id, detail=str(error))
+        log.error("a camera's poll failed, and is tried again", camera=camera_id, detail=str(error))
         try:
             with session_scope() as session:
                 schedule.fail_look(session, look, str(error))
@@ -112,15 +112,15 @@ def _look(look: Look, settings: Settings) -> int:
         listed += len(page)
     with session_scope() as session:
         ended = schedule.end_look(session, look)
-    log.info("looked at a camera", camera=camera.name, sweep=look.is_sweep, listed=listed, new=new, slots=ended)
+    log.info("polled a camera", camera=camera.name, sweep=look.is_sweep, listed=listed, new=new, slots=ended)
     return new
 
 
 def _new_objects(
     look: Look, camera: Camera, location: Location, pattern: TimePattern | None, store: ObjectStore, prefix: str
 ) -> Iterator[ObjectInfo]:
-    """What can be new: in a sweep everything; else, where keys sort by time, what is not older than the newest that is
-    known by more than footage may come late."""
+    """The objects that can be new: in a full scan all of them. Else, if keys sort by time, those that are at most
+    `look_back_seconds` older than the newest known object."""
     after = look.cursor or ""
     if not look.is_sweep and pattern is not None:
         with session_scope() as session:
@@ -129,6 +129,6 @@ def _new_objects(
             key, seen = newest
             since = min(seen, datetime.now(UTC)) - timedelta(seconds=camera.look_back_seconds)
             local = since.astimezone(zone(location.time_zone)).replace(tzinfo=None)
-            # Half an hour or an hour of a zone's clock change is not told from lateness: both are looked back over.
+            # In keys, a clock change (of half an hour or an hour) looks like lateness: the look-back covers both.
             after = max(after, pattern.key_before(key, local) or "")
     return list_range(store, prefix, after)

@@ -1,4 +1,4 @@
-"""From the ledger to Redis, bounded, and back again for what got lost on the way."""
+"""Sends jobs from the ledger to Redis, up to a limit, and recovers those that got lost."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ from common.settings import Settings
 log = get_logger(__name__)
 
 
-#: Due retries that one tick makes pending: a transaction of its own, of about a tenth of a second, and more than a tick
-#: sends.
+#: How many due retries one tick makes pending: more than a tick sends, in a transaction of its own of about a tenth of
+#: a second.
 WOKEN_AT_ONCE = 2000
 
-#: How long the first message of a list may have waited before what waits there is shared out anew. A list that moves
-#: faster holds nobody up.
+#: How long the first message of a list may have waited, in seconds, before its messages are taken back and sent anew in
+#: turns. A list that moves faster delays no feed.
 PATIENCE_SECONDS = 2.0
 
 
 def dispatch(settings: Settings) -> int:
     """Send pending jobs while Redis holds fewer messages than the cap; returns how many jobs were sent.
 
-    Live footage and backfills have a lane each, and workers take live footage first. While it keeps all of them busy,
-    a share of the backfills is sent in its lane, so that they go on. Within a lane the sources and backfills take
-    turns.
+    Live footage and backfills have a lane each, and workers take live footage first. While live footage keeps all
+    workers busy, a share of the backfills' jobs is sent in the live lane, so that backfills go on. Within a lane the
+    sources and backfills take turns.
 
     The messages are published after the commit: a message whose job is not queued yet would be dropped.
-    One that never gets published is found by `reconcile`.
+    `reconcile` finds jobs whose message was never published.
     """
     with redis_client() as client:
         epoch = read_epoch(client)
         if epoch is None:
-            return 0  # a new or wiped Redis: the reconciler comes first, and begins its epoch
+            return 0  # a new or wiped Redis: the reconciler must begin its epoch first
         waiting = {lane: queue_length(client, Queue.MEDIA, lane) for lane in Lane}
     if all(length >= settings.dispatch.queue_cap for length in waiting.values()):
         return 0
-    # Each in a transaction of its own: one that moves a job twice would lock its media object behind it.
+    # Each in a transaction of its own: one that moves a job twice would lock the media object after the job.
     with session_scope() as session:
         ledger.wake_retries(session, limit=WOKEN_AT_ONCE)
     with session_scope() as session:
@@ -69,7 +69,7 @@ def dispatch(settings: Settings) -> int:
         isolated = tick.isolated()
         live = tick.lane(Lane.LIVE, used=len(isolated))
         ahead = [[job.ref] for job in isolated] + list(group(live, tick.size))
-        # What is left of the live lane is what no worker was free for.
+        # Messages left in the live lane mean that no worker was free for them.
         overtaking = _rounded(len(ahead) * settings.dispatch.backfill_share) if waiting[Lane.LIVE] else 0
         ahead += group(tick.overtaking(overtaking), tick.size)
         behind = list(group(tick.lane(Lane.BACKFILL), tick.size))
@@ -78,7 +78,7 @@ def dispatch(settings: Settings) -> int:
         if messages:
             send(TaskName.ANALYZE, *([encode_refs(refs)] for refs in messages), priority=PRIORITIES[lane])
         jobs = sum(map(len, messages))
-        # What travels ahead counts as live: isolated jobs, and what of the backfills overtakes.
+        # Isolated jobs and overtaking backfill jobs travel in the live lane, and count there.
         metrics.count(metrics.DISPATCHED, jobs, lane=metrics.LANES[lane])
         sent += jobs
     if sent:
@@ -87,8 +87,8 @@ def dispatch(settings: Settings) -> int:
 
 
 class _Tick:
-    """What one tick sends, in one transaction. `waiting`: messages in each lane's list when it began. `recalled`: lanes
-    whose messages have been replaced, and count no longer."""
+    """What one tick sends, in one transaction. `waiting`: messages in each lane's list when the tick began. `recalled`:
+    lanes whose messages were taken back, and no longer count."""
 
     def __init__(
         self,
@@ -105,16 +105,16 @@ class _Tick:
         self.sent = ledger.sent_feeds(session, epoch=epoch, message_size=self.size)
 
     def recall(self) -> list[Lane]:
-        """Take back what waits in the lists in which a feed would wait behind another's messages, to be sent anew, in
-        turns; returns the lanes."""
+        """Take back the messages of lists in which one feed holds up another, to be sent anew in turns; returns the
+        lanes."""
         held_up = [lane for lane in Lane if self._holds_up(lane)]
         for lane in held_up:
             ledger.recall(self.session, lane=lane, epoch=self.epoch)
         return held_up
 
     def isolated(self) -> list[DispatchedJob]:
-        """Jobs that are sent in a message of their own, in the live lane: they have been held up long enough. At most
-        half of the room there is, so that live footage goes on beside many of them."""
+        """Jobs that are sent in a message of their own, in the live lane, because they have been held up long enough.
+        At most half of the free room, so that live footage goes on beside many of them."""
         room = _rounded(max(0, self.cap - self.waiting[Lane.LIVE]) / 2)
         jobs: list[DispatchedJob] = []
         for lane, feeds in ledger.feeds_with_work(self.session, isolated=True).items():
@@ -123,14 +123,14 @@ class _Tick:
         return jobs + ledger.take_trials(self.session, epoch=self.epoch, policy=self.policy)
 
     def lane(self, lane: Lane, *, used: int = 0) -> list[DispatchedJob]:
-        """Pending jobs of a lane for its own list, as far as there is room in it; `used` messages of that have been
-        given away."""
+        """Pending jobs of a lane for its own list, as far as there is room in it; `used` messages of that room are
+        taken already."""
         room = self.cap - used - (0 if lane in self.recalled else self.waiting[lane])
         return self._take(lane, self._in_order(lane, self.pending[lane]), lane, room)
 
     def overtaking(self, messages: int) -> list[DispatchedJob]:
-        """Jobs of backfills for the live lane's list, first those that wait in their own list, which no worker reads
-        from now."""
+        """Jobs of backfills for the live lane's list; first those that wait in the backfill list, which no worker reads
+        while live footage waits."""
         feeds = self._in_order(Lane.BACKFILL, {*self.pending[Lane.BACKFILL], *self.sent[Lane.BACKFILL]})
         return self._take(Lane.BACKFILL, feeds, Lane.LIVE, messages, from_list=Lane.BACKFILL)
 
@@ -142,7 +142,8 @@ class _Tick:
         return ledger.take_pending(self.session, feeds, into, lane=lane, limit=limit, from_list=from_list)
 
     def _in_order(self, lane: Lane, feeds: Iterable[Feed]) -> list[Feed]:
-        """Those with the least in Redis first: where there is no room for all, each gets its turn."""
+        """The feeds with the fewest messages in Redis first, so that each gets its turn where there is no room for
+        all."""
         return sorted(feeds, key=lambda feed: (self._messages(lane, feed), random.random()))
 
     def _messages(self, lane: Lane, feed: Feed) -> float:
@@ -150,10 +151,10 @@ class _Tick:
         return waits.messages if waits is not None else 0.0
 
     def _holds_up(self, lane: Lane) -> bool:
-        """Whether one feed fills the list while another, which has work, has next to nothing in it: as a backfill that
-        began yesterday does to a small one of today.
+        """Whether one feed fills the list while another that has work has next to nothing in it: for example a backfill
+        that began yesterday, and a small one of today.
 
-        Not while messages that were sent anew before still lie there, so a list never holds more than twice the cap.
+        False while replaced messages still lie in the list, so that a list never holds more than twice the cap.
         """
         if self.waiting[lane] > self.cap or not self.sent[lane]:
             return False
@@ -164,14 +165,14 @@ class _Tick:
 
 
 def _rounded(number: float) -> int:
-    """To a whole number, up as often as its fraction says: a tenth of three is not always nothing."""
+    """Round down or, with the fraction as the probability, up: 0.3 messages are one message in three of ten ticks."""
     return math.floor(number + random.random())
 
 
 def group(jobs: Iterable[DispatchedJob], size: int) -> Iterator[list[JobRef]]:
-    """Groups of at most `size` image jobs of one pipeline, so that a worker need not switch models inside one.
+    """Groups of at most `size` image jobs of one pipeline, so that a worker need not switch models inside a group.
 
-    Jobs of videos travel alone: each is as much work as a group of pictures.
+    Each job of a video is sent in a message of its own: it is as much work as a group of images.
     """
     open_groups: dict[int, list[JobRef]] = defaultdict(list)
     for job in jobs:
@@ -186,11 +187,11 @@ def group(jobs: Iterable[DispatchedJob], size: int) -> Iterator[list[JobRef]]:
 
 
 def reconcile(settings: Settings) -> dict[str, int]:
-    """Find what got lost: expired leases, messages of a Redis that was wiped, overdue ones. Begins the epoch
+    """Recover what got lost: expired leases, messages of a Redis that was wiped, overdue messages. Begins the epoch
     of a new Redis, moves faces that wait for their partition, and deletes camera slots that ended long ago. Returns
-    what was found, by kind."""
+    how many were found, by kind."""
     limits = settings.ledger
-    # First what needs no Redis, so that expired leases are recovered while it is away.
+    # First what needs no Redis, so that expired leases are recovered while Redis is down.
     with session_scope() as session:
         found = {"expired_leases": ledger.recover_expired(session, max_lost_leases=limits.max_lost_leases)}
         found["refused"] = ledger.recover_refused(session, policy=limits.pause_policy, max_attempts=limits.max_attempts)
@@ -216,8 +217,8 @@ def reconcile(settings: Settings) -> dict[str, int]:
 
 
 def request_summary() -> bool:
-    """Ask the aggregator to work off the dirty marks, unless there are none or it has been asked already:
-    while no aggregator runs, one message waits for it and not one per tick. Whether it was asked."""
+    """Ask the aggregator to work off the dirty marks, unless there are none or a request waits already: while no
+    aggregator runs, one message waits for it and not one per tick. Returns whether it was asked."""
     with session_scope() as session:
         waiting = ledger.unsummarized(session)
     if not waiting:

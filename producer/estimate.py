@@ -25,7 +25,7 @@ from producer.inventory import open_inventory
 from producer.listing import Page, Rules, list_range, plan_pages
 from producer.submit import first_look, range_of
 
-#: What AWS asks for bringing back archived data: US dollars per GB and per 1,000 requests, by class and tier. List
+#: AWS's prices for restoring archived data: US dollars per GB and per 1,000 requests, by class and tier. List
 #: prices of us-east-1 (aws.amazon.com/s3/pricing; its knowledge center, "s3-manage-data-retrieval"), without the
 #: storage of the copies. Other regions differ by some percent.
 RESTORE_PRICES = {
@@ -39,20 +39,20 @@ RESTORE_PRICES = {
 
 @dataclass(slots=True)
 class Found:
-    """What lies in a source, and what of it a backfill would enqueue."""
+    """How much lies in a source, and how much of it a backfill would enqueue."""
 
     listed: int = 0
     others: int = 0
     outside_range: int = 0
     #: Analysed or enqueued already, with this pipeline.
     known: int = 0
-    #: Could only be quarantined: no time can be read from their keys.
+    #: Would be quarantined: no time can be read from their keys.
     unplaced: int = 0
     images: int = 0
     videos: int = 0
     image_bytes: int = 0
     video_bytes: int = 0
-    #: Objects and bytes in archives, by storage class; among the above only if they are to be restored.
+    #: Objects and bytes in archives, by storage class; also counted above only if they are to be restored.
     archived: Counter[str] = field(default_factory=Counter)
     archived_bytes: Counter[str] = field(default_factory=Counter)
     first_seen: datetime | None = None
@@ -61,10 +61,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A dry run's answer. What can't be known yet is None."""
+    """The result of a dry run. A figure that can't be known yet is None."""
 
     source: str
-    #: The manifest of what was read in place of a listing.
+    #: The manifest of the inventory that was read instead of a listing.
     inventory: str | None
     location: str
     found: Found
@@ -73,7 +73,7 @@ class Estimate:
     jobs: int | None
     face_rows: int | None
     worker_hours: float | None
-    #: With so many worker processes.
+    #: The number of worker processes that `hours` is computed for.
     workers: int
     hours: float | None
     cost: float | None
@@ -115,7 +115,7 @@ def estimate(
     price_per_hour: float | None = None,
     on_page: Callable[[int], None] = lambda listed: None,
 ) -> Estimate:
-    """Go through everything below `source` as `submit` would, and say what it would make. Raises as `submit` does."""
+    """List everything below `source` as `submit` would, and estimate its jobs and cost. Raises as `submit` does."""
     pattern = TimePattern(time_pattern) if time_pattern else None
     store, prefix = open_source(source, settings)
     inventory = open_inventory(inventory_uri, store.bucket, settings) if inventory_uri else None
@@ -181,7 +181,7 @@ def _estimated(
     price_per_hour: float | None,
 ) -> Estimate:
     footage = _divided(found.video_bytes, rates.bytes_per_footage_second) if found.videos else 0.0
-    # A video's last chunk is a part of one: half of one on average.
+    # A video's last chunk is shorter than the others: half as long on average.
     chunks = None if footage is None else math.ceil(footage / settings.worker.chunk_seconds + found.videos / 2)
     faces = None
     if footage is not None:
@@ -214,13 +214,13 @@ def _estimated(
 
 
 def _known(rate: Rate) -> float:
-    assert rate.value is not None, "what a job takes is always known, if only by the benchmark"
+    assert rate.value is not None, "how long a job takes is always known, if only by the benchmark"
     return rate.value
 
 
 def _footage_cost(settings: Settings, rates: Throughput) -> float:
     rate = rates.seconds_per_footage_second
-    # The benchmark's is per frame; keyframes are as many as the video has, so as many frames at most.
+    # The benchmark's rate is per frame. A video's number of keyframes is unknown; at most one per cell is used.
     per_second = settings.pipeline.sample_fps if rate.origin is Origin.BENCHMARK else 1
     if settings.pipeline.sample is SampleMode.KEYFRAMES:
         per_second = min(per_second, 1)
@@ -228,7 +228,7 @@ def _footage_cost(settings: Settings, rates: Throughput) -> float:
 
 
 def _times(amount: float, rate: Rate) -> float | None:
-    """Of nothing there is nothing, whatever the rate."""
+    """The amount at a rate; 0 for an amount of 0, even if the rate is unknown."""
     if not amount:
         return 0.0
     return None if rate.value is None else amount * rate.value

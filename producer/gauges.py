@@ -1,7 +1,7 @@
-"""What the ledger and the queues say of themselves, read when Prometheus asks: how much waits, and for how long.
+"""Gauges of the ledger and the queues, read when Prometheus asks: how much waits, and for how long.
 
 Cheap, however large the ledger is: only what is still to be done is counted, by its indexes and up to a limit, and at
-most every few seconds. What has ended is counted by who ended it (`common/observability/metrics.py`).
+most every few seconds. Ended jobs are counted by the process that ended them (`common/observability/metrics.py`).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from common.observability.metrics import LANES
 
 log = get_logger(__name__)
 
-#: How long an answer holds: two Prometheus servers, or a person who reloads, cost the database nothing.
+#: How long an answer is kept, in seconds: two Prometheus servers, or a person who reloads, cost the database nothing.
 CACHE_SECONDS = 10.0
-#: Jobs counted per state, lane, source and backfill; more of them read as this many.
+#: Jobs counted per state, lane, source and backfill; more of them are reported as this many.
 COUNT_LIMIT = 10_000
-#: Of each of our statements; Prometheus waits for us.
+#: Timeout of each statement, in seconds: Prometheus waits for the answer.
 STATEMENT_SECONDS = 5
 
 #: Every gauge and its help, as they are served.
 GAUGES = {
     "maskwatch_ledger_up": "Whether the database answered (1) or not (0); the other gauges come from it.",
     "maskwatch_broker_up": "Whether Redis answered (1) or not (0).",
-    "maskwatch_jobs": f"Jobs by state and lane, of states that somebody has to do something about; counted up to"
+    "maskwatch_jobs": f"Jobs by state and lane, in states that are not final, and in quarantine; counted up to"
     f" {COUNT_LIMIT:,} for each source and backfill.",
-    "maskwatch_dispatch_backlog_jobs": "Pending jobs that may be sent: of no paused source or backfill; counted as"
-    " maskwatch_jobs.",
+    "maskwatch_dispatch_backlog_jobs": "Pending jobs that may be sent, because neither their source nor their backfill"
+    " is paused; counted up to the same limit as maskwatch_jobs.",
     "maskwatch_oldest_pending_seconds": "Age of the oldest job that may be sent and has not been; 0 if there is none.",
     "maskwatch_summary_lag_seconds": "Age of the oldest hour that waits to be summarized; 0 if there is none.",
-    "maskwatch_paused_sources": "Sources that refused everything, and paused themselves.",
+    "maskwatch_paused_sources": "Sources that are paused because they refused every request.",
     "maskwatch_queue_messages": "Messages that wait in Redis.",
 }
 
@@ -51,7 +51,7 @@ COUNTED = (*ACTIVE_STATES, JobState.QUARANTINED)
 
 
 class LedgerGauges(Collector):
-    """The gauges, for a registry of Prometheus's library. Asked by its server's threads, one at a time."""
+    """The gauges, for a registry of Prometheus's library. Its server's threads read them, one at a time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -109,7 +109,7 @@ def _from_queues() -> list[GaugeMetricFamily]:
             lengths: dict[tuple[str, ...], int] = {
                 (queue.value, LANES[lane]): queue_length(client, queue, lane)
                 for queue in Queue
-                # Only the workers' queue has lanes; what else waits has the first priority.
+                # Only the workers' queue has lanes; messages of other queues have the first priority.
                 for lane in (PRIORITIES if queue is Queue.MEDIA else (Lane.LIVE,))
             }
     except (MaskwatchError, OSError) as error:

@@ -1,7 +1,7 @@
-"""An S3 Inventory, read in place of a listing: its manifest, and the rows of the data files that this names.
+"""An S3 Inventory, read instead of a listing: its manifest, and the rows of the data files that the manifest names.
 
-S3 writes one every day or week ("Cataloging and analyzing your data with S3 Inventory", S3 User Guide). It is as old as
-that: what was deleted since, or replaced, a worker finds out.
+S3 writes one every day or week ("Cataloging and analyzing your data with S3 Inventory", S3 User Guide), so it may be
+that old: a worker finds out which objects were deleted or replaced since.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from common.settings import Settings
 from common.storage.opening import open_source
 from common.storage.store import FILE_BUCKET, ObjectStore
 
-#: What is read of a row: the name in configurations and CSV files, and that in Parquet files.
+#: The columns that are read: the name in configurations and CSV files → the name in Parquet files.
 COLUMNS = {
     "Key": "key",
     "Size": "size",
@@ -46,15 +46,16 @@ COLUMNS = {
 }
 REQUIRED = ("Key", "Size", "LastModifiedDate", "ETag")
 
-#: A data file takes about 150 bytes of its manifest: room for some hundred thousand.
+#: A data file takes about 150 bytes in the manifest: room for some hundred thousand data files.
 _MAX_MANIFEST_BYTES = 64 * 2**20
 
-#: A data file is fetched in pieces of this size, and Parquet decoded in so many rows: neither is ever whole in memory.
+#: A data file is fetched in pieces of this size, and Parquet decoded so many rows at a time: neither is ever whole in
+#: memory.
 _PIECE_BYTES = 8 * 2**20
 _ROWS_AT_ONCE = 4000
 
 #: What to do about a data file that can't be read.
-_STAYS = "what was enqueued stays; do it again when it can be read, or use another delivery of the inventory"
+_STAYS = "what was enqueued stays; give the command again when it can be read, or use another delivery of the inventory"
 
 
 class _DataFile(BaseModel):
@@ -63,7 +64,7 @@ class _DataFile(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What is needed of a manifest.json."""
+    """The fields of a manifest.json that are needed here."""
 
     source: str = Field(alias="sourceBucket")
     destination: str = Field(alias="destinationBucket", description="an ARN")
@@ -78,21 +79,21 @@ Row = Sequence[Any]
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """One delivery of an inventory. Data files are called by the keys that the manifest gives them."""
+    """One delivery of an inventory. Data files are named by the keys that the manifest gives them."""
 
-    #: Of its manifest.
+    #: The manifest's address.
     uri: str
-    #: The bucket that it is about, as the ledger names it.
+    #: The bucket that the inventory lists, as the ledger names it.
     bucket: str
     #: Where its data files lie.
     store: ObjectStore
-    #: The key of each data file: where it lies in `store`, and its MD5.
+    #: The key of each data file → its key in `store`, and its MD5.
     files: Mapping[str, tuple[str, str]]
-    #: The rows of a copy of a data file.
+    #: Reads the rows of a copy of a data file.
     rows: Callable[[IO[bytes]], Iterator[Row]]
 
     def objects(self, prefix: str) -> Iterator[ObjectInfo | None]:
-        """The rows of all data files, as those of one. Raises `MaskwatchError` if none lies below the prefix."""
+        """The rows of all data files, as `objects_of`. Raises `MaskwatchError` if no object lies below the prefix."""
         found = False
         for file in self.files:
             for info in self.objects_of(file, prefix):
@@ -105,11 +106,11 @@ class Inventory:
             )
 
     def objects_of(self, file: str, prefix: str, *, after: int = 0) -> Iterator[ObjectInfo | None]:
-        """The rows of a data file behind the first so many, in their order; None for one that is no object below the
-        prefix, or none any more.
+        """The rows of a data file after the first `after`, in their order; None for a row that is not a current object
+        below the prefix.
 
-        Raises `MaskwatchError` for a file that can't be read, is not the one that the manifest means, or has a row that
-        makes no sense.
+        Raises `MaskwatchError` for a file that can't be read, has another hash than in the manifest, or has an invalid
+        row.
         """
         if file not in self.files:
             raise MaskwatchError(
@@ -134,7 +135,7 @@ class Inventory:
 
     @contextmanager
     def _fetched(self, key: str, md5: str) -> Iterator[IO[bytes]]:
-        """A copy of a data file, which has no name and is gone when this process is."""
+        """A copy of a data file in a temporary file without a name, which is gone when this process ends."""
         uri = f"{self.store.bucket}/{key}"
         found = hashlib.md5(usedforsecurity=False)
         with tempfile.TemporaryFile() as copy:
@@ -147,7 +148,7 @@ class Inventory:
             if found.hexdigest() != md5.lower():
                 raise MaskwatchError(
                     f"{uri} is not the file that the manifest names, and none of its rows was used: its MD5 is "
-                    f"{found.hexdigest()}, and should be {md5}; put the right one there, or use another delivery of "
+                    f"{found.hexdigest()}, and should be {md5}; put the right file there, or use another delivery of "
                     "the inventory"
                 )
             copy.seek(0)
@@ -157,14 +158,14 @@ class Inventory:
 def open_inventory(uri: str, bucket: str, settings: Settings) -> Inventory:
     """The inventory of a bucket that a manifest describes.
 
-    Raises `MaskwatchError` for a manifest that can't be read, isn't one, is another bucket's, or names files that
-    Maskwatch can't use.
+    Raises `MaskwatchError` for a file that can't be read or isn't a manifest, and for a manifest of another bucket or
+    with files that Maskwatch can't use.
     """
     if bucket == FILE_BUCKET:
-        raise MaskwatchError("--inventory goes with a SOURCE in S3: s3://bucket/prefix")
+        raise MaskwatchError("--inventory needs a SOURCE in S3: s3://bucket/prefix")
     store, key = open_source(uri, settings)
     uri = f"{store.bucket}/{key}"
-    with _reading("the inventory's manifest", "it is the file manifest.json in the folder of a delivery"):
+    with _reading("the inventory's manifest", "name the file manifest.json in the folder of a delivery"):
         info = store.stat(key)
         if info.size_bytes > _MAX_MANIFEST_BYTES:
             raise MaskwatchError(
@@ -177,12 +178,12 @@ def open_inventory(uri: str, bucket: str, settings: Settings) -> Inventory:
     except ValidationError as error:
         first = error.errors()[0]
         raise MaskwatchError(
-            f"{uri} is no manifest of an S3 Inventory ({'.'.join(map(str, first['loc']))} {first['msg']}); name the "
+            f"{uri} is not a manifest of an S3 Inventory ({'.'.join(map(str, first['loc']))} {first['msg']}); name the "
             "file manifest.json in the folder of a delivery"
         ) from error
     if f"s3://{manifest.source}" != bucket:
         raise MaskwatchError(
-            f"the inventory {uri} is one of s3://{manifest.source}, and the SOURCE lies in {bucket}; name an inventory "
+            f"the inventory {uri} lists s3://{manifest.source}, but the SOURCE lies in {bucket}; name an inventory "
             "of that bucket"
         )
     rows = _rows_of(uri, manifest.layout, manifest.columns)
@@ -211,19 +212,19 @@ def _write(copy: IO[bytes], piece: bytes, uri: str) -> None:
         copy.flush()
     except OSError as error:
         raise MaskwatchError(
-            f"no room for a copy of {uri} in {tempfile.gettempdir()}: {first_line(error)}; make some there, or set "
+            f"no room for a copy of {uri} in {tempfile.gettempdir()}: {first_line(error)}; make room there, or set "
             "TMPDIR"
         ) from error
 
 
 def _rows_of(uri: str, layout: str, columns: str) -> Callable[[IO[bytes]], Iterator[Row]]:
-    """What reads the data files of an inventory."""
+    """The function that reads the rows of an inventory's data file."""
     if layout.upper() == "CSV":
         names = [name.strip() for name in columns.split(",")]
         _check_columns(uri, names)
         return lambda file: _csv_rows(file, names)
     if layout.upper() == "PARQUET":
-        import pyarrow.parquet  # noqa: F401 - where it isn't installed, this is said before anything is fetched
+        import pyarrow.parquet  # noqa: F401 - so that a missing pyarrow is reported before anything is fetched
 
         return lambda file: _parquet_rows(file, uri)
     raise MaskwatchError(
@@ -249,7 +250,7 @@ def _csv_rows(file: IO[bytes], names: Sequence[str]) -> Iterator[Row]:
             if len(values) != len(names):
                 raise ValueError(f"{len(values)} columns, and the manifest names {len(names)}")
             row = [None if place is None else values[place] for place in places]
-            # As forms are: S3 writes a space as a plus, and a plus as %2B.
+            # URL-encoded as forms are: S3 writes a space as a plus, and a plus as %2B.
             row[0] = unquote_plus(row[0] or "", errors="strict")
             yield row
 
@@ -280,14 +281,14 @@ def _parquet_rows(file: IO[bytes], uri: str) -> Iterator[Row]:
 
 
 def _object(bucket: str, prefix: str, row: Row) -> ObjectInfo | None:
-    """What a row says of an object below the prefix; None for any other one, an earlier version, a delete marker, and a
-    "folder" made by a console. Raises `ValueError` for a row that makes no sense."""
+    """The object of a row; None if it isn't below the prefix, or is an earlier version, a delete marker, or a
+    "folder" made by a console. Raises `ValueError` for an invalid row."""
     key, size, modified, etag, storage_class, is_latest, is_delete_marker = row
     if not key:
         raise ValueError("no Key")
     if not key.startswith(prefix) or key.endswith("/"):
         return None
-    # Text in CSV files; without such a column there are only current versions.
+    # In CSV files these are text. Without such columns the inventory lists only current versions.
     if str(is_latest).lower() == "false" or str(is_delete_marker).lower() == "true":
         return None
     if not etag:
@@ -308,7 +309,7 @@ def _size(value: Any) -> int:
     except (TypeError, ValueError):
         number = -1
     if not 0 <= number < 2**63:
-        raise ValueError(f"the Size {value!r} is no number of bytes")
+        raise ValueError(f"the Size {value!r} is not a number of bytes")
     return number
 
 
@@ -316,5 +317,5 @@ def _instant(value: Any) -> datetime:
     try:
         instant = value if isinstance(value, datetime) else datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the LastModifiedDate {value!r} is no time") from error
+        raise ValueError(f"the LastModifiedDate {value!r} is not a time") from error
     return instant if instant.tzinfo else instant.replace(tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""What lies in a source: listed batch by batch, planned by the pure rules, nothing written."""
+"""Lists a source in batches, and plans its objects. Writes nothing."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from common.planning import PlannedObject, plan_object
 from common.storage.store import ObjectStore, is_storable
 from common.timestamps import TimePattern, hour_of
 
-#: Objects per batch, which is registered in one transaction: with more, nothing gets quicker.
+#: Objects per batch, which is registered in one transaction; larger batches are not quicker.
 BATCH = 2000
 
-#: Rows of an inventory that are read for a batch at most, however few are wanted: a pause is noticed between two.
+#: How many rows of an inventory are read for a batch at most, however few of them are wanted: a pause is noticed only
+#: between batches.
 ROWS = 200_000
 
-#: Parts that a listing is divided into at most; more than threads that list, so that none waits for a long one.
+#: How many parts a listing is divided into at most; more than threads, so that no thread is idle while another lists
+#: a long part.
 PARTS = 64
 
 
 @dataclass(slots=True)
 class Page:
-    """A batch of a listing, sorted into what becomes of it."""
+    """A batch of a listing, sorted by what is done with its objects."""
 
     planned: list[PlannedObject] = field(default_factory=list)
     #: Objects of kinds that Maskwatch does not analyse.
     others: list[ObjectInfo] = field(default_factory=list)
     outside_range: int = 0
     last_key: str = ""
-    #: What was read for it, rows of an inventory that are no objects of the source included.
+    #: How many rows were read, including rows of an inventory that are not objects of the source.
     rows: int = 0
 
     def __len__(self) -> int:
@@ -39,7 +41,7 @@ class Page:
 
     @property
     def size_bytes(self) -> int:
-        """Of what is to be analysed."""
+        """Size of the objects that are to be analysed."""
         return sum(item.info.size_bytes for item in self.planned)
 
 
@@ -50,11 +52,11 @@ class Rules:
     pattern: TimePattern | None
     where: ZoneInfo
     within: TimeRange
-    #: Only what was seen in these hours of the place, by the instants they begin; None: in any.
+    #: Only what was seen in these local hours, given by the instants they begin; None: in any hour.
     hours: frozenset[datetime] | None = None
 
     def wanted(self, item: PlannedObject) -> bool:
-        """Whether an object was taken when it should have been."""
+        """Whether an object was taken within the range and the hours."""
         at = item.best_known_time
         if at not in self.within:
             return False
@@ -62,7 +64,7 @@ class Rules:
 
 
 def list_range(store: ObjectStore, prefix: str, after: str = "", until: str | None = None) -> Iterator[ObjectInfo]:
-    """Objects below a prefix whose keys come after one, up to and with another, in key order."""
+    """Objects below a prefix whose keys come after `after`, up to and including `until`, in key order."""
     for objects in store.list_pages(prefix, after):
         for info in objects:
             if until is not None and info.key > until:
@@ -71,7 +73,7 @@ def list_range(store: ObjectStore, prefix: str, after: str = "", until: str | No
 
 
 def plan_pages(objects: Iterable[ObjectInfo | None], rules: Rules, *, batch: int = BATCH) -> Iterator[Page]:
-    """Objects planned, in batches of that many listed ones; None is only counted as read."""
+    """Plan the objects, in pages of `batch` listed ones; None only counts as a row that was read."""
     page = Page()
     for info in objects:
         page.rows += 1
@@ -99,10 +101,10 @@ def plan_pages(objects: Iterable[ObjectInfo | None], rules: Rules, *, batch: int
 
 
 def divide(store: ObjectStore, prefix: str) -> list[tuple[str, str | None]]:
-    """Ranges of keys (after, up to and with) that together are all keys below a prefix, by its folders: at most
-    `PARTS`, one where it has none."""
+    """Ranges of keys (after, up to and including) that together cover all keys below a prefix, cut at its folders: at
+    most `PARTS`, and one if it has no folders."""
     folders = store.list_folders(prefix, 1000)
-    # One folder holds it all, as a year does its months: what matters is further down.
+    # A single folder, such as a year with its months, is divided by the folders in it.
     while len(folders) == 1 and (deeper := store.list_folders(folders[0], 1000)):
         folders = deeper
     step = -(-len(folders) // PARTS) or 1

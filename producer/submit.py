@@ -1,5 +1,5 @@
-"""A backfill: discover, plan, register in the ledger, batch by batch. Running it again adds nothing; one whose process
-was killed goes on where it was."""
+"""A backfill: list, plan and register objects in the ledger, batch by batch. Running it again adds nothing; after its
+process was killed, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class BackfillReport:
     source: str
     location: str
     camera: str | None
-    #: The manifest of what was read in place of a listing.
+    #: The manifest of the inventory that was read instead of a listing.
     inventory: str | None = None
     listed: int = 0
     new: int = 0
     known: int = 0
     superseded: int = 0
-    #: Of the new ones: those that could only be quarantined.
+    #: How many of the new ones were quarantined at once.
     quarantined: int = 0
     outside_range: int = 0
     others: int = 0
@@ -62,12 +62,12 @@ class BackfillReport:
     first_elsewhere: str | None = None
     #: In an archive, and not restored.
     archived: int = 0
-    #: Of those: S3 was asked for them.
+    #: How many of the archived ones S3 was asked to restore.
     restoring: int = 0
     first_not_restored: str | None = None
-    #: Of what is to be analysed.
+    #: Size of what is to be analysed.
     bytes: int = 0
-    #: More keys than contents: so many have the ETag and the size of another one of this backfill.
+    #: How many have the ETag and the size of another object of this backfill.
     same_bytes: int = 0
     #: False when the location shows the figures of another pipeline.
     shown: bool = True
@@ -80,7 +80,7 @@ class BackfillReport:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """How archived objects are asked for."""
+    """How archived objects are restored: S3's tier, and how many days the copy is kept."""
 
     tier: str
     days: int
@@ -88,7 +88,7 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What a backfill's footage is counted under."""
+    """The location, camera and pipeline that a backfill's footage is counted for."""
 
     location: Location
     camera: Camera | None
@@ -109,7 +109,7 @@ def submit(
     on_page: Callable[[BackfillReport], None] = lambda report: None,
 ) -> BackfillReport:
     """Register everything below `source` that was taken within `bounds` (half-open; naive: the location's
-    clock), as a listing shows it, or an inventory. Each batch is one transaction: a crash keeps those before it, and
+    clock), from a listing or an inventory. Each batch is one transaction: a crash keeps the batches before it, and
     the same call goes on behind them.
 
     Raises `MaskwatchError` for an unknown location or camera, a source that can't be listed, an inventory that can't
@@ -128,8 +128,8 @@ def submit(
     where = zone(location.time_zone)
     within = range_of(bounds, where)
     rules = Rules(pattern, where, within)
-    # Listed before anything is written, up to the first pictures: a bucket that isn't there leaves no trace, and
-    # a pattern that fits nothing is noticed.
+    # The first images are listed before anything is written: a missing bucket leaves no trace, and a pattern that fits
+    # nothing is noticed.
     objects = inventory.objects(prefix) if inventory else list_range(store, prefix)
     first_look(plan_pages(objects, rules, batch=settings.storage.list_page_size), time_pattern, source)
     wanted = Backfill(
@@ -175,7 +175,7 @@ def take_up(
     threads: int = 1,
     on_page: Callable[[BackfillReport], None] = lambda report: None,
 ) -> BackfillReport:
-    """List what is left of a backfill. Nothing, if it was listed to its end."""
+    """List the rest of a backfill; nothing is left if it was listed to its end."""
     with session_scope() as session:
         backfill = backfills.get(session, backfill_id)
         location = session.get_one(Location, backfill.location_id)
@@ -196,7 +196,7 @@ def take_up(
 
 
 def first_look(pages: Iterator[Page], time_pattern: str | None, source: str) -> None:
-    """List up to the first pictures. Raises `MaskwatchError` if the pattern fits none of them."""
+    """List up to the first page with images or videos. Raises `MaskwatchError` if the pattern fits none of them."""
     page = next((page for page in pages if page.planned), None)
     if time_pattern is None or page is None or not all(item.reason in ledger.UNPLACED for item in page.planned):
         return
@@ -218,8 +218,8 @@ def fill_gaps(
     bounds: tuple[datetime | None, datetime | None] = (None, None),
     on_page: Callable[[int], None] = lambda listed: None,
 ) -> tuple[int, int, int]:
-    """Enqueue what a camera's source holds of the hours that lack something, and try again what failed in them;
-    returns how many hours lack something, how many objects are new, and how many jobs are tried again.
+    """Enqueue the objects of a camera's source in hours that lack footage, and retry the failed jobs of these hours;
+    returns how many hours lack footage, how many objects are new, and how many jobs are tried again.
 
     Raises `MaskwatchError` for a camera without a source.
     """
@@ -259,7 +259,7 @@ def fill_gaps(
 
 @dataclass
 class Lister:
-    """Lists what is left of a backfill, part by part, and registers what it finds."""
+    """Lists the rest of a backfill, part by part, and registers what it finds."""
 
     settings: Settings
     backfill: Backfill
@@ -274,7 +274,8 @@ class Lister:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, threads: int) -> None:
-        """Raises what stops it; what was registered until then stays, and is not listed again."""
+        """List all open parts. Raises the error that stops it; batches registered until then stay, and are not listed
+        again."""
         number = self.backfill.id
         with backfills.listing(engine(), number):
             with session_scope() as session:
@@ -301,7 +302,7 @@ class Lister:
                     future.result()
 
     def list_part(self, part: BackfillPart) -> None:
-        """From the part's cursor to its end."""
+        """List and register a part, from its cursor to its end."""
         counts = Counter(part.counts)
         for page, cursor in self._pages(part):
             found = self._register(part, page, cursor, counts)
@@ -313,13 +314,13 @@ class Lister:
             backfills.finish_part(session, part)
 
     def _pages(self, part: BackfillPart) -> Iterator[tuple[Page, str]]:
-        """The part's batches behind its cursor, each with the cursor behind it: a key, or a number of rows."""
+        """The part's pages after its cursor, each with the cursor that follows it: a key, or a number of rows."""
         if part.manifest_file is None:
             objects = list_range(self.store, self.prefix, part.cursor or part.begins_after, part.ends_with)
             for page in plan_pages(objects, self.rules):
                 yield page, page.last_key or part.begins_after
         else:
-            assert self.inventory is not None, "whoever made this part had one"
+            assert self.inventory is not None, "a part with a manifest file belongs to a backfill with an inventory"
             done = int(part.cursor or 0)
             rows = self.inventory.objects_of(part.manifest_file, self.prefix, after=done)
             for page in plan_pages(rows, self.rules):
@@ -327,7 +328,7 @@ class Lister:
                 yield page, str(done)
 
     def _register(self, part: BackfillPart, page: Page, cursor: str, counts: Counter[str]) -> Counter[str]:
-        """One batch into the ledger; returns what was found in it, and adds it to the part's counts."""
+        """Register one page in the ledger; returns what was found in it, and adds it to the part's counts."""
         ensure_partitions(engine(), (item.best_known_time for item in page.planned))
         found = Counter(
             listed=len(page), others=len(page.others), outside_range=page.outside_range, bytes=page.size_bytes
@@ -357,7 +358,8 @@ class Lister:
         if moves:
             counts += found
         if archived and self.restore:
-            # Registered first, so that what S3 was asked for is known; the cursor moves when it was asked.
+            # Registered first, so that the ledger knows the objects that S3 restores; the cursor moves after S3 was
+            # asked.
             found["restoring"] = self._restore(archived, self.restore)
             counts.update(found)
             with session_scope() as session:
@@ -367,7 +369,7 @@ class Lister:
         return found
 
     def _restore(self, archived: list[ObjectInfo], how: Restore) -> int:
-        """Ask S3 for a batch's archived objects; returns how many it will bring."""
+        """Ask S3 to restore a page's archived objects; returns for how many it agreed."""
 
         def ask(info: ObjectInfo) -> str | None:
             try:
@@ -401,7 +403,7 @@ def _counted(registered: ledger.Registered) -> Counter[str]:
 
 
 def range_of(bounds: tuple[datetime | None, datetime | None], where: ZoneInfo) -> TimeRange:
-    """The range of time that two bounds mean at a place. Raises `MaskwatchError` for one that can't be."""
+    """The range of time between two bounds on the clock of `where`. Raises `MaskwatchError` for an impossible range."""
     try:
         return TimeRange(*(None if bound is None else resolve_local(bound, where)[0] for bound in bounds))
     except ValueError as error:

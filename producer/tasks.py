@@ -1,4 +1,4 @@
-"""The producer's tasks: wiring only. Beat ticks them; a tick that comes late or twice changes nothing."""
+"""The producer's tasks: wiring only. Beat sends their ticks; a tick that comes late or twice does no harm."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ log = get_logger(__name__)
 
 @contextmanager
 def _ticking(task: str) -> Iterator[None]:
-    """Count a tick. What a person can put right, as a service that is down, is a line in the log: the next tick tries
-    again."""
+    """Count a tick. An error that a person can put right, such as a service that is down, becomes a line in the log;
+    the next tick tries again."""
     try:
         yield
     except MaskwatchError as error:
@@ -44,7 +44,7 @@ def reconcile_jobs() -> None:
 
 @app.task(name=TaskName.REQUEST_SUMMARY.value)
 def request_summary() -> None:
-    """Have the aggregator work, if there is something to summarize."""
+    """Ask the aggregator to work, if there is something to summarize."""
     with _ticking("request_summary"):
         dispatch.request_summary()
 
@@ -54,14 +54,14 @@ _watcher = cameras.Watcher()
 
 @app.task(name=TaskName.LOOK_AT_CAMERAS.value)
 def look_at_cameras() -> None:
-    """Look for new footage of the cameras whose slot is due."""
+    """Poll the cameras whose slot is due for new footage."""
     settings = get_settings()
     with _ticking("look_at_cameras"):
         _watcher.look_at(cameras.tick(settings), settings)
 
 
 def schedule() -> None:
-    """Let beat tick this producer's own tasks. A tick that was not worked off before the next is due expires."""
+    """Have beat tick this producer's own tasks. A tick that was not run before the next is due expires."""
     settings = get_settings().dispatch
     for task, seconds in (
         (TaskName.DISPATCH, settings.interval_seconds),

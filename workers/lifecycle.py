@@ -1,8 +1,8 @@
-"""The life of a worker around its tasks: the wish to stop, and the death of a child.
+"""A worker's life outside its tasks: how it stops, and what happens when a child dies.
 
-The main process holds a lock on a file, and lets go of it at SIGTERM. Its children look between two pictures: once the
-lock is free they release what they have not begun and finish. A file, because a spawned child shares no memory with
-its parent; a lock, because letting go needs no room on a disk, and tells what a killed worker has left behind.
+The main process holds a lock on a file, and releases it at SIGTERM. Its children check the lock between two images:
+once it is free, they give back the jobs that they have not begun, and finish. A file, because a spawned child shares no
+memory with its parent; a lock, because to release it needs no room on a disk, and a killed worker's lock is free.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _held: list[int] = []
 def prepare_drain() -> None:
     """Lock the file that tells this worker's children to go on, and remove those that killed workers have left.
 
-    Called before the children are spawned. Raises `MaskwatchError` where no file can be made.
+    Call it before the children are spawned. Raises `MaskwatchError` if no file can be made.
     """
     files.remove_left_over(_PREFIX)
     try:
-        # For its owner alone: whoever else could open it could lock it, and so keep the worker from stopping.
+        # Readable by its owner alone: another user who could open it could lock it, and keep the worker from stopping.
         path, handle = files.make_held(_PREFIX)
     except OSError as error:
         raise MaskwatchError(
@@ -60,23 +60,23 @@ def draining() -> bool:
     try:
         return files.try_lock(_opened(path), shared=True)
     except FileNotFoundError:
-        return False  # somebody has tidied up: not what asks us to stop
+        return False  # the file was deleted by a cleanup: not a request to stop
 
 
 @lru_cache(maxsize=1)
 def _opened(path: str) -> int:
-    """Open from the first look on: so it doesn't matter what becomes of its name."""
+    """The file, kept open from the first check on, so that it may be renamed or deleted."""
     return os.open(path, os.O_RDONLY)
 
 
 def worker_name(hostname: str | None, task_id: str | None) -> str:
-    """What `jobs.worker` holds: which worker, and which of its messages."""
+    """The value of `jobs.worker`: the worker, and the message that it works on."""
     return f"{hostname}/{task_id}"
 
 
 @signals.worker_ready.connect
 def _watch_for_stop(**_: Any) -> None:
-    """Put ours before Celery's handlers, which only wait for the children."""
+    """Run our signal handler before Celery's, which only waits for the children."""
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.getsignal(number)
 
@@ -89,13 +89,13 @@ def _watch_for_stop(**_: Any) -> None:
 
 
 def stop_worker() -> None:
-    """In a child: ask the worker it belongs to to stop."""
+    """In a child: ask its worker (the main process) to stop."""
     os.kill(os.getppid(), signal.SIGTERM)
 
 
 def end_process() -> NoReturn:
-    """In a child whose device is broken: end it. The worker starts another in its place."""
-    log.critical("the device is broken for this process, which ends; another takes its place")
+    """In a child whose device is broken: end it. The worker starts another child in its place."""
+    log.critical("this process can no longer use the device and ends; another process takes its place")
     raise SystemExit(1)
 
 
@@ -112,8 +112,8 @@ def _clean_up(**_: Any) -> None:
 
 @signals.task_failure.connect
 def _report_crash(sender: Any = None, task_id: str | None = None, exception: Any = None, **_: Any) -> None:
-    """In the main process: a child died, or is killed because it takes too long. Its jobs need not wait for their lease
-    to run out."""
+    """In the main process: a child died, or is killed because it takes too long. Report it, so that its jobs need not
+    wait for their lease to run out."""
     if not isinstance(exception, WorkerLostError | TimeLimitExceeded) or sender.name != TaskName.ANALYZE.value:
         return
     try:

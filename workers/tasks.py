@@ -18,11 +18,11 @@ from workers.summaries import aggregation
 
 log = get_logger(__name__)
 
-#: How long a worker leaves messages alone after the database was away, or had no room for what it recorded.
+#: How long a worker takes no messages after the database was down, or had no room for its results.
 PAUSE_SECONDS = 5.0
 
-#: How long a worker leaves messages alone after one of which it knew no pipeline. Short, because the next message may
-#: be of one that it knows.
+#: How long a worker takes no messages after one whose pipelines were all unknown to it. Short, because it may know the
+#: pipeline of the next message.
 UNKNOWN_PAUSE_SECONDS = 1.0
 
 
@@ -40,7 +40,7 @@ def analyze(self: Any, message: Any) -> None:
     try:
         refs = decode_refs(message)
     except ValueError as error:
-        # Not one of our messages; the ledger knows of nothing to do.
+        # Maskwatch didn't send this message, so no job in the ledger waits for it.
         log.error("dropped a message that names no jobs", detail=str(error))
         return
     name = worker_name(self.request.hostname, self.request.id)
@@ -50,7 +50,7 @@ def analyze(self: Any, message: Any) -> None:
         log.critical("this worker can't do its jobs and stops; the jobs were given back", detail=str(error))
         stop_worker()
     except UnknownPipelineError:
-        # Told already. Without a pause a backfill of such jobs would go round as quickly as it can be claimed.
+        # Logged already. Without a pause a backfill of such jobs would be claimed and given back in a tight loop.
         _pause(UNKNOWN_PAUSE_SECONDS, must_stop)
     except DatabaseDownError as error:
         log.error("this worker waits for the database", detail=str(error), seconds=PAUSE_SECONDS)
@@ -80,5 +80,5 @@ def summarize() -> None:
 
 @lru_cache(maxsize=1)
 def _tell_once(detail: str) -> None:
-    """Not each time that the producer asks."""
-    log.error("this aggregator may not go on, and waits", detail=detail)
+    """Log once, and not each time that the producer asks."""
+    log.error("this aggregator waits, because its version may not work on the database", detail=detail)

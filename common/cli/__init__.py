@@ -16,18 +16,18 @@ from common import __version__
 #: Command name → where it lives and the line that `maskwatch --help` shows, in the order people need them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("common.cli.demo:demo", "See it work: sample footage through the whole system."),
-    "run": ("common.cli.run:run", "From pictures and videos to a compliance table, on this machine."),
+    "run": ("common.cli.run:run", "Analyse pictures and videos on this machine, and print a compliance table."),
     "backfill": ("producer.cli.backfill:backfill", "Enqueue a bucket prefix or a folder."),
-    "backfills": ("producer.cli.backfills:backfills", "How far backfills are; pause, resume or cancel one."),
+    "backfills": ("producer.cli.backfills:backfills", "Show the progress of backfills; pause, resume or cancel one."),
     "summary": ("common.cli.summary:summary", "Compliance per location by hour, day or week."),
-    "coverage": ("common.cli.coverage:coverage", "What was looked at of a camera, and what is missing."),
+    "coverage": ("common.cli.coverage:coverage", "Which footage of a camera was analysed, and what is missing."),
     "report": ("common.cli.report:report", "Write a report.html with a plot per location."),
-    "status": ("common.cli.status:status", "Jobs by state, queues, what is still to do."),
+    "status": ("common.cli.status:status", "Jobs by state, queue lengths, and what is still to do."),
     "jobs": ("common.cli.jobs:jobs", "List, show, retry, cancel or rerun jobs."),
-    "sources": ("common.cli.sources:sources", "Buckets and folders, and whether one has paused itself."),
+    "sources": ("common.cli.sources:sources", "Buckets and folders of footage, and whether one is paused."),
     "locations": ("common.cli.locations:locations", "Add or list locations and their time zones."),
     "cameras": ("common.cli.cameras:cameras", "Add or list cameras."),
-    "pipelines": ("common.cli.pipelines:pipelines", "List pinned models and settings, promote one."),
+    "pipelines": ("common.cli.pipelines:pipelines", "List pipelines (pinned models and settings), promote one."),
     "annotate": (
         "workers.cli.annotate:annotate",
         "Draw the faces of pictures or a video, green with mask, red without.",
@@ -42,8 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "db": ("common.cli.database:db", "Migrate the database."),
     "train": ("workers.cli.train:train", "Fit and export a classifier."),
     "evaluate": ("workers.cli.evaluate:evaluate", "Measure detection and classification on labelled data."),
-    "models": ("workers.cli.models:models", "List, pull, verify and carry over the files of models."),
-    "doctor": ("common.cli.doctor:doctor", "What is configured, reachable and installed."),
+    "models": ("workers.cli.models:models", "List, download, verify, export and import model files."),
+    "doctor": ("common.cli.doctor:doctor", "Check what is configured, reachable and installed."),
 }
 
 
@@ -79,12 +79,12 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
-    """Maskwatch: where, when and how well are faces covered?
+    """Maskwatch counts faces with and without mask in pictures and videos, per location and hour.
 
     \b
     First steps:
       maskwatch demo                                      see everything work on sample footage
-      maskwatch run footage/ --location lobby             your own pictures and videos, one command to a table
+      maskwatch run footage/ --location lobby             analyse your own pictures and videos
       maskwatch backfill s3://footage/2026/ --location lobby --wait
     """
 
@@ -94,8 +94,8 @@ def _stop(signum: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point: errors a person can put right become one line and a non-zero exit."""
-    # Whoever is asked to stop stops what it has started first. (Workers replace these by Celery's handlers.)
+    """Entry point: errors that a person can put right become one line and a non-zero exit."""
+    # A process that is asked to stop first stops what it has started. (Workers replace these by Celery's handlers.)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     try:

@@ -1,4 +1,4 @@
-"""`maskwatch cameras`: cameras, and when a producer looks for their footage."""
+"""`maskwatch cameras`: cameras, and when a producer polls them for new footage."""
 
 from __future__ import annotations
 
@@ -19,23 +19,31 @@ from common.settings import get_settings
 
 @click.group()
 def cameras() -> None:
-    """Cameras of the locations, and when their footage is looked for."""
+    """Cameras of the locations, and when they are polled for new footage."""
 
 
 def _camera_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `cameras add` and `cameras change` can say of a camera."""
+    """The options that `cameras add` and `cameras change` share."""
     for option in reversed(
         [
             click.option(
                 "--source", metavar="SOURCE", help="Where its footage arrives: s3://bucket/prefix/, or a folder."
             ),
-            click.option("--time-pattern", metavar="PATTERN", help="As of `maskwatch backfill`."),
-            click.option("--every", metavar="TIME", help="Look for new footage so often: 30s, 5m, 2h, 1d."),
-            click.option("--cron", metavar="EXPRESSION", help="Look when it says, on the location's clock."),
-            click.option("--look-back", metavar="TIME", help="How late footage may come and be found at once (2h)."),
-            click.option("--sweep", metavar="TIME", help="List everything so often, for what came later still (1d)."),
-            click.option("--picture-every", metavar="TIME", help="Its pictures stand for so long each, in coverage."),
-            click.option("--expects", metavar="TIME", help="Footage that it should deliver per hour, e.g. 1h or 20m."),
+            click.option(
+                "--time-pattern", metavar="PATTERN", help="How its keys tell the time; see `backfill --help`."
+            ),
+            click.option("--every", metavar="TIME", help="How often to look for new footage: 30s, 5m, 2h, 1d."),
+            click.option(
+                "--cron", metavar="EXPRESSION", help="When to look for new footage, in cron syntax, on local time."
+            ),
+            click.option(
+                "--look-back", metavar="TIME", help="How late footage may arrive for a poll to find it (default: 2h)."
+            ),
+            click.option(
+                "--sweep", metavar="TIME", help="How often to list everything, to find later footage (default: 1d)."
+            ),
+            click.option("--picture-every", metavar="TIME", help="How much time each of its pictures covers, e.g. 5m."),
+            click.option("--expects", metavar="TIME", help="How much footage it should deliver per hour, e.g. 20m."),
         ]
     ):
         command = option(command)
@@ -48,9 +56,10 @@ def _camera_options(command: Callable[..., None]) -> Callable[..., None]:
 @_camera_options
 @with_session
 def add_camera(session: Session, /, name: str, location: str, **options: str | None) -> Say:
-    """Register a camera of a location. With a source and --every or --cron a producer looks for its footage.
+    """Register a camera of a location. With --source, and --every or --cron, a producer polls it for new footage.
 
-    Where the keys sort by time (--time-pattern), only what can be new is listed, and everything once per --sweep.
+    Where the keys sort by time (--time-pattern), a poll lists only what can be new; once per --sweep it lists
+    everything.
 
     \b
     Examples:
@@ -68,7 +77,7 @@ def _looked_at(camera: Camera) -> str:
     if camera.source is None or camera.scheduled_since is None:
         return ""
     how = f"every {camera.every_seconds:g} s" if camera.every_seconds else f"at {camera.cron!r}"
-    return f"; {camera.source} is looked at {how}"
+    return f"; {camera.source} is polled {how}"
 
 
 @cameras.command("change")
@@ -76,14 +85,14 @@ def _looked_at(camera: Camera) -> str:
 @click.option("--location", required=True, help="Where the camera hangs.")
 @_camera_options
 def change_camera(name: str, location: str, **options: str | None) -> None:
-    """Change where and when a camera's footage is looked for, or what it should deliver. What was found stays.
+    """Change where and when a camera is polled for footage, or how much it should deliver. What was found stays.
 
     \b
     Example:
       maskwatch cameras change gate --location lobby --every 1m
     """
     if all(value is None for value in options.values()):
-        raise MaskwatchError("say what to change: maskwatch cameras change --help")
+        raise MaskwatchError("nothing to change was given; the options are shown by: maskwatch cameras change --help")
     _change(name, location, options)
 
 
@@ -98,10 +107,10 @@ def _change(session: Session, name: str, location: str, options: Mapping[str, st
 
 @cameras.command("correct")
 @click.argument("name")
-@click.option("--location", required=True, help="Where the camera was said to hang.")
-@click.option("--to-location", metavar="NAME", help="Where it has hung all along.")
-@click.option("--time-zone", metavar="ZONE", help="The zone of its location, with all that was seen there.")
-@click.option("--time-pattern", metavar="PATTERN", help="How its keys are to be read.")
+@click.option("--location", required=True, help="The location that the camera is registered at.")
+@click.option("--to-location", metavar="NAME", help="The right location, where it has hung all along.")
+@click.option("--time-zone", metavar="ZONE", help="The right time zone of its location; corrects all its cameras.")
+@click.option("--time-pattern", metavar="PATTERN", help="The right pattern to read times from its keys.")
 @dry_run_option
 @json_option
 def correct_camera(
@@ -113,11 +122,12 @@ def correct_camera(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Put right what was said wrongly of a camera, after the fact: what it has seen moves to the other place or times,
-    with faces and summaries, in one recorded step. (For a new place or pattern from now on, add another camera.)
+    """Correct a camera that was registered wrongly: its objects move to the right location or times, with faces and
+    summaries, in one recorded step. (If the place or pattern changes only from now on, add another camera.)
 
-    A time zone is its location's: all of its cameras move. Chunks of videos whose hours would be torn are analysed
-    again. Nothing can be registered meanwhile. On a deployment with roles, the owner of the tables does this.
+    The time zone belongs to the location, so all cameras of it are corrected. Chunks of videos whose hours would be
+    split are analysed again. Nothing can be registered meanwhile. Where the database has roles, run this as the owner
+    of the tables.
 
     \b
     Examples:
@@ -126,9 +136,11 @@ def correct_camera(
       maskwatch cameras correct gate --location lobby --time-pattern 'gate/%Y-%d-%m/%H%M%S.jpg'
     """
     if time_zone is not None and (to_location is not None or time_pattern is not None):
-        raise click.UsageError("correct the time zone by itself: it is the location's, and not only this camera's")
+        raise click.UsageError(
+            "--time-zone goes without --to-location and --time-pattern: it changes all cameras there"
+        )
     if to_location is None and time_zone is None and time_pattern is None:
-        raise click.UsageError("say what was wrong: --to-location, --time-zone or --time-pattern")
+        raise click.UsageError("give the right value: --to-location, --time-zone or --time-pattern")
     _correct(name, location, to_location, time_zone, time_pattern, dry_run=dry_run, as_json=as_json)
 
 
@@ -167,7 +179,7 @@ def _switch_camera(session: Session, name: str, location: str, action: str) -> N
 @click.option("--location", required=True, help="Where the camera hangs.")
 @with_session
 def disable_camera(session: Session, name: str, location: str) -> Say:
-    """Look for no more footage of a camera, for now. What was found stays, and is analysed.
+    """Stop polling a camera, for now. What was found stays, and is analysed.
 
     \b
     Example:
@@ -175,7 +187,8 @@ def disable_camera(session: Session, name: str, location: str) -> Say:
     """
     _switch_camera(session, name, location, "disable")
     return lambda: note(
-        f"camera {name} of {location} is disabled; again: maskwatch cameras enable {name} --location {location}"
+        f"camera {name} of {location} is disabled; to poll it again: maskwatch cameras enable {name} "
+        f"--location {location}"
     )
 
 
@@ -184,7 +197,7 @@ def disable_camera(session: Session, name: str, location: str) -> Say:
 @click.option("--location", required=True, help="Where the camera hangs.")
 @with_session
 def enable_camera(session: Session, name: str, location: str) -> Say:
-    """Look for footage of a camera again; what came meanwhile is found.
+    """Poll a camera again; footage that arrived meanwhile is found.
 
     \b
     Example:
@@ -199,21 +212,21 @@ def enable_camera(session: Session, name: str, location: str) -> Say:
 @click.option("--location", required=True, help="Where the camera hung.")
 @with_session
 def remove_camera(session: Session, name: str, location: str) -> Say:
-    """Retire a camera: no more is looked for or expected of it. Its footage, faces and figures stay.
+    """Retire a camera: it is no longer polled, and no footage is expected. Its footage, faces and figures stay.
 
     \b
     Example:
       maskwatch cameras remove gate --location lobby
     """
     _switch_camera(session, name, location, "remove")
-    return lambda: note(f"camera {name} of {location} is removed; what it has seen stays")
+    return lambda: note(f"camera {name} of {location} is removed; its footage, faces and figures stay")
 
 
 @cameras.command("list")
 @json_option
 @with_session
 def list_cameras(session: Session, as_json: bool) -> Say:
-    """List the cameras: where they hang, when they are looked at, when they were last, and what went wrong.
+    """List the cameras: location, source, schedule, last poll, and the problem if it failed.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`maskwatch coverage`: what was looked at of a camera, and what is missing."""
+"""`maskwatch coverage`: which footage of a camera was analysed, and what is missing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from common.reporting.tables import percent
 
 @click.command()
 @click.option("--location", required=True, help="Where the camera hangs.")
-@click.option("--camera", required=True, help="Its name.")
+@click.option("--camera", required=True, help="The camera's name.")
 @click.option("--since", metavar="TIME", help="Only hours from this time on (ISO 8601; the location's own clock).")
-@click.option("--until", metavar="TIME", help="Only hours before this time (the same).")
+@click.option("--until", metavar="TIME", help="Only hours before this time (in the same form).")
 @click.option("--holes", is_flag=True, help="Only hours that lack something.")
 @json_option
 def coverage(location: str, camera: str, since: str | None, until: str | None, holes: bool, as_json: bool) -> None:
-    """What was looked at of a camera, hour by hour: footage that is there, analysed, failed, and missing.
+    """Show a camera's footage hour by hour: how much is there, analysed, failed, and missing.
 
-    What it should have delivered is said by `cameras change --expects`, how much a picture stands for by
-    `--picture-every`. `maskwatch backfill --gaps` does what is left of the holes.
+    `cameras change` sets how much footage is expected per hour (--expects) and how much time a picture covers
+    (--picture-every). `maskwatch backfill --gaps` enqueues what is left of the holes.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def coverage(location: str, camera: str, since: str | None, until: str | None, h
     count = sum(row.is_hole for row in rows)
     note(
         f"{count} of {len(rows)} hours lack something"
-        + ("; maskwatch backfill --gaps does what can be done" * bool(count))
+        + ("; to fill them as far as possible: maskwatch backfill --gaps" * bool(count))
     )
 
 

@@ -1,4 +1,4 @@
-"""`maskwatch db`: the schema, and the rights of those who use it."""
+"""`maskwatch db`: the schema, and the rights of the roles that use it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def db() -> None:
 
 @db.command()
 def upgrade() -> None:
-    """Bring the schema up to date; make the partitions of this month and the next.
+    """Bring the schema up to date, and make the partitions of this month and the next.
 
-    Changes nothing where a newer version has migrated the database; exits with 1 if this version may not work on it.
+    Changes nothing if a newer version has migrated the database; exits with 1 if this version may not work on it.
 
     \b
     Example:
@@ -42,11 +42,11 @@ def upgrade() -> None:
             if granted:  # also for what this version has added
                 roles.grant(session)
     except versions.NewerSchemaError as error:
-        # No failure, as long as this version may work on the newer schema: going back to an earlier version of the
-        # programs begins with its `db upgrade`.
+        # No failure, as long as this version may work on the newer schema: a rollback to an earlier version of the
+        # programs begins with that version's `db upgrade`.
         with session_scope() as session:
             versions.check_all_parts(session, because=error)
-        note(f"{error}; version {__version__} may go on with it")
+        note(f"{error}; version {__version__} can still work on it")
         return
     note(
         f"the database is up to date{'; new partitions: ' + ', '.join(made) if made else ''}"
@@ -58,9 +58,9 @@ def upgrade() -> None:
 @click.option("--print", "only_print", is_flag=True, help="Print the SQL instead of running it.")
 @with_session
 def grant_rights(session: Session, only_print: bool) -> Say:
-    """Give the producer, the workers, the aggregator and analysts a role each, with the rights it needs and no more.
+    """Make a role each for the producer, the workers, the aggregator and analysts, with only the rights it needs.
 
-    Run it as the login that ran `db upgrade`. Then make logins that are members:
+    Run it as the login that ran `db upgrade`. Then make logins that are members of these roles:
 
     \b
     Examples:

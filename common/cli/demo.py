@@ -1,7 +1,7 @@
-"""`maskwatch demo`: sample footage with known truth through the real system, ending in something to look at.
+"""`maskwatch demo`: sample footage with known ground truth goes through the real system; it leaves a report and images.
 
-Nothing is simulated but the footage: a bucket on a real S3 server, a real queue, two real workers, a real
-database. What was found is compared with the truth, and the exit code says whether it was good enough.
+Only the footage is simulated: a bucket on a real S3 server, a real queue, two real workers, a real
+database. What was found is compared with the ground truth, and the exit code says whether it was good enough.
 """
 
 from __future__ import annotations
@@ -43,25 +43,26 @@ from common.settings import Settings, get_settings
 
 BUCKET = "footage"
 
-#: What the demo promises of faces of 32 px and more.
+#: The share of faces of 32 px and more that must be found, and that must be labelled right.
 PROMISED = 0.95
 
-#: Files that only a demo makes: what may be deleted before a new one.
+#: What a demo leaves in its folder, and may delete before a new one.
 _OWN = ("footage", "annotated", "state", "summary.json", "report.html")
 
 
 @click.command()
 @click.option(
-    "--out", "out_dir", default="demo-output", show_default=True, type=click.Path(path_type=Path, file_okay=False)
-)
+    "--out", "out_dir", default="demo-output", show_default=True, type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the results; results of an earlier demo there are replaced.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
 @json_option
 def demo(out_dir: Path, workers: int, as_json: bool) -> None:
-    """See Maskwatch work, on this machine alone: needs no configuration, no network and no GPU.
+    """See Maskwatch work on this machine alone, without configuration, network or GPU.
 
-    Makes sample footage of two locations and four cameras over two days, one of them with video, puts it into a bucket
-    of the embedded S3 server, and runs the real thing over it: producer, Redis, workers, Postgres, aggregator.
-    Leaves a report, annotated pictures and a database to query in OUT.
+    Makes sample footage of two locations and four cameras over two days, one camera with video, puts it into a bucket
+    of the embedded S3 server, and analyses it with the real system: producer, Redis, workers, Postgres, aggregator.
+    Leaves a report, annotated pictures and a database to query in the folder --out.
 
     \b
     Example:
@@ -79,16 +80,19 @@ def demo(out_dir: Path, workers: int, as_json: bool) -> None:
         _say_how_to_go_on(out_dir)
     found, right = summary["truth"]["found_share"], summary["truth"]["labelled_right_share"]
     if found < PROMISED or right < PROMISED:
-        raise MaskwatchError(f"found {found:.1%} and labelled {right:.1%} right; the demo promises {PROMISED:.0%}")
+        raise MaskwatchError(
+            f"the demo found {found:.1%} of the faces and labelled {right:.1%} right; both must be at least "
+            f"{PROMISED:.0%}"
+        )
 
 
 def _choose_embedded_stack(state_dir: Path) -> None:
-    """Take no other setting of this machine into the demo, nor into the processes that it starts."""
+    """Remove all other settings of this machine from the environment of the demo and of the processes it starts."""
     # The demo shows the embedded stack, whatever else is configured here.
     for name in [name for name in os.environ if name.startswith(("MASKWATCH_", "AWS_")) and name != "AWS_CA_BUNDLE"]:
         del os.environ[name]
     os.environ["MASKWATCH_STATE_DIR"] = str(state_dir)
-    # Seconds matter more here than they do in a deployment.
+    # A person waits for the demo, so it ticks more often than a deployment.
     os.environ["MASKWATCH_DISPATCH__INTERVAL_SECONDS"] = "0.5"
     os.environ["MASKWATCH_DISPATCH__RECONCILE_SECONDS"] = "1"
     os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
@@ -96,13 +100,14 @@ def _choose_embedded_stack(state_dir: Path) -> None:
 
 
 def _clear(out_dir: Path, stack: LocalStack) -> None:
-    """A demo starts from nothing, and removes only what a demo made."""
+    """Remove what an earlier demo left. Raises `MaskwatchError` if the folder holds anything else."""
     if not out_dir.exists():
         return
     strangers = [entry.name for entry in out_dir.iterdir() if entry.name not in _OWN]
     if strangers:
         raise MaskwatchError(
-            f"{out_dir} holds what no demo made ({', '.join(sorted(strangers)[:3])}); name another folder with --out"
+            f"{out_dir} holds files that no demo made ({', '.join(sorted(strangers)[:3])}); name another folder with "
+            "--out"
         )
     if (out_dir / "state").exists():
         stack.down(purge=True)
@@ -128,7 +133,7 @@ class _Results:
 
 
 def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
-    note("1/5  making sample footage with known truth")
+    note("1/5  making sample footage with known ground truth")
     truth = make_footage(out_dir / "footage")
     note("2/5  starting Postgres, Redis and an S3 server; uploading the footage")
     with deployment() as settings:
@@ -138,10 +143,8 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
         results = _results(out_dir, truth)
     note("5/5  done\n")
     print_compliance(results.rows, "day")
-    print_table("Compared with the truth", ["", ""], results.report.table())
-    print_table(
-        "Objects kept with a reason", ["object", "reason"], [(entry.uri, entry.reason) for entry in results.failed]
-    )
+    print_table("Compared with the ground truth", ["", ""], results.report.table())
+    print_table("Objects in quarantine", ["object", "reason"], [(entry.uri, entry.reason) for entry in results.failed])
     return results.as_dict()
 
 
@@ -161,7 +164,7 @@ def _analyse(out_dir: Path, state_dir: Path, workers: int, truth: GroundTruth, s
 def _annotate(out_dir: Path, truth: GroundTruth) -> None:
     call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
     for video in truth.videos:
-        # Two frames a second: every one of them would take a minute.
+        # Two frames a second: to analyse all of them would take a minute.
         name = f"{video.key.split('/')[1]}.mp4"
         source, drawn = out_dir / "footage" / "bucket" / video.key, out_dir / "annotated" / name
         call("annotate", str(source), "--sample-fps", "2", "--out", str(drawn))

@@ -1,4 +1,4 @@
-"""`maskwatch doctor`: what is configured, reachable and installed. Looks and tells; changes nothing.
+"""`maskwatch doctor`: what is configured, reachable and installed. Reads and reports; changes nothing.
 
 Runs on every machine of a deployment, so it needs neither a model runtime nor a decoder.
 """
@@ -33,7 +33,7 @@ from common.models.pipeline import pipeline_spec
 from common.settings import Settings, get_settings
 from workers.weights import files
 
-#: What was looked at; fine, not fine, or neither; in words.
+#: The check's name; True if it passed, False if it failed, None if it only informs; details.
 Check = tuple[str, bool | None, str]
 
 
@@ -57,7 +57,7 @@ def doctor(as_json: bool) -> None:
 
 
 def _examine() -> list[Check]:
-    """Everything, in the order of the road. Never shows a password."""
+    """All checks, from the database to the runtime. Never shows a password."""
     found: list[Check] = []
     settings = get_settings()
     embedded = uses_embedded_stack(settings)
@@ -89,12 +89,12 @@ def _examine_versions() -> Check:
         revision, oldest = schema_revision(session), versions.oldest_versions(session)
     outdated = [part for part, version in oldest.items() if versions.parse(__version__) < versions.parse(version)]
     named = ", ".join(f"{part} {version}" for part, version in oldest.items())
-    detail = f"this is {__version__}; schema {revision} takes, or newer: {named}"
+    detail = f"this is {__version__}; schema {revision} needs at least: {named}"
     return ("versions", not outdated, detail + (f"; too old here: {', '.join(outdated)}" if outdated else ""))
 
 
 def _examine_broker(settings: Settings, embedded: bool) -> list[Check]:
-    """Where Redis is, how one gets in, whether one does; and how it is set, where this user may read that."""
+    """Redis's address and user, whether it is reachable, and its settings, if this user may read them."""
     try:
         where = place(settings.broker)
         user, password = credentials(settings.broker)
@@ -110,7 +110,7 @@ def _examine_broker(settings: Settings, embedded: bool) -> list[Check]:
             policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
             limit = int(client.config_get("maxmemory")["maxmemory"])
     except NoPermissionError:
-        found.append(("broker keeps messages", None, "this user may not read that (maxmemory-policy: noeviction)"))
+        found.append(("broker keeps messages", None, "this user may not read maxmemory-policy; it must be noeviction"))
     except (BrokerDownError, RedisError, OSError) as error:
         sentence = str(error) if isinstance(error, BrokerDownError) else str(broker_error(error))
         found.append(("broker reachable", False, sentence))
@@ -122,7 +122,7 @@ def _examine_broker(settings: Settings, embedded: bool) -> list[Check]:
 
 
 def _examine_models(settings: Settings) -> list[Check]:
-    """The pipeline, then every model; only those of the pipeline can be a problem, and only where workers run."""
+    """The pipeline, then every model. Only the pipeline's models can fail, and only on machines that run workers."""
     found: list[Check] = []
     configured: dict[str, ModelRef] = {}
     try:
@@ -168,5 +168,5 @@ def _examine_runtime(settings: Settings) -> list[Check]:
 
 
 def _runs_models() -> bool:
-    """Whether this machine has what a worker needs, and so is more than a producer's or an analyst's."""
+    """Whether this machine has what a worker needs; a producer's or an analyst's machine need not have it."""
     return any(missing_for(runtime) is None for runtime in RUNTIMES)

@@ -1,4 +1,4 @@
-"""What the command line says of an error: one line for what a person can put right. Imported only when there is one."""
+"""What the command line prints for an error: one line, if a person can put it right. Imported only for an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYERS = {
 
 
 def tell(error: Exception) -> int | None:
-    """Say on standard error what is to be put right; returns the exit code. None, and nothing said, for our faults."""
+    """Print on standard error what to put right; returns the exit code. Prints nothing and returns None for a bug."""
     sentence = _sentence(error)
     if sentence is None:
         return None
@@ -27,7 +27,7 @@ def tell(error: Exception) -> int | None:
 
 
 def _sentence(error: Exception) -> str | None:
-    # A job's error without a job: a pinned model that differs, say, is something a person has to put right.
+    # Commands also raise job errors, e.g. for a model that differs from its pinned hash: a person has to put it right.
     if isinstance(error, MaskwatchError | PermanentJobError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
@@ -35,9 +35,9 @@ def _sentence(error: Exception) -> str | None:
         if module in LAYERS:
             return f"this command needs {module}, which is not installed: pip install 'maskwatch[{LAYERS[module]}]'"
     if isinstance(error, pydantic.ValidationError):
-        # Without the values: they may be secrets.
+        # The values are left out: they may be secrets.
         wrong = [(".".join(map(str, entry["loc"])), entry["msg"]) for entry in error.errors()]
         return "; ".join(f"MASKWATCH_{name.upper().replace('.', '__')}: {message}" for name, message in wrong)
     if isinstance(error, DBAPIError):
-        return f"the database refused: {first_line(error)}"
+        return f"the database refused a statement: {first_line(error)}"
     return None

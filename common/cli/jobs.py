@@ -1,4 +1,4 @@
-"""`maskwatch jobs`: the units of work, and what an operator may do to them."""
+"""`maskwatch jobs`: list and show jobs, and what an operator may do to them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from common.domain import JobState, MaskwatchError
 from common.ledger import audit
 from common.reporting import jobs as queries
 
-#: What the ledger's ids can be.
+#: Valid ids of jobs.
 JOB_ID = click.IntRange(1, 2**63 - 1)
 
 
 @click.group()
 def jobs() -> None:
-    """The units of work, and why some of them did not succeed."""
+    """Jobs, the units of work, and why some did not succeed."""
 
 
 @jobs.command("list")
 @click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only jobs in this state.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many jobs to list.")
 @json_option
 @with_session
 def list_jobs(session: Session, state: str | None, limit: int, as_json: bool) -> Say:
@@ -69,10 +69,10 @@ def _print_job(shown: dict[str, Any]) -> None:
 
 @jobs.command("retry")
 @click.argument("job_ids", type=JOB_ID, nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Every job in quarantine.")
+@click.option("--all", "everything", is_flag=True, help="All jobs in quarantine.")
 @json_option
 def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> None:
-    """Give jobs in quarantine another chance, once what was wrong has been put right; by number also cancelled ones.
+    """Try jobs in quarantine again, once the cause has been put right; also cancelled jobs, if given by number.
 
     \b
     Examples:
@@ -80,7 +80,7 @@ def retry_jobs(job_ids: tuple[int, ...], everything: bool, as_json: bool) -> Non
       maskwatch jobs retry --all
     """
     if bool(job_ids) == everything:
-        raise MaskwatchError("name the jobs to retry, or say --all")
+        raise MaskwatchError("name the jobs to retry, or give --all")
     _retry(job_ids, everything=everything, as_json=as_json)
 
 
@@ -98,7 +98,7 @@ def _tell_retried(moved: list[int], job_ids: tuple[int, ...], as_json: bool) -> 
         note(f"{len(moved)} job(s) will be tried again")
     if skipped:
         raise MaskwatchError(
-            f"left as they are, because they are not in quarantine, were seen in purged time, or need a time pattern "
+            f"not retried, because they are not in quarantine, were seen in purged time, or need a time pattern "
             f"that fits (maskwatch backfill --time-pattern): {', '.join(map(str, skipped))}"
         )
 
@@ -108,9 +108,9 @@ def _tell_retried(moved: list[int], job_ids: tuple[int, ...], as_json: bool) -> 
 @json_option
 @with_session
 def cancel_jobs(session: Session, job_ids: tuple[int, ...], as_json: bool) -> Say:
-    """Cancel jobs that have not ended. A worker that is at one of them can't store its result any more.
+    """Cancel jobs that have not ended. A worker that is running one of them can no longer store its result.
 
-    What has been analysed stays. `jobs retry` with its number takes a cancelled job back. A whole backfill:
+    Results that are stored stay. `jobs retry` with its number starts a cancelled job again. To cancel a whole backfill:
     `maskwatch backfills cancel`.
 
     \b
@@ -118,7 +118,7 @@ def cancel_jobs(session: Session, job_ids: tuple[int, ...], as_json: bool) -> Sa
       maskwatch jobs cancel 17 18
     """
     moved = ledger.cancel(session, job_ids, by=audit.operator())
-    return lambda: _tell_moved("cancelled", moved, job_ids, "because they have ended or are not there", as_json)
+    return lambda: _tell_moved("cancelled", moved, job_ids, "because they have ended or don't exist", as_json)
 
 
 @jobs.command("rerun")
@@ -126,7 +126,7 @@ def cancel_jobs(session: Session, job_ids: tuple[int, ...], as_json: bool) -> Sa
 @json_option
 @with_session
 def rerun_jobs(session: Session, job_ids: tuple[int, ...], as_json: bool) -> Say:
-    """Analyse pictures and chunks of video again that succeeded. Their faces are removed, and the summaries follow.
+    """Analyse pictures and chunks of video again that had succeeded. Removes their faces and updates the summaries.
 
     \b
     Example:
@@ -138,11 +138,11 @@ def rerun_jobs(session: Session, job_ids: tuple[int, ...], as_json: bool) -> Say
 
 
 def _tell_moved(what: str, moved: list[int], asked: tuple[int, ...], why: str, as_json: bool) -> None:
-    """Say which jobs an action changed; an error for those it could not."""
+    """Print which jobs an action changed. Raises `MaskwatchError` for those that it could not change."""
     skipped = sorted(set(asked) - set(moved))
     if as_json:
         print_json({"changed": moved, "left": skipped})
     else:
         note(f"{len(moved)} job(s) {what}")
     if skipped:
-        raise MaskwatchError(f"left as they are, {why}: {', '.join(map(str, skipped))}")
+        raise MaskwatchError(f"not changed, {why}: {', '.join(map(str, skipped))}")

@@ -15,7 +15,7 @@ from common.local.postgres import psql_command
 from common.local.stack import LocalStack, ServiceStatus
 from common.settings import get_settings
 
-#: Exit code of `status` where something doesn't run.
+#: Exit code of `status` if a service doesn't run.
 NOT_RUNNING = 3
 
 
@@ -23,13 +23,13 @@ NOT_RUNNING = 3
 def local() -> None:
     """The embedded Postgres, Redis and S3 server of this machine.
 
-    They need no installation and no root, and live in one folder: MASKWATCH_STATE_DIR, or .maskwatch where you
-    are. Commands start them by themselves where no database, broker or bucket is configured, and stop them again;
+    They need no installation and no root, and live in one folder: MASKWATCH_STATE_DIR, or .maskwatch in the current
+    folder. Commands start them by themselves if no database, broker or bucket is configured, and stop them again;
     `up` keeps them running.
 
     \b
-    Postgres keeps its data when it stops; `down --purge` removes them.
-    Redis starts empty: what is to be done is known to Postgres.
+    Postgres keeps its data when it stops; `down --purge` removes it.
+    Redis starts empty: Postgres holds the jobs, and they are queued again.
     S3 keeps its objects in memory: they are gone when it stops.
 
     The S3 server checks no credentials: every user of this machine can reach it. Keep nothing secret in it.
@@ -37,12 +37,12 @@ def local() -> None:
 
 
 @local.command()
-@click.option("--show-env", is_flag=True, help="Print `export` lines for other tools. They hold the password.")
+@click.option("--show-env", is_flag=True, help="Print `export` lines for other tools. They contain the password.")
 @json_option
 def up(show_env: bool, as_json: bool) -> None:
     """Start the services and keep them running.
 
-    What runs already is left as it is. Stop them with `maskwatch local down`.
+    Services that run already are left as they are. Stop them with `maskwatch local down`.
 
     \b
     maskwatch local up
@@ -63,11 +63,11 @@ def up(show_env: bool, as_json: bool) -> None:
 
 
 @local.command()
-@click.option("--purge", is_flag=True, help="Remove the database and all other state, too. There is no way back.")
+@click.option("--purge", is_flag=True, help="Remove the database and all other state, too, for good.")
 def down(purge: bool) -> None:
-    """Stop everything that runs in the state directory, whoever uses it.
+    """Stop everything that runs in the state directory, even if another command is using it.
 
-    To get rid of a state directory, purge it rather than delete it: for root, Postgres keeps its data outside, in
+    To remove a state directory, use --purge and don't delete it by hand: for root, Postgres keeps its data outside, in
     /var/lib/maskwatch, because it has to run as another user.
 
     \b
@@ -82,7 +82,7 @@ def down(purge: bool) -> None:
 @local.command()
 @json_option
 def status(as_json: bool) -> None:
-    """Show what runs and where. Exit code 3 if anything doesn't.
+    """Show which services run, and where. Exits with 3 if one doesn't run.
 
     \b
     maskwatch local status

@@ -1,4 +1,4 @@
-"""`maskwatch locations`: places, and their time zones."""
+"""`maskwatch locations`: locations, and their time zones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.ledger import audit
 
 @click.group()
 def locations() -> None:
-    """Places that compliance is reported for."""
+    """Locations that compliance is reported for."""
 
 
 @locations.command("add")
@@ -22,7 +22,7 @@ def locations() -> None:
 @click.option("--time-zone", required=True, metavar="ZONE", help="IANA name, e.g. Europe/Berlin.")
 @with_session
 def add_location(session: Session, name: str, time_zone: str) -> Say:
-    """Register a location; its time zone decides what an hour and a day are.
+    """Register a location; its time zone decides when an hour and a day begin.
 
     \b
     Example:
@@ -34,15 +34,15 @@ def add_location(session: Session, name: str, time_zone: str) -> Say:
 
 @locations.command("correct")
 @click.argument("name")
-@click.option("--time-zone", required=True, metavar="ZONE", help="The zone that its clocks have shown all along.")
+@click.option("--time-zone", required=True, metavar="ZONE", help="The right time zone, IANA name.")
 @dry_run_option
 @json_option
 @with_session
 def correct_location(session: Session, name: str, time_zone: str, dry_run: bool, as_json: bool) -> Say:
-    """Put a location's time zone right, after the fact: times that were read from keys and pictures move, with faces
-    and summaries, in one recorded step. Chunks of videos whose hours would be torn are analysed again.
+    """Correct a location's time zone that was registered wrongly: times that were read from keys and pictures move,
+    with faces and summaries, in one recorded step. Chunks of videos whose hours would be split are analysed again.
 
-    Nothing can be registered meanwhile. On a deployment with roles, the owner of the tables does this.
+    Nothing can be registered meanwhile. Where the database has roles, run this as the owner of the tables.
 
     \b
     Example:

@@ -29,8 +29,8 @@ def pipelines() -> None:
 def list_pipelines(session: Session, as_json: bool) -> Say:
     """List the pipelines, the locations that show them, and how often their classifiers are right.
 
-    That is the share of held-out faces with and without mask that are called so, uncertain ones left out; the
-    counts behind it are in --json, as classifier_confusion.
+    Right is the share of held-out faces with and without mask that are labelled so, without the uncertain ones; --json
+    holds the counts, as classifier_confusion.
 
     \b
     Example:
@@ -71,11 +71,11 @@ def _pipeline_row(row: dict[str, Any], known: Confusion | None) -> list[Any]:
     "--pipeline",
     "pipeline_id",
     type=click.IntRange(1, 2**31 - 1),
-    help="Its id (default: the one the settings describe).",
+    help="The pipeline's id (default: the one that the settings describe).",
 )
 @with_session
 def promote_pipeline(session: Session, location: str, pipeline_id: int | None) -> Say:
-    """Let a location's views show another pipeline; prints how many hours each of the two covers.
+    """Make a location's views show another pipeline; prints how many hours the old and the new one cover.
 
     \b
     Example:

@@ -17,7 +17,7 @@ from common.domain import MaskwatchError
 from common.local.stack import LocalStack
 from common.machine import threads_per_process
 
-#: How long a worker may take to finish the picture at hand.
+#: How long a process may take to stop, in seconds: a worker first finishes its current image.
 STOP_SECONDS = 30
 
 
@@ -25,15 +25,15 @@ STOP_SECONDS = 30
 def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
     """Run a producer, an aggregator and `workers` workers against the deployment in the environment.
 
-    With `state_dir` they belong to the embedded stack there, which also stops what a killed command leaves
-    behind; without it they are children of this process. Yields their process ids.
+    With `state_dir` they belong to the embedded stack there, which also stops the processes that a killed command
+    leaves behind; without it they are children of this process. Yields their process ids.
     """
     commands = {"producer": ["producer"], "aggregator": ["aggregator"]}
     commands |= {f"worker-{number}": ["worker", "--name", f"worker-{number}"] for number in range(1, workers + 1)}
     # Processes × threads must not exceed the cores: oversubscribed, a forward pass is many times slower.
     threads = threads_per_process(workers)
     environment = {"MASKWATCH_WORKER__THREADS": str(threads), "MASKWATCH_WORKER__PROCESSES": "1"}
-    # They live for one command, and can't all serve their metrics at one port.
+    # They live for one command, and can't all serve their metrics on one port.
     environment["MASKWATCH_METRICS__PORT"] = "0"
     pids: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
@@ -44,7 +44,7 @@ def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
             if stack:
                 pids.append(stack.spawn(name, argv, environment))
             else:
-                # Standard output is for the results of the command that needs them.
+                # Standard output is for the results of the command that started them.
                 started.append(
                     subprocess.Popen(argv, env={**os.environ, **environment}, stdout=sys.stderr, start_new_session=True)
                 )
@@ -56,12 +56,12 @@ def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
 
 
 def maskwatch(*arguments: str) -> list[str]:
-    """The command line of a sub-command, run by this very Python."""
+    """The command line of a sub-command, run by the same Python interpreter."""
     return [sys.executable, "-m", "common.cli", *arguments]
 
 
 def call(*arguments: str) -> None:
-    """Run a sub-command that belongs to another side, which `common` may not import."""
+    """Run a sub-command of the producer or the workers, which `common` may not import."""
     done = subprocess.run(maskwatch(*arguments), stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise MaskwatchError(f"`maskwatch {' '.join(arguments)}` failed with exit code {done.returncode}")

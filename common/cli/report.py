@@ -15,15 +15,15 @@ from common.reporting.report import write_report
 @click.command()
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("report.html"), show_default=True,
-    help="Where to write it.",
+    help="The HTML file to write.",
 )  # fmt: skip
 @click.option(
     "--picture", "pictures", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
-    help="An example picture to put in (from `maskwatch annotate`); may be repeated.",
+    help="An example picture to include (from `maskwatch annotate`); may be repeated.",
 )  # fmt: skip
 @with_session
 def report(session: Session, out: Path, pictures: tuple[Path, ...]) -> Say:
-    """Write a report of all locations: one HTML file that loads nothing from anywhere.
+    """Write a report of all locations: one HTML file that needs no other file and no network.
 
     \b
     Examples:

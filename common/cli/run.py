@@ -1,6 +1,6 @@
 """`maskwatch run`: from footage to a compliance table with one command, on this machine.
 
-It starts what the work needs, has `maskwatch backfill` do it, and stops what it started.
+It starts the processes, runs `maskwatch backfill`, and stops the processes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ from workers.jobs.preflight import require_ready
 
 @click.command()
 @source_options(source_required=True)
-@click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Of a new location.")
+@click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="IANA name, for a new location.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
-@click.option("--by", type=click.Choice(["hour", "day", "week"]), default="day", show_default=True)
+@click.option(
+    "--by", type=click.Choice(["hour", "day", "week"]), default="day", show_default=True,
+    help="The period of a row of the table.",
+)  # fmt: skip
 @runtime_options
 @json_option
 def run(
@@ -50,9 +53,9 @@ def run(
     by: str,
     as_json: bool,
 ) -> None:
-    """From the pictures and videos below SOURCE (a folder or s3://bucket/prefix) to a compliance table.
+    """Analyse the pictures and videos below SOURCE (a folder or s3://bucket/prefix), and print a compliance table.
 
-    A location or camera that is new is added. Starts a producer, an aggregator and workers, waits until
+    Adds the location and the camera if they are new. Starts a producer, an aggregator and workers, waits until
     everything is analysed and summarized, and stops them. Results stay in the database; running it again adds nothing.
 
     \b
@@ -60,7 +63,8 @@ def run(
       maskwatch run footage/ --location lobby --time-zone Europe/Berlin
       maskwatch run videos/ --location street --sample-fps 2
     """
-    # What can't be meant leaves no location behind, and workers that can't work nothing to wait for.
+    # Checked before anything is written: wrong options leave no location behind, and without a working runtime the
+    # command would wait for ever.
     require_ready(get_settings())
     parse_bounds(since, until)
     TimePattern(time_pattern or "%Y%m%d")
@@ -88,13 +92,13 @@ def run(
 
 
 def _backfill(source: str, options: Mapping[str, str | None]) -> dict[str, Any]:
-    """Have `maskwatch backfill` enqueue the source and wait for it; returns what it says in JSON."""
+    """Run `maskwatch backfill --wait` on the source; returns its JSON report."""
     given = [part for name, value in options.items() if value is not None for part in (name, value)]
-    # "--": a source may begin with a dash.
+    # "--", because a source may begin with a dash.
     command = maskwatch("backfill", *given, "--wait", "--json", "--", source)
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:
-        # It has said why itself.
+        # The backfill has printed why.
         raise SystemExit(done.returncode)
     report: dict[str, Any] = json.loads(done.stdout)
     return report

@@ -1,4 +1,4 @@
-"""`maskwatch sources`: buckets and folders, and whether one has paused itself."""
+"""`maskwatch sources`: buckets and folders, and which of them the circuit breaker has paused."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from common.storage.store import split_uri
 
 @click.group()
 def sources() -> None:
-    """Buckets and folders that footage comes from, and whether one has paused itself."""
+    """Buckets and folders that footage comes from. A source that refuses every request is paused automatically."""
 
 
 @sources.command("list")
 @json_option
 @with_session
 def list_sources(session: Session, as_json: bool) -> Say:
-    """List the sources. One that refused everything is paused, with the reason, and tried again now and then.
+    """List the sources, which are paused, why, and when each is tried again.
 
     \b
     Example:
@@ -48,7 +48,7 @@ def list_sources(session: Session, as_json: bool) -> Say:
 @click.argument("source")
 @with_session
 def resume_source(session: Session, source: str) -> Say:
-    """End the pause of a source at once, when what it refused for has been put right.
+    """End the pause of a source at once, when the cause of its refusals has been put right.
 
     \b
     Example:

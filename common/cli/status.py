@@ -19,10 +19,10 @@ from common.messaging.queues import BrokerDownError, Queue, queue_length, redis_
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Repeat every two seconds, until Ctrl-C.")
 @json_option
 def status(watch: bool, as_json: bool) -> None:
-    """Show jobs by state, messages in the queues, what waits to be summarized, and sources that have paused.
+    """Show jobs by state, messages in the queues, what waits to be summarized, and paused sources.
 
     \b
     Examples:
@@ -30,12 +30,12 @@ def status(watch: bool, as_json: bool) -> None:
       maskwatch status --json
     """
     if watch and as_json:
-        raise click.UsageError("--watch is for people; a machine asks again")
+        raise click.UsageError("--watch and --json exclude each other: give one of them")
     while watch:
         click.clear()
         try:
             _show_status(as_json)
-        except MaskwatchError as error:  # it may come back
+        except MaskwatchError as error:  # a service that is down may come back
             note(f"error: {error}")
         time.sleep(2)
     _show_status(as_json)
@@ -80,5 +80,8 @@ def _print_status(
     print_table("Queues", ["queue", "messages"], list(queues.items()))
     note(f"{dirty} mark(s) wait for the aggregator")
     for source in paused:
-        note(f"{source.bucket} is paused since {source.paused_at:%Y-%m-%d %H:%M} UTC: {source.detail}")
-        note(f"  tried again at {source.next_trial_at:%H:%M:%S} UTC, or by: maskwatch sources resume {source.bucket}")
+        note(f"{source.bucket} has been paused since {source.paused_at:%Y-%m-%d %H:%M} UTC: {source.detail}")
+        note(
+            f"  next trial at {source.next_trial_at:%H:%M:%S} UTC; to end the pause: "
+            f"maskwatch sources resume {source.bucket}"
+        )

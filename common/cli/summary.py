@@ -19,17 +19,17 @@ from common.reporting.queries import ComplianceRow, Period, compliance, hours_to
 @click.option("--location", metavar="NAME", help="Only this location (default: all).")
 @click.option(
     "--by", type=click.Choice([period.value for period in Period]), default=Period.DAY.value, show_default=True,
-    help="How long a row is; weeks begin on Monday.",
+    help="The period of a row; weeks begin on Monday.",
 )  # fmt: skip
 @click.option("--since", metavar="TIME", help="Only hours from this time on (ISO 8601; the location's own clock).")
 @click.option("--until", metavar="TIME", help="Only hours before this time (ISO 8601; the location's own clock).")
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 def summary(location: str | None, by: str, since: str | None, until: str | None, as_json: bool, as_csv: bool) -> None:
-    """Compliance per location by hour, day or week.
+    """Print compliance per location by hour, day or week.
 
-    The rate is with mask / (with mask + without mask), beside its 95 % interval; uncertain faces are in
-    neither. Hours, days and weeks are those of the location's own time zone.
+    The rate is with mask / (with mask + without mask), with its 95 % interval; uncertain faces count in neither
+    term. Hours, days and weeks are in the location's time zone.
 
     \b
     Examples:
@@ -50,17 +50,13 @@ def summary(location: str | None, by: str, since: str | None, until: str | None,
     elif rows:
         print_compliance(rows, period)
     else:
-        note(
-            "no figures"
-            + (" in this range" if since or until else " yet")
-            + "; maskwatch status shows what is under way"
-        )
+        note("no figures" + (" in this range" if since or until else " yet") + "; to see the jobs: maskwatch status")
         note("to analyse pictures: maskwatch run photos/ --location lobby")
     if lagging:
-        note(f"{lagging} hours have newer results that are not in these figures yet: maskwatch summarize")
+        note(f"{lagging} hours have newer results that these figures lack; to add them now: maskwatch summarize")
 
 
 def print_compliance(rows: Sequence[ComplianceRow], by: str) -> None:
-    """The table for people."""
+    """Print compliance as a table for people."""
     period = Period(by)
     print_blocks((period.value, *tables.COLUMNS), tables.by_location(rows, period))

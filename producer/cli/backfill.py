@@ -22,17 +22,21 @@ from producer.submit import fill_gaps, submit
     "--inventory",
     metavar="MANIFEST",
     help="Read this S3 Inventory instead of listing: the manifest.json of a delivery, in CSV or Parquet, with Size, "
-    "LastModifiedDate and ETag (and StorageClass, where things lie in an archive). For tens of millions of objects.",
+    "LastModifiedDate and ETag (and StorageClass, if objects are archived). For tens of millions of objects.",
 )
-@click.option("--wait", is_flag=True, help="Wait until everything of it is analysed and summarized.")
-@click.option("--gaps", is_flag=True, help="Of a camera's own source: only what its hours lack (maskwatch coverage).")
-@click.option("--dry-run", is_flag=True, help="Only say what it would find, make, take and cost. Nothing is written.")
+@click.option("--wait", is_flag=True, help="Wait until everything in the backfill is analysed and summarized.")
 @click.option(
-    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Worker processes, for a dry run's time."
+    "--gaps", is_flag=True, help="Without SOURCE: enqueue only what a camera's hours lack (see maskwatch coverage)."
 )
+@click.option("--dry-run", is_flag=True, help="Only print what it would find, enqueue and cost; write nothing.")
 @click.option(
-    "--price-per-hour", type=click.FloatRange(0), metavar="PRICE", help="Of a worker process, for a dry run's cost."
-)
+    "--workers", type=click.IntRange(1), default=1, show_default=True,
+    help="Worker processes, to estimate the time of a dry run.",
+)  # fmt: skip
+@click.option(
+    "--price-per-hour", type=click.FloatRange(0), metavar="PRICE",
+    help="Price of an hour of a worker process, to estimate the cost of a dry run.",
+)  # fmt: skip
 @json_option
 def backfill(
     source: str | None,
@@ -54,8 +58,8 @@ def backfill(
 ) -> None:
     """Enqueue every picture and video below SOURCE: s3://bucket/prefix, or a folder.
 
-    Doing it again adds nothing: what is known is skipped, what was replaced is analysed anew. If it was stopped while
-    it listed, it goes on where it was. Objects of other kinds are counted and named.
+    Running it again adds nothing: known objects are skipped, replaced ones are analysed again. If the listing was
+    stopped, the same command goes on where it was. Objects of other kinds are counted and named.
 
     \b
     Examples:
@@ -71,7 +75,7 @@ def backfill(
     if gaps:
         if source is not None or camera is None or dry_run or inventory is not None:
             raise click.UsageError(
-                "--gaps goes with --location and --camera, and with none of a SOURCE, --inventory and --dry-run"
+                "--gaps needs --location and --camera, and excludes SOURCE, --inventory and --dry-run"
             )
         _fill_gaps(location, camera, bounds, wait=wait, as_json=as_json)
         return
@@ -131,14 +135,14 @@ def _fill_gaps(
     if as_json:
         print_json({"hours": hours, "new": new, "again": again})
     else:
-        note(f"{hours} hours lacked something: {new} objects are new, {again} jobs are tried again")
+        note(f"{hours} hours lacked footage: {new} objects are new, {again} failed jobs are tried again")
 
 
 def _print_estimate(result: Estimate) -> None:
     found, rates = result.found, result.throughput
 
     def known(value: float | None, form: str) -> str:
-        return "unknown until some of it is analysed" if value is None else form.format(value)
+        return "unknown until some footage is analysed" if value is None else form.format(value)
 
     rows = [
         ("pictures", f"{found.images:,} ({found.image_bytes / 2**30:,.2f} GiB)"),
@@ -159,10 +163,10 @@ def _print_estimate(result: Estimate) -> None:
         rows.append(("restoring these, at list prices", known(result.restore_cost, "{:,.2f} US dollars")))
     print_table(f"Dry run: {result.source} for {result.location}", ["", ""], rows)
     if result.inventory:
-        note(f"  by the inventory {result.inventory}")
+        note(f"  read from the inventory {result.inventory}")
     left = [
         (found.known, "known already"),
-        (found.unplaced, "whose key has no time by this pattern, and would be quarantined"),
+        (found.unplaced, "whose key gives no time by this pattern, and would be quarantined"),
         (found.outside_range, "outside --since/--until"),
         (found.others, "neither pictures nor videos"),
     ]

@@ -1,4 +1,4 @@
-"""`maskwatch backfills`: how far they are; pause, resume or cancel one."""
+"""`maskwatch backfills`: show the progress of backfills; pause, resume or cancel one."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from common.ledger import audit
 from producer.cli.listing import conclude, listing_options, restore_of
 from producer.submit import cancel, take_up
 
-#: What `backfills.id` can be.
+#: Valid values of `backfills.id`.
 BACKFILL_ID = click.IntRange(1, 2**63 - 1)
 
 
 @click.group()
 def backfills() -> None:
-    """Backfills: how far they are; pause, resume or cancel one."""
+    """Show the progress of backfills; pause, resume or cancel one."""
 
 
 @backfills.command("list")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest so many.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many backfills to list.")
 @json_option
 @with_session
 def list_backfills(session: Session, limit: int, as_json: bool) -> Say:
-    """List backfills, the newest first, with how many of their jobs stand where.
+    """List backfills, the newest first, with their jobs by state.
 
     \b
     Example:
@@ -60,25 +60,25 @@ def _backfill_row(row: backfill_rows.BackfillState) -> list[Any]:
 @click.argument("backfill_id", type=BACKFILL_ID)
 @with_session
 def pause_backfill(session: Session, backfill_id: int) -> Say:
-    """Send nothing more of a backfill, and stop its listing. What workers have in hand is ended.
+    """Pause a backfill: no more of its jobs are sent, and its listing stops. Jobs that are running go on to their end.
 
     \b
     Example:
       maskwatch backfills pause 3
     """
     backfill_rows.pause(session, backfill_id, by=audit.operator())
-    return lambda: note(f"backfill {backfill_id} is paused; go on: maskwatch backfills resume {backfill_id}")
+    return lambda: note(f"backfill {backfill_id} is paused; to go on: maskwatch backfills resume {backfill_id}")
 
 
 @backfills.command("resume")
 @click.argument("backfill_id", type=BACKFILL_ID)
 @listing_options
-@click.option("--wait", is_flag=True, help="Wait until everything of it is analysed and summarized.")
+@click.option("--wait", is_flag=True, help="Wait until everything in the backfill is analysed and summarized.")
 @json_option
 def resume_backfill(
     backfill_id: int, restore_tier: str | None, restore_days: int, threads: int, wait: bool, as_json: bool
 ) -> None:
-    """Go on with a backfill that was paused, or whose listing was stopped.
+    """Resume a backfill that was paused, or whose listing was stopped.
 
     \b
     Example:
@@ -87,7 +87,7 @@ def resume_backfill(
     with deployment() as settings:
         with session_scope() as session:
             row = backfill_rows.get(session, backfill_id)
-            # A listing that was killed is not paused, and is taken up all the same.
+            # A backfill whose listing was killed is not paused; its listing goes on all the same.
             if row.paused_at is not None or row.finished_at is not None or row.cancelled_at is not None:
                 backfill_rows.resume(session, backfill_id, by=audit.operator())
         with bar("listing") as shown:
@@ -104,7 +104,7 @@ def resume_backfill(
 @backfills.command("cancel")
 @click.argument("backfill_id", type=BACKFILL_ID)
 def cancel_backfill(backfill_id: int) -> None:
-    """Cancel what is left of a backfill, for good. What was analysed stays.
+    """Cancel the rest of a backfill, for good. Results that are stored stay.
 
     \b
     Example:

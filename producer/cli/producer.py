@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _gauges() -> Iterable[Collector]:
-    # Imported here: Prometheus's library looks for its folder when it is imported, and so only after `serving` made it.
+    # Imported here, after `serving` has made the folder: Prometheus's library reads its place when it is imported.
     from producer.gauges import LedgerGauges
 
     return [LedgerGauges()]
@@ -27,8 +27,8 @@ def _gauges() -> Iterable[Collector]:
 
 @click.command()
 def producer() -> None:
-    """Run the dispatcher and the reconciler, until SIGTERM: they move jobs from the ledger to Redis and
-    recover what got lost. Ticks the aggregator, too. Two of them do no harm.
+    """Run the dispatcher and the reconciler, until SIGTERM: they send jobs from the ledger to Redis, and recover lost
+    messages and jobs. Also polls cameras and ticks the aggregator. Several producers may run at once.
 
     \b
     Example:

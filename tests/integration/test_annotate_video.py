@@ -481,7 +481,7 @@ def test_a_stored_face_of_a_picture_and_what_keeps_it_from_being_shown(
     buffer = io.BytesIO()
     photo.save(buffer, "JPEG", quality=30)
     bucket.put("a.jpg", buffer.getvalue())
-    assert "is no longer what face" in refused("--face", face_id, "--out", tmp_path / "x.png")
+    assert "has changed since face" in refused("--face", face_id, "--out", tmp_path / "x.png")
     bucket.client.delete_object(Bucket=bucket.name, Key="a.jpg")
     message = refused("--face", face_id, "--out", tmp_path / "x.png")
     assert message == f"face {face_id} can't be shown: {bucket.uri}/a.jpg is gone"

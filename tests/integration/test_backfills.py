@@ -331,7 +331,7 @@ def test_what_lies_in_an_archive_is_counted_and_left(session: Session, bucket: B
     put_archived(bucket, "b.jpg", "DEEP_ARCHIVE")
     put_archived(bucket, "c.jpg", "GLACIER_IR")  # can be read at once
     done = maskwatch("backfill", bucket.uri, "--location", "lobby")
-    assert done.returncode == 0 and "2 lie in an archive of S3; --restore asks for them" in done.stderr
+    assert done.returncode == 0 and "2 are archived in S3; to restore them: --restore" in done.stderr
     assert states(session) == {"pending": 2, "quarantined": 2}
     (row, _) = rows(session, "SELECT reason, detail FROM jobs WHERE state = 'quarantined' ORDER BY id")
     assert row.reason == "archived" and "GLACIER" in row.detail and "--restore" in row.detail

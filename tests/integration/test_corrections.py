@@ -524,7 +524,7 @@ def test_the_commands(session: Session) -> None:
     assert told(session, "lobby") == before
     assert scalar(session, "SELECT count(*) FROM operator_actions") == 0
     done = maskwatch(*correct, "--time-zone", "Asia/Kolkata")
-    assert done.returncode == 0 and "7 objects: 6 moved\n  2 jobs are to be done again" in done.stderr, done.stderr
+    assert done.returncode == 0 and "7 objects: 6 moved\n  2 jobs are done again" in done.stderr, done.stderr
     done = maskwatch("locations", "correct", "lobby", "--time-zone", "UTC")
     assert done.returncode == 0, done.stderr
     work(session)
@@ -538,8 +538,8 @@ def test_the_commands(session: Session) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "say what was wrong: --to-location, --time-zone or --time-pattern"),
-        (("--time-zone", "UTC", "--to-location", "yard"), "correct the time zone by itself"),
+        ((), "give the right value: --to-location, --time-zone or --time-pattern"),
+        (("--time-zone", "UTC", "--to-location", "yard"), "--time-zone goes without --to-location"),
         (("--time-zone", "UTC"), "location 'lobby' is in the time zone UTC already"),
         (("--time-zone", "Mars/Olympus"), "unknown time zone 'Mars/Olympus'"),
         (("--to-location", "lobby"), "camera 'gate' is at 'lobby' already"),

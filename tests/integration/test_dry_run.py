@@ -68,7 +68,7 @@ def test_before_anything_was_analysed_it_goes_by_the_benchmark_and_says_so(sessi
     assert told["throughput"]["seconds_per_image"] == {"value": 0.12, "origin": "the benchmark's"}
     assert told["footage_hours"] is told["jobs"] is told["face_rows"] is None, "nobody knows how long a video is"
     shown = maskwatch("backfill", bucket.uri, "--location", "lobby", "--dry-run")
-    assert "unknown until some of it is analysed" in shown.stdout and "the benchmark's" in shown.stderr
+    assert "unknown until some footage is analysed" in shown.stdout and "the benchmark's" in shown.stderr
     assert everything(session) == before, "nothing is written"
 
 

@@ -146,7 +146,7 @@ def test_only_the_faces_that_a_file_names_are_measured(faces, tmp_path):
     (confusion,) = read_confusions(kept).values()
     assert (confusion.faces, confusion.data) == (3, "3 faces of faces")
     held_out.write_text("with_mask/0.png\n")
-    assert "names 1 of these faces, and not of both classes" in maskwatch("faces", faces, "--only", held_out).stderr
+    assert "names 1 of these faces, but not of both classes" in maskwatch("faces", faces, "--only", held_out).stderr
 
 
 def test_faces_can_be_seen_scaled_down(faces):
@@ -186,8 +186,8 @@ def test_what_can_be_put_right_is_one_line(scenes, faces, tmp_path):
     assert refusal("faces", faces, "--classifier", "haar").startswith("error: unknown classifier 'haar'; known: ")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "is no scene folder" in refusal("detectors", empty, "--only", "centerface")
-    assert "is no scene folder" in refusal("scenes", empty)
+    assert "is not a scene folder" in refusal("detectors", empty, "--only", "centerface")
+    assert "is not a scene folder" in refusal("scenes", empty)
     assert "holds neither class folders" in refusal("faces", empty)
 
 

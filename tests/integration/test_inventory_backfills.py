@@ -383,7 +383,7 @@ def test_a_dry_run_of_an_inventory_names_it_and_writes_nothing(session: Session,
     assert (told["listed"], told["images"], told["others"], told["known"]) == (11, 10, 1, 0)
     assert everything(session) == before
     shown = maskwatch(*command)
-    assert shown.returncode == 0 and f"by the inventory {manifest}" in " ".join(shown.stderr.split())
+    assert shown.returncode == 0 and f"read from the inventory {manifest}" in " ".join(shown.stderr.split())
     listed = estimate.estimate(get_settings(), source, location_name="lobby")
     assert (listed.found.images, listed.inventory) == (11, None), "the control: a listing sees what came since"
     backfill(bucket, manifest)
@@ -408,18 +408,18 @@ def no_bucket(bucket: Bucket, other: Bucket) -> Sequence[str]:
 
 def no_json(bucket: Bucket, other: Bucket) -> Sequence[str]:
     other.put(DELIVERY, b"<html>")
-    return f"{DELIVERY} is no manifest of an S3 Inventory", "Invalid JSON"
+    return f"{DELIVERY} is not a manifest of an S3 Inventory", "Invalid JSON"
 
 
 def no_inventory(bucket: Bucket, other: Bucket) -> Sequence[str]:
     other.put(DELIVERY, b'{"name": "maskwatch"}')
-    return f"{DELIVERY} is no manifest of an S3 Inventory", "sourceBucket Field required"
+    return f"{DELIVERY} is not a manifest of an S3 Inventory", "sourceBucket Field required"
 
 
 def another_bucket(bucket: Bucket, other: Bucket) -> Sequence[str]:
     content = content_of(other, DELIVERY)
     other.put(DELIVERY, content.replace(f'"{bucket.name}"'.encode(), b'"elsewhere"'))
-    return "is one of s3://elsewhere, and the SOURCE lies in", bucket.uri
+    return "lists s3://elsewhere, but the SOURCE lies in", bucket.uri
 
 
 def no_data_file(bucket: Bucket, other: Bucket) -> Sequence[str]:

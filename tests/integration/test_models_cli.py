@@ -237,15 +237,15 @@ def test_a_server_that_falls_silent_is_given_up(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "name the models to pull, or say --all"),
-        (("pair", "--all"), "name the models to pull, or say --all"),
+        ((), "name the models to pull, or give --all"),
+        (("pair", "--all"), "name the models to pull, or give --all"),
         (("unknown",), "unknown model 'unknown'; known: "),
         (("hog",), "hog is code and has no files: pip install 'dlib-bin=="),
-        (("pair",), "pair can't be pulled: one.pt has no address"),
+        (("pair",), "pair can't be pulled: one.pt has no direct address"),
         (("pair", "--url", "https://mirror.invalid/one.pt"), "name the folder they are in, ending with a slash"),
         (("pair", "--url", "file:///etc/"), "can't be used to pull one.pt; valid: https://"),
         (("pair", "--url", "nonsense/"), "can't be used to pull one.pt"),
-        (("pair", "--url", "https://me:s3cret@mirror.invalid/"), "a URL with a password in it"),
+        (("pair", "--url", "https://me:s3cret@mirror.invalid/"), "the URL contains a password"),
         (("pair", "--sha256", "0" * 64), "--sha256 is the hash of one file, and pair has 2"),
         (("pair", "--sha256", "abc"), "64 characters"),
         (("centerface", "--sha256", "0" * 64), "centerface.onnx is pinned to SHA-256 09189dea"),
@@ -294,7 +294,7 @@ def test_a_killed_pull_leaves_no_file_under_its_name_and_the_next_one_cleans_up(
     assert set(snapshot(cache)) == {"pnet.pt.part"}
     server.stall = False
     again = maskwatch(*command[3:])
-    assert again.returncode == 1 and "is not the pnet.pt that is wanted" in again.stderr
+    assert again.returncode == 1 and "is not the expected pnet.pt" in again.stderr
     assert snapshot(cache) == {}
 
 
@@ -334,7 +334,7 @@ def test_an_unpublished_hash_is_remembered_and_then_the_only_one(
         default_spec(detector=NAME)
     path = tmp_path / "mine.pth"
     path.write_bytes(seeded)
-    assert "say which it is, with --as NAME" in refused(cache, "import", path)
+    assert "name the model with --as NAME" in refused(cache, "import", path)
     (placed,) = done("import", path, "--as", NAME)
     assert placed["pinned_now"] and read_pins(cache) == {FILE: digest(seeded)}
     assert (cache / FILE).read_bytes() == seeded
@@ -460,9 +460,9 @@ def test_of_several_files_all_are_taken_or_none(cache: Path, pair: Model, tmp_pa
 
 def test_what_is_no_file_is_refused(cache: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pnet.pt")
-    assert "is no regular file" in refused(cache, "import", tmp_path / "pnet.pt")
+    assert "is not a regular file" in refused(cache, "import", tmp_path / "pnet.pt")
     assert "holds no file of a known model" in refused(cache, "import", tmp_path)
-    assert "import one folder" in refused(cache, "import", tmp_path, _named(tmp_path, "x", b"x"))
+    assert "give one folder" in refused(cache, "import", tmp_path, _named(tmp_path, "x", b"x"))
 
 
 def _named(folder: Path, name: str, content: bytes) -> Path:
@@ -513,18 +513,18 @@ SECRET = {"name": "secret", "size": 6, "sha256": digest(b"secret")}
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: _file(m, name="../one.pt"), "is no plain file name"),
-        (lambda m: _file(m, name="/etc/passwd"), "is no plain file name"),
-        (lambda m: _file(m, name="a\\one.pt"), "is no plain file name"),
-        (lambda m: _file(m, name=".."), "is no plain file name"),
-        (lambda m: _file(m, name="one.pt\0"), "is no plain file name"),
-        (lambda m: _file(m, name=5), "is no plain file name"),
+        (lambda m: _file(m, name="../one.pt"), "is not a plain file name"),
+        (lambda m: _file(m, name="/etc/passwd"), "is not a plain file name"),
+        (lambda m: _file(m, name="a\\one.pt"), "is not a plain file name"),
+        (lambda m: _file(m, name=".."), "is not a plain file name"),
+        (lambda m: _file(m, name="one.pt\0"), "is not a plain file name"),
+        (lambda m: _file(m, name=5), "is not a plain file name"),
         (lambda m: _file(m, name="other.pt"), "the files of pair are one.pt, two.pt, and the bundle has 'other.pt'"),
         (lambda m: _file(m, name=PINS_FILE), "the files of pair are one.pt, two.pt"),
         (lambda m: _file(m, sha256="0" * 64), "and it is pinned to"),
-        (lambda m: _file(m, sha256="zz"), "can't be meant"),
-        (lambda m: _file(m, size=-1), "can't be meant"),
-        (lambda m: _file(m, size=True), "can't be meant"),
+        (lambda m: _file(m, sha256="zz"), "is not valid"),
+        (lambda m: _file(m, size=-1), "is not valid"),
+        (lambda m: _file(m, size=True), "is not valid"),
         (lambda m: m["models"][0]["files"].pop(), "the files of pair are one.pt, two.pt"),
         (lambda m: m["models"][0]["files"].append(m["models"][0]["files"][0]), "the files of pair are"),
         (lambda m: m["models"][0].update(name="tomorrow"), "unknown model 'tomorrow'"),
@@ -535,9 +535,9 @@ SECRET = {"name": "secret", "size": 6, "sha256": digest(b"secret")}
             lambda m: m["models"][0].update(derived=[SECRET | {"name": STRANGER}]),
             "is not derived from pair",
         ),
-        (lambda m: m["models"][0].update(derived=[SECRET | {"name": "../x"}]), "is no plain file name"),
-        (lambda m: m.pop("models"), "is no manifest of models"),
-        (lambda m: m.update(models={"pair": 1}), "is no manifest of models"),
+        (lambda m: m["models"][0].update(derived=[SECRET | {"name": "../x"}]), "is not a plain file name"),
+        (lambda m: m.pop("models"), "is not a manifest of models"),
+        (lambda m: m.update(models={"pair": 1}), "is not a manifest of models"),
         (lambda m: m.update(models=[]), "names no model"),
         (lambda m: m.update(maskwatch_models=2), "has form 2"),
     ],
@@ -568,7 +568,7 @@ def test_links_in_a_bundle_are_not_followed(cache: Path, bundle: Path, tmp_path:
 @pytest.mark.parametrize("content", [b"wrong", bytes(len(CONTENTS["two.pt"])), CONTENTS["two.pt"][:-1]])
 def test_a_bundle_with_a_wrong_file_is_refused_whole(cache: Path, bundle: Path, content: bytes) -> None:
     (bundle / "two.pt").write_bytes(content)
-    assert "is not the two.pt that is wanted" in refused(cache, "import", bundle)
+    assert "is not the expected two.pt" in refused(cache, "import", bundle)
     (bundle / "two.pt").unlink()
     assert "can't be read" in refused(cache, "import", bundle)
 
@@ -612,7 +612,7 @@ def test_a_folder_that_holds_something_is_not_written_to(cache: Path, pair: Mode
     folder = tmp_path / "mine"
     folder.mkdir()
     _named(folder, "diary", b"mine")
-    assert "holds something already" in refused(cache, "export", folder)
+    assert "is not empty" in refused(cache, "export", folder)
     assert "pair can't be exported" in refused(cache, "export", tmp_path / "new", "pair")
     assert not (tmp_path / "new").exists()
     assert snapshot(folder) == {"diary": b"mine"}

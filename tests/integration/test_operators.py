@@ -141,7 +141,7 @@ def test_the_commands_say_what_they_did_and_the_job_tells_its_story(session: Ses
     assert cancelled.returncode == 0 and json.loads(cancelled.stdout) == {"changed": [1, 2], "left": []}
     again = maskwatch("jobs", "cancel", "1", "3", env=ADA)
     assert again.returncode == 1 and "1 job(s) cancelled" in again.stderr
-    assert "left as they are, because they have ended or are not there: 1" in again.stderr
+    assert "not changed, because they have ended or don't exist: 1" in again.stderr
     assert maskwatch("jobs", "retry", "1", env=ADA).returncode == 0
     story = json.loads(maskwatch("jobs", "show", "1", "--json").stdout)
     assert [(action["action"], action["by"]) for action in story["actions"]] == [("cancel", "Ada"), ("retry", "Ada")]

@@ -150,7 +150,7 @@ def test_an_operator_resumes_a_source_and_that_is_recorded(session: Session) -> 
     register_many(session, 4)
     refuse(session, 3)
     status = maskwatch("status")
-    assert "s3://footage is paused since" in status.stderr and "sources resume s3://footage" in status.stderr
+    assert "s3://footage has been paused since" in status.stderr and "sources resume s3://footage" in status.stderr
     assert "access_denied" in maskwatch("sources", "list").stdout
     done = maskwatch("sources", "resume", "s3://footage", env={"MASKWATCH_OPERATOR": "Ada"})
     assert done.returncode == 0, done.stderr
@@ -201,7 +201,7 @@ def test_who_waits_is_told_of_a_pause(session: Session, capsys: pytest.CaptureFi
     ledger.cancel(session, [row.id for row in rows(session, "SELECT id FROM jobs")], by="Ada")
     session.commit()
     wait_for(get_settings())
-    assert "s3://footage refuses everything and is paused (denied)" in " ".join(capsys.readouterr().err.split())
+    assert "s3://footage refuses every request and is paused (denied)" in " ".join(capsys.readouterr().err.split())
 
 
 def work(session: Session, settings: Settings) -> None:

@@ -99,7 +99,7 @@ def test_the_notebooks_recipe_trains_xception_and_says_what_it_lacks(data, tmp_p
     environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
     result = subprocess.run(command(data, out, 1, *more), capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
-    assert "no ImageNet weights here" in result.stderr
+    assert "no ImageNet weights found" in result.stderr
     values = json.loads(result.stdout)
     assert values["settings"]["pretrained"] is False
     assert values["data"]["training_faces"] == 72

@@ -1,4 +1,4 @@
-"""From pictures to their faces on a CPU: detect, widen, crop, classify.
+"""Finds and classifies the faces of images on a CPU: detect, widen, crop, classify.
 
 Knows neither queues nor databases.
 """
@@ -22,7 +22,7 @@ from workers.inference.faults import OutOfModelMemoryError, told
 
 
 class PictureAnalyzer(Protocol):
-    """Turns pictures into faces."""
+    """Finds and classifies the faces of images and frames."""
 
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
         """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first."""
@@ -34,7 +34,7 @@ class PictureAnalyzer(Protocol):
 
 
 class Analyzer:
-    """The pipeline of a `PipelineSpec`, ready to analyse pictures one after the other."""
+    """The pipeline of a `PipelineSpec`, ready to analyse images one after the other."""
 
     def __init__(self, spec: PipelineSpec, detector: FaceDetector, classifier: MaskClassifier) -> None:
         self.spec = spec
@@ -44,16 +44,16 @@ class Analyzer:
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
         """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first.
 
-        Boxes are the detector's, in pixels of the picture and inside it; what the classifier sees is wider
-        where a face is small. A picture without faces gives an empty list. Raises as `workers.inference.faults.told`:
-        out of memory for a picture that doesn't fit even with its faces classified one by one.
+        Boxes are the detector's, in pixels of the image and inside it; the classifier sees wider crops
+        of small faces. An image without faces gives an empty list. Raises as `workers.inference.faults.told`:
+        out of memory for an image that doesn't fit even with its faces classified one by one.
         """
         (faces,) = self.analyze_batch([image_rgb])
         return faces
 
     def analyze_batch(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
-        """As `analyze`, for several frames. One by one: on a CPU larger batches gain nothing and cost memory, and a
-        face's probabilities would depend, in their last digits, on its neighbours in the batch."""
+        """As `analyze`, for several frames, one by one: on a CPU larger batches gain nothing and cost memory, and a
+        face's probabilities would depend, in their last digits, on the other faces in the batch."""
         return [self._fit(image_rgb) for image_rgb in frames_rgb]
 
     def _fit(self, image_rgb: NDArray[np.uint8]) -> list[Face]:

@@ -1,5 +1,4 @@
-"""Loads the models that a pipeline pins, and makes its analyzer of them: on a CPU, or with frames that stay on a
-GPU."""
+"""Loads the models that a pipeline pins, and makes an analyzer of them, for a CPU or for a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +8,9 @@ from workers.inference import Runtime, limit_opencv_threads
 
 
 def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
-    """The pipeline with its pinned models loaded. On a GPU it is one whose frames stay there.
+    """The pipeline with its pinned models loaded. On a GPU, frames stay in its memory.
 
-    Models are loaded once per process. Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the device
-    isn't there.
+    Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the device is missing.
     """
     # Imported here, so that an analyser made of other models (in tests, say) needs no runtime.
     from workers.classification.registry import load_classifier
@@ -22,7 +20,7 @@ def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
         # Imported here: torch is not installed everywhere.
         from workers.inference.torch_session import torch_device
 
-        torch_device(runtime)  # says what is missing, torch itself included, before torch is needed
+        torch_device(runtime)  # raises for what is missing, torch included, before the import below needs torch
         # Imported here: torch is not installed everywhere.
         from workers.analysis.device.analyzer import load_device_analyzer
 

@@ -52,7 +52,7 @@ _ROUNDING = Fraction(1, 100_000)
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """What became of one picture: `picture` is the file that was written, or `error` says why there is none."""
+    """The result for one image: `picture` is the file that was written, or `error` says why there is none."""
 
     source: str
     picture: Path | None
@@ -68,7 +68,7 @@ class Annotated:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies below a prefix: pictures; how many other objects were passed on the way; a video, if any was."""
+    """What lies below a prefix: images; how many other objects were skipped; the first video among them, if any."""
 
     pictures: list[ObjectInfo]
     others: int
@@ -78,8 +78,8 @@ class Found:
 def find_pictures(store: ObjectStore, prefix: str, out_dir: Path, limit: int | None) -> Found:
     """The pictures below a prefix, at most `limit`.
 
-    What lies in `out_dir` are our own pictures of an earlier run: neither. An object that is named itself
-    is taken whatever its name, unless it is a video's.
+    Objects in `out_dir` are results of an earlier run, and are ignored. If the prefix is the whole key of an object, it
+    is taken for an image whatever its name, unless that is a video's.
     """
     own = f"{str(out_dir.absolute()).removeprefix('/')}/" if store.bucket == FILE_BUCKET else None
     pictures: list[ObjectInfo] = []
@@ -109,7 +109,7 @@ def annotate_pictures(
     *,
     blur: bool,
 ) -> Iterator[Annotated]:
-    """Analyse, draw and write each picture; one that can't be read gives an error, and the rest goes on.
+    """Analyse, draw and write each image; one that can't be read gives an error, and the others go on.
 
     Raises `MaskwatchError` if the folder can't be written to.
     """
@@ -141,10 +141,10 @@ def _write(path: Path, image_rgb: Any, kind: str, **options: Any) -> None:
 
 
 def picture_name(info: ObjectInfo) -> str:
-    """A file name for the annotated picture of an object: the same every time, another for every object.
+    """A file name for the annotated image of an object: always the same for one object, and unique to it.
 
-    Keys are data and may hold anything. So of the last part only letters, digits, `_` and `-` remain, and a
-    hash of the whole URI tells equal ones apart.
+    Keys may contain any character, so only letters, digits, `_` and `-` of the last part are kept, and a hash of the
+    whole URI makes the name unique.
     """
     last = info.key.rstrip("/").rpartition("/")[2]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", last.rpartition(".")[0] or last)[:80].strip("_-")
@@ -153,7 +153,7 @@ def picture_name(info: ObjectInfo) -> str:
 
 
 def configured_analyzer(settings: Settings) -> PictureAnalyzer:
-    """The models of the configured pipeline, loaded. Raises `MaskwatchError` where one can't be used."""
+    """The models of the configured pipeline, loaded. Raises `MaskwatchError` if one can't be used."""
     try:
         return load_analyzer(pipeline_spec(settings), runtime_of(settings, processes=1))
     except PermanentJobError as error:
@@ -164,7 +164,8 @@ def configured_analyzer(settings: Settings) -> PictureAnalyzer:
 
 
 def read_frame(info: ObjectInfo, at: Fraction, mode: SampleMode | None, settings: Settings) -> tuple[Any, float]:
-    """The picture (uint8 RGB) that a video shows at a time, and since when; with a mode, of the frames it looks at."""
+    """The frame (uint8 RGB) that a video shows at a time, and since when in seconds; mode: only among the frames that
+    this mode samples."""
     with opened(info, settings) as video:
         seconds = video.info().duration_seconds
         length = Fraction(seconds) if seconds is not None and mode is None else None
@@ -173,24 +174,26 @@ def read_frame(info: ObjectInfo, at: Fraction, mode: SampleMode | None, settings
 
 
 def one_video(source: str, out: Path, settings: Settings) -> ObjectInfo:
-    """The one video that a source is, and not the file that is about to be written."""
+    """The single video at a source. Raises `MaskwatchError` if there is none or another object, or if it is `out`."""
     store, prefix = open_source(source, settings)
     found = list(islice((info for page in store.list_pages(prefix) for info in page), 2))
     if not found:
         raise MaskwatchError(f"there is nothing at {source}; name a video")
     info = found[0]
-    # Keys come in their order: the one that is named itself is the first.
+    # Keys are listed in order: if the prefix is the whole key of an object, it comes first.
     if len(found) > 1 and info.key != prefix:
-        raise MaskwatchError(f"{source} holds several objects, and {out} takes one video: name it")
+        raise MaskwatchError(f"{source} holds several objects, but {out} takes one video: name it")
     if media_kind(info.key) is MediaKind.IMAGE:
-        raise MaskwatchError(f"{info.uri} is a picture, and {out} takes a video; for pictures, --out names a folder")
+        raise MaskwatchError(
+            f"{info.uri} is a picture, but {out} takes a video; for pictures, name a folder with --out"
+        )
     if info.bucket == FILE_BUCKET and out.exists() and out.samefile(Path("/", info.key)):
-        raise MaskwatchError(f"{out} is the video itself, which would be lost; name another --out")
+        raise MaskwatchError(f"{out} is the source video, which would be overwritten; name another --out")
     return info
 
 
 def write_whole(out: Path, image_rgb: Any) -> None:
-    """Write a PNG that appears under its name when it is complete."""
+    """Write a PNG that gets its name when it is complete."""
     with new_file(out) as part:
         _write(part, image_rgb, "PNG")
 
@@ -200,7 +203,7 @@ def write_whole(out: Path, image_rgb: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StoredFaces:
-    """The stored faces of one picture or frame. mode: of a video, which frames were looked at; None: a picture."""
+    """The stored faces of one image or frame. mode: which frames of the video were sampled; None for an image."""
 
     info: ObjectInfo
     mode: SampleMode | None
@@ -210,7 +213,7 @@ class StoredFaces:
 
 
 def look_up(session: Session, face_id: int) -> StoredFaces:
-    """A stored face and the others of its picture or frame. Raises `MaskwatchError` where there is none of this id."""
+    """A stored face and the others of its image or frame. Raises `MaskwatchError` for an unknown id."""
     row = session.scalars(select(FaceRow).where(FaceRow.id == face_id)).first()
     if row is None:
         raise MaskwatchError(f"there is no face {face_id}; take a face_id from the view face_results")
@@ -238,12 +241,12 @@ def look_up(session: Session, face_id: int) -> StoredFaces:
 
 
 def read_again(stored: StoredFaces, settings: Settings) -> Any:
-    """The picture or frame, uint8 RGB, as it was analysed. Errors of jobs, where it isn't the same any more."""
+    """The image or frame, uint8 RGB, as it was analysed. Raises a job's errors if the footage has changed."""
     info = stored.info
     if stored.mode is None:
         data = open_bucket(info.bucket).read(info.key, info.etag, settings.storage.max_object_bytes)
         return decode_image(data, max_pixels=settings.worker.max_image_pixels).rgb
-    # The stored offset is the exact one, rounded to a float: the frame is the last until just behind it.
+    # The stored offset is the exact one rounded to a float, so search up to a little after it.
     image, shown_at = read_frame(info, Fraction(stored.offset_seconds) + _ROUNDING, stored.mode, settings)
     if abs(shown_at - stored.offset_seconds) > _ROUNDING:
         raise PermanentJobError(

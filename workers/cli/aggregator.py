@@ -14,7 +14,7 @@ from workers.lifecycle import prepare_drain
 
 
 @click.command()
-@click.option("--name", default=None, help="A name for logs (default: the process id).")
+@click.option("--name", default=None, help="A name for logs (default: aggregator- and the process id).")
 def aggregator(name: str | None) -> None:
     """Run a worker that only builds summaries, until SIGTERM. It loads no model and no decoder.
 

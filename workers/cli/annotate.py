@@ -1,4 +1,4 @@
-"""`maskwatch annotate`: images and videos in, the same with their faces drawn out. What it is asked for, checked."""
+"""`maskwatch annotate`: writes images and videos with their faces drawn. Defines and parses the command's options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.cli.parts.console import json_option
 from common.cli.parts.options import runtime_options
 from workers.cli.annotate_request import Asked
 
-#: What `faces.id` can be.
+#: Valid values of `faces.id`.
 FACE_ID = click.IntRange(1, 2**63 - 1)
 
 
@@ -27,7 +27,7 @@ class _Time(click.ParamType[Fraction]):
             return value
         parts = re.fullmatch(r"(?:(?:(\d{1,4}):)?(\d{1,2}):)?(\d{1,7}(?:\.\d{1,9})?)", str(value), re.ASCII)
         if parts is None:
-            self.fail(f"{value!r} is no time in a video; expected 00:01:30.5, 01:30.5 or 90.5", param, ctx)
+            self.fail(f"{value!r} is not a time in a video; expected 00:01:30.5, 01:30.5 or 90.5", param, ctx)
         hours, minutes, seconds = (Fraction(part or 0) for part in parts.groups())
         return 3600 * hours + 60 * minutes + seconds
 
@@ -40,13 +40,13 @@ class _Time(click.ParamType[Fraction]):
     type=click.Path(path_type=Path),
     help="A folder for annotated pictures; NAME.mp4 for a video; NAME.png for one frame or face.",
 )
-@click.option("--at", type=_Time(), help="One frame of a video: what is shown at 00:01:30.5 (or 01:30.5, or 90.5).")
-@click.option("--face", "face_id", type=FACE_ID, help="A stored face by its face_id, in its picture or frame.")
-@click.option("--blur", is_flag=True, help="Make the faces that are found unrecognisable.")
+@click.option("--at", type=_Time(), help="Write one frame of a video: the one shown at this time, e.g. 00:01:30.5.")
+@click.option("--face", "face_id", type=FACE_ID, help="Write the picture or frame of a stored face, by its face_id.")
+@click.option("--blur", is_flag=True, help="Make the found faces unrecognisable.")
 @click.option(
     "--sample-fps",
     type=click.FloatRange(0, 240, min_open=True),
-    help="Analyse so many frames per second of a video, and show their boxes until the next one (default: all frames).",
+    help="How many frames per second of a video to analyse; boxes stay until the next one (default: all frames).",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after this many pictures.")
 @runtime_options
@@ -54,13 +54,12 @@ class _Time(click.ParamType[Fraction]):
 def annotate(as_json: bool, **options: Any) -> None:
     """Draw the faces of pictures or a video: green with mask, red without, amber uncertain.
 
-    SOURCE is a picture, a video, a folder or an s3:// prefix; --out decides what is made of it. Nothing is stored but
-    what --out names. A video is written as H.264, each frame at its own time, with its sound.
+    SOURCE is a picture, a video, a folder or an s3:// prefix; --out decides what is written, and nothing else is
+    stored. A video is written as H.264, each frame at its own time, with its sound.
 
-    With --face, the footage is looked up in the database, and the faces that are stored of it are drawn, not analysed
-    again.
+    With --face, the footage is looked up in the database, and its stored faces are drawn; nothing is analysed again.
 
-    --blur hides what the detector finds: look at the result before you pass it on. Voices stay.
+    --blur hides only faces that the detector finds: check the result before you pass it on. Voices stay.
 
     \b
     Examples:

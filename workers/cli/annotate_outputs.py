@@ -1,6 +1,6 @@
-"""What `maskwatch annotate` makes, and what it says of it: a folder of images, a video, a frame or a stored face.
+"""Writes the output of `maskwatch annotate` and reports it: a folder of images, a video, a frame or a stored face.
 
-Needs no database, but for a stored face.
+Needs no database, except for a stored face.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from workers.cli.annotate_request import Asked
 
 
 def write(asked: Asked, *, as_json: bool) -> None:
-    """Make what is asked for, and say what was made."""
+    """Write what is asked for, and print what was written."""
     if asked.face_id is not None:
         result, sentence = _stored_face(asked, asked.face_id)
     else:
@@ -78,7 +78,7 @@ def _folder(asked: Asked, source: str, settings: Settings, *, as_json: bool) -> 
         raise MaskwatchError(_nothing_found(source, found))
     results = _annotate_all(store, found.pictures, asked, settings)
     if found.video is not None:
-        note(f"videos were passed over; annotate each by itself: {_how_to_annotate(found.video)}")
+        note(f"videos were skipped; annotate each by itself: {_how_to_annotate(found.video)}")
 
     failed = [result for result in results if result.error is not None]
     if as_json:
@@ -100,7 +100,7 @@ def _nothing_found(source: str, found: Found) -> str:
     if found.video is not None and found.others == 1:
         return f"{found.video.uri} is a video: {_how_to_annotate(found.video)}"
     if found.video is not None:
-        return f"no pictures in {source}, but videos; annotate each by itself: {_how_to_annotate(found.video)}"
+        return f"{source} holds videos and no pictures; annotate each by itself: {_how_to_annotate(found.video)}"
     return f"no pictures in {source} ({found.others} other objects); expected JPEG, PNG, WebP, BMP or TIFF"
 
 
@@ -129,7 +129,7 @@ def _annotate_all(store: ObjectStore, pictures: list[ObjectInfo], asked: Asked, 
 
 
 def _video(asked: Asked, source: str, settings: Settings) -> tuple[dict[str, Any], str]:
-    """Write a video; returns what to say of it, to machines and to people."""
+    """Write a video; returns the report for machines and the sentence for people."""
     info = one_video(source, asked.out, settings)
     analyzer = configured_analyzer(settings)
     with _told(info.uri), bar("annotating, seconds") as shown:
@@ -139,7 +139,7 @@ def _video(asked: Asked, source: str, settings: Settings) -> tuple[dict[str, Any
             reached=lambda seconds: shown.show(round(seconds)),
         )  # fmt: skip
     if done.cut_off_at is not None:
-        note(f"{info.uri} is cut off: it can be decoded up to {clock(done.cut_off_at)}, and until there it was written")
+        note(f"{info.uri} is cut off: it was decoded and written up to {clock(done.cut_off_at)}")
     if done.sound_left_out:
         codecs = ", ".join(done.sound_left_out)
         note(f"the sound ({codecs}) was left out: players expect AAC, MP3, AC-3, Opus, FLAC or ALAC in an MP4")
@@ -162,7 +162,7 @@ def _video(asked: Asked, source: str, settings: Settings) -> tuple[dict[str, Any
 
 
 def _frame(asked: Asked, source: str, at: Fraction, settings: Settings) -> tuple[dict[str, Any], str]:
-    """Write the frame of a video that is shown at a time; returns what to say of it."""
+    """Write the frame of a video that is shown at a time; returns as `_video`."""
     info = one_video(source, asked.out, settings)
     with _told(info.uri):
         image, shown_at = read_frame(info, at, None, settings)
@@ -179,7 +179,7 @@ def _frame(asked: Asked, source: str, at: Fraction, settings: Settings) -> tuple
 
 @contextmanager
 def _told(uri: str) -> Iterator[None]:
-    """Errors of a job, for a person who waits: one sentence that names the footage."""
+    """Turn a job's errors into a `MaskwatchError`: one sentence that names the footage."""
     try:
         yield
     except (PermanentJobError, TransientJobError, SourceChangedError) as error:
@@ -191,7 +191,7 @@ def _told(uri: str) -> Iterator[None]:
 
 
 def _stored_face(asked: Asked, face_id: int) -> tuple[dict[str, Any], str]:
-    """Write the picture or frame of a stored face; returns what to say of it."""
+    """Write the picture or frame of a stored face; returns as `_video`."""
     with deployment() as settings:
         with session_scope() as session:
             stored = look_up(session, face_id)
@@ -199,7 +199,7 @@ def _stored_face(asked: Asked, face_id: int) -> tuple[dict[str, Any], str]:
             image = read_again(stored, settings)
         except SourceChangedError as error:
             raise MaskwatchError(
-                f"the footage is no longer what face {face_id} was found in ({error}): backfill it again, and take a "
+                f"the footage has changed since face {face_id} was found ({error}): backfill it again, and name a "
                 "face of the new rows"
             ) from error
         except (PermanentJobError, TransientJobError) as error:
@@ -222,7 +222,7 @@ def _stored_face(asked: Asked, face_id: int) -> tuple[dict[str, Any], str]:
 
 
 def _settings_for(source: str) -> AbstractContextManager[Settings]:
-    """The settings to read a source with. Only s3:// without any AWS configuration needs the embedded stack."""
+    """The settings for reading a source. Only s3:// without any AWS configuration needs the embedded stack."""
     settings = get_settings()
     embedded = uses_embedded_stack(settings) and not has_aws_configuration(settings)
     return deployment() if source.startswith("s3://") and embedded else nullcontext(settings)
@@ -237,5 +237,5 @@ def _sentence(results: list[Annotated], others: int, out_dir: Path) -> str:
     written = sum(result.error is None for result in results)
     return (
         f"{written} pictures in {out_dir}: {len(faces)} faces ({_counts(faces)}); "
-        f"{len(results) - written} failed, {others} other objects passed over"
+        f"{len(results) - written} failed, {others} other objects skipped"
     )

@@ -1,4 +1,4 @@
-"""What `maskwatch annotate` is asked for: options that fit each other and the output."""
+"""The request of `maskwatch annotate`: options that fit each other and the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.planning import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the command was asked for, checked: the options fit each other and `out`."""
+    """The options of the command, checked: they fit each other and `out`."""
 
     source: str | None
     out: Path
@@ -23,15 +23,15 @@ class Asked:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises `MaskwatchError`, in words, for options that don't fit."""
+        """Raises `MaskwatchError` for options that exclude each other."""
         if self.face_id is not None and self.source is not None:
             raise MaskwatchError(
-                "--face looks up the footage by itself: leave out SOURCE, or --face to have SOURCE analysed"
+                "--face looks up the footage by itself: leave out SOURCE, or leave out --face to analyse SOURCE"
             )
         if self.face_id is None and self.source is None:
             raise MaskwatchError("name a SOURCE: a picture, a video, a folder or an s3:// prefix; or --face ID")
         if self.at is not None and self.face_id is not None:
-            raise MaskwatchError("--face knows its time by itself: leave out --at")
+            raise MaskwatchError("--face finds the time by itself: leave out --at")
         if self.one_picture and self.suffix != ".png":
             raise MaskwatchError(f"--at and --face write one picture: name it, --out NAME.png instead of {self.out}")
         if self.suffix == ".png" and not self.one_picture:
@@ -59,7 +59,7 @@ class Asked:
 
     @property
     def suffix(self) -> str:
-        """What `out` ends in, if that makes it a picture or a video; "" for a folder, whatever its name."""
+        """The suffix of `out`, if it is one of a picture or a video; "" for a folder, whatever its name."""
         suffix = self.out.suffix.lower()
         known = suffix.removeprefix(".") in IMAGE_SUFFIXES | VIDEO_SUFFIXES
         return suffix if known and not self.out.is_dir() else ""

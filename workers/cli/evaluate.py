@@ -1,7 +1,7 @@
-"""`maskwatch evaluate`: what is asked for.
+"""`maskwatch evaluate`: the commands and their options.
 
-Each command hands over to a file of its own, imported when it runs: it needs models and decoders, which take seconds to
-load and are a layer of their own.
+Each command calls a file of its own, imported when it runs, because it needs models and decoders, which take seconds to
+load and may not be installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DETECTOR = click.option(
     help="NAME or NAME@SHA256, at its own threshold (default: the configured one, MASKWATCH_PIPELINE__DETECTOR).",
 )  # fmt: skip
 
-#: Smallest and largest size that faces can be scaled down to.
+#: Valid sizes in px to scale faces down to.
 AT_PX = click.IntRange(8, 160)
 
 
@@ -45,14 +45,15 @@ def evaluate() -> None:
 @runtime_options
 @console.json_option
 def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path | None, as_json: bool) -> None:
-    """Run the whole pipeline on labelled scenes: what it finds, and how often it labels that right.
+    """Run the whole pipeline on labelled scenes: which faces it finds, and how often it classifies them right.
 
-    FOLDER holds images/ and annotations/ (Pascal VOC). Found means: overlapping a labelled box by half (IoU 0.5). Sizes
-    are the longer side of the labelled box. Balanced accuracy is the mean of both classes' recalls among found faces,
-    by the larger probability. Calibration error is how far the confidence is from the share that is right.
+    FOLDER holds images/ and annotations/ (Pascal VOC). A face is found if a detection overlaps its labelled box by half
+    (IoU 0.5). Sizes are the longer side of the labelled box. Balanced accuracy is the mean of both classes' recalls
+    among found faces, by the larger probability. Calibration error is how far the confidence is from the share that is
+    right.
 
-    With --out also: reliability.png, confusion.png, precision_recall.png, and what went worst: mislabelled.png,
-    missed.png, unlabelled.png (detections where nobody labelled a face).
+    With --out also: reliability.png, confusion.png, precision_recall.png, and the worst mistakes: mislabelled.png,
+    missed.png, unlabelled.png (detections where no face is labelled).
 
     \b
     Examples:
@@ -67,15 +68,17 @@ def scenes(folder: Path, detector: str | None, classifier: str | None, out: Path
 @evaluate.command()
 @FOLDER
 @CLASSIFIER
-@click.option("--held-out", is_flag=True, help="Only faces that no training of the shipped classifiers ever saw.")
+@click.option(
+    "--held-out", is_flag=True, help="Only faces that were held out when the shipped classifiers were trained."
+)
 @click.option(
     "--only", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-    help="Only the faces this file names, one per line, as a training leaves in held_out.txt.",
+    help="Only the faces that this file names, one per line, e.g. held_out.txt of a training.",
 )  # fmt: skip
 @click.option("--at", "at_px", type=AT_PX, metavar="PX", help="Scale larger faces down to PX pixels first.")
 @click.option(
     "--keep-confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Also keep the confusion matrix there for `maskwatch pipelines list`, as common/models/figures.json does.",
+    help="Also store the confusion matrix in FILE for `maskwatch pipelines list`, as in common/models/figures.json.",
 )  # fmt: skip
 @OUT
 @runtime_options
@@ -90,12 +93,12 @@ def faces(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the classifier alone on labelled faces: precision, recall and F1 as scikit-learn has them.
+    """Run the classifier alone on labelled faces: precision, recall and F1 as scikit-learn computes them.
 
     FOLDER holds class folders (with_mask/, without_mask/, perhaps mask_weared_incorrect/), or images/ and annotations/,
     whose faces are then cut by their labels. Sizes are the longer side of the face, as the classifier sees it: --at 20
-    shows how it does on faces as small as distant cameras give. Also: masks worn wrongly, which should be called
-    without_mask; calibration; and what share is `uncertain` at which threshold.
+    measures it on faces as small as those of distant cameras. Also prints masks worn wrongly, which should be called
+    without_mask; calibration; and the share of `uncertain` faces by threshold.
 
     With --out also: reliability.png, confusion.png and mislabelled.png, the surest mistakes.
 
@@ -108,7 +111,7 @@ def faces(
     if held_out and only:
         raise MaskwatchError("--held-out and --only exclude each other")
     if keep_confusion is not None and at_px is not None:
-        raise MaskwatchError("--keep-confusion is of faces at their own size: leave out --at")
+        raise MaskwatchError("--keep-confusion stores figures of faces at their own size: leave out --at")
     from workers.cli import evaluate_faces  # loads models and decoders
 
     evaluate_faces.run(
@@ -129,10 +132,10 @@ def detectors(folder: Path, only: tuple[str, ...], out: Path | None, as_json: bo
     FOLDER holds images/ and annotations/ (Pascal VOC). Recall and precision are at the detector's own threshold and at
     an overlap of half (IoU 0.5), sizes the longer side of the labelled box. Average precision is the area under
     precision over recall, down to a score of 0.02. Time is the median of one picture, after a warm-up. Small pictures
-    are enlarged as configured (MASKWATCH_PIPELINE__ENLARGE_BELOW_PX), save for fdet-*, which run as that package does.
-    Detectors without their weights here are named with the reason.
+    are enlarged as configured (MASKWATCH_PIPELINE__ENLARGE_BELOW_PX), except for fdet-*, which run as in that package.
+    Detectors whose weights are not on this machine are listed with the reason.
 
-    With --out also: precision_recall.png, a dot where each detector's own threshold lies.
+    With --out also: precision_recall.png, with a dot at each detector's own threshold.
 
     \b
     Examples:

@@ -28,7 +28,7 @@ def run(folder: Path, only: Sequence[str], out: Path | None, *, as_json: bool) -
     limit_opencv_threads(runtime.threads)
     loaded: dict[str, _Loaded] = {}
     left_out: dict[str, str] = {}
-    # All of them first: what is missing should show before minutes went into the others.
+    # All are loaded first, so that missing weights are reported before minutes go into the others.
     for name in dict.fromkeys(only) or detector_names():
         try:
             loaded[name] = _load(settings, name, runtime)
@@ -38,7 +38,9 @@ def run(folder: Path, only: Sequence[str], out: Path | None, *, as_json: bool) -
             left_out[name] = _reason(error)
             console.note(f"left out: {name}: {left_out[name]}")
     if not loaded:
-        raise MaskwatchError("no detector has its weights here; `maskwatch models list` shows where each comes from")
+        raise MaskwatchError(
+            "no detector has its weights on this machine; `maskwatch models list` shows where to get them"
+        )
     results = {name: _run(folder, name, each, settings.worker.max_image_pixels) for name, each in loaded.items()}
     summaries = {
         name: {
@@ -66,7 +68,7 @@ def run(folder: Path, only: Sequence[str], out: Path | None, *, as_json: bool) -
         _print_detectors(folder, values)
 
 
-#: What loading a detector raises where something of it isn't on this machine.
+#: What loading a detector raises if its weights or its package are not on this machine.
 _NOT_HERE = (MaskwatchError, PermanentJobError, ModuleNotFoundError)
 
 
@@ -75,7 +77,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Loaded(NamedTuple):
-    """A detector, ready: as its pipeline has it, and with the threshold of the curve."""
+    """A loaded detector, at the threshold of its pipeline and at that of the curve."""
 
     spec: PipelineSpec
     at_threshold: FaceDetector

@@ -37,7 +37,7 @@ def run(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate, keep what is asked for, draw and print."""
+    """Evaluate, store the confusion matrix if asked for, draw and print."""
     prepare_folder(out)
     settings = get_settings()
     spec = chosen_spec(settings, None, classifier)

@@ -1,4 +1,4 @@
-"""What the commands of `maskwatch evaluate` share: the pipeline that is chosen, what is written, what is printed."""
+"""What the commands of `maskwatch evaluate` share: choosing the pipeline, writing files, printing tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workers.evaluation.faces import Mistake
 
 
 def chosen_spec(settings: Settings, detector: str | None, classifier: str | None) -> PipelineSpec:
-    """The configured pipeline with other models where they are named; another detector has its own threshold."""
+    """The configured pipeline, with other models if they are named; another detector brings its own threshold."""
     changed: dict[str, Any] = {}
     if detector is not None:
         changed |= {"detector": detector, "detector_threshold": None}
@@ -28,7 +28,7 @@ def chosen_spec(settings: Settings, detector: str | None, classifier: str | None
 
 
 def prepare_folder(out: Path | None) -> None:
-    """Makes the folder before any work is done, for a missing right to write should not show at the end."""
+    """Makes the folder before any work is done, so that a missing right to write is not found only at the end."""
     if out is None:
         return
     try:
@@ -40,13 +40,13 @@ def prepare_folder(out: Path | None) -> None:
 
 
 def write_metrics(out: Path, values: dict[str, Any]) -> None:
-    """After the plots: where metrics.json lies, everything does."""
+    """Write metrics.json. Call it after the plots: a folder with metrics.json is complete."""
     (out / "metrics.json").write_text(console.as_json(values) + "\n", encoding="utf-8")
     console.note(f"metrics.json and plots are in {out}")
 
 
 def draw_grids(out: Path, grids: dict[str, tuple[str, Sequence[Mistake]]]) -> None:
-    """A picture for every kind of mistake; none, and none of an earlier run, where there was no such mistake."""
+    """Write an image for every kind of mistake that occurred, and remove those of an earlier run."""
     for name, (title, mistakes) in grids.items():
         path = out / f"{name}.png"
         path.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def draw_grids(out: Path, grids: dict[str, tuple[str, Sequence[Mistake]]]) -> No
 
 
 def print_calibration(title: str, values: dict[str, Any]) -> None:
-    """How far the confidence can be believed, and what becomes uncertain at which threshold."""
+    """Print the calibration, and the share of uncertain faces by threshold."""
     calibration = values["calibration"]
     print_line(
         f"{title}: calibration error {decimals(calibration['expected_calibration_error'])}, "
@@ -74,7 +74,7 @@ def print_calibration(title: str, values: dict[str, Any]) -> None:
         ],
     )  # fmt: skip
     console.print_table(
-        "What becomes uncertain, by the probability below which a face does",
+        "Uncertain faces, by the probability below which a face is uncertain",
         ("uncertain below", "uncertain", "the rest right", "balanced accuracy of the rest"),
         [
             (
@@ -87,5 +87,5 @@ def print_calibration(title: str, values: dict[str, Any]) -> None:
 
 
 def decimals(value: float | None) -> str:
-    """Three decimals; a dash where there is no figure."""
+    """Three decimals; a dash for None."""
     return "–" if value is None else f"{value:.3f}"

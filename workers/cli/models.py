@@ -1,7 +1,7 @@
-"""`maskwatch models`: what the manifest knows, what lies on this machine, and how it gets here.
+"""`maskwatch models`: lists the models of the manifest, and gets, checks, exports and imports their files.
 
-Wiring between the command line and `weights`, `acquisition` and `bundles`; loads no model runtime, unless weights
-without a published hash have to be checked.
+Wiring between the command line and `workers.weights`; loads no model runtime, unless weights without a published hash
+have to be checked.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from workers.weights.files import USABLE, WRONG, FileStatus, ModelStatus, cache_
 
 @click.group()
 def models() -> None:
-    """List, pull, verify and carry over the files of models.
+    """List, download, verify, export and import the files of models.
 
     Files lie in packages that ship them, or in the cache folder that MASKWATCH_MODELS_DIR names. Each is pinned by its
-    SHA-256, and one that differs is never used.
+    SHA-256, and a file with another hash is never used.
 
     \b
     Examples:
-      maskwatch models list                         what is here, and what is missing
-      maskwatch models pull mtcnn                   from where its authors publish it
-      maskwatch models import weights.pth           a file that you got by other means
+      maskwatch models list                         which models are here, and which are missing
+      maskwatch models pull mtcnn                   download it from its authors
+      maskwatch models import weights.pth           take a file that you downloaded yourself
       maskwatch models export /media/usb/models     for a machine without a network, and there:
       maskwatch models import /media/usb/models
     """
@@ -42,7 +42,7 @@ def models() -> None:
 @models.command("list")
 @console.json_option
 def list_models(as_json: bool) -> None:
-    """List the models: kind, licence, size, hash, where they lie and in which state.
+    """List the models: kind, licence, size, hash, state, and where they lie.
 
     \b
     Example:
@@ -104,14 +104,15 @@ def _row(status: ModelStatus) -> tuple[Any, ...]:
 
 @models.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--all", "everything", is_flag=True, help="Every model that isn't here and can be pulled.")
-@click.option("--url", metavar="URL", help="Of a mirror: the file, or the folder it is in, ending with a slash.")
-@click.option("--sha256", metavar="HEX", help="What the file must have, where nobody has published a hash.")
+@click.option("--all", "everything", is_flag=True, help="All models that are missing here and can be downloaded.")
+@click.option("--url", metavar="URL", help="A mirror: the URL of the file, or of its folder, ending with a slash.")
+@click.option("--sha256", metavar="HEX", help="The hash that the file must have, if none is published.")
 @console.json_option
 def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str | None, as_json: bool) -> None:
     """Download models into the cache; each file is checked before it gets its name.
 
-    Where nobody has published a hash, the weights must fit their network, and the hash that was found is remembered:
+    If no hash is published, the weights must fit their network, and the hash of the file is remembered.
+
     \b
     Examples:
       maskwatch models pull retinaface-resnet50
@@ -120,10 +121,10 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
       maskwatch models pull retinaface-resnet50 --url http://mirror/r50.pt --sha256 5f3a…
     """
     if bool(names) == everything:
-        raise MaskwatchError("name the models to pull, or say --all")
+        raise MaskwatchError("name the models to pull, or give --all")
     sha256 = sha256 and sha256.lower()
     if sha256 is not None and (len(names) != 1 or not is_sha256(sha256)):
-        raise MaskwatchError("--sha256 belongs to one model, and is 64 characters of 0-9 and a-f")
+        raise MaskwatchError("--sha256 goes with one model, and is 64 characters of 0-9 and a-f")
     placed: list[Placed] = []
     failed: list[str] = []
     for name in dict.fromkeys(names) if names else _pullable(url):
@@ -133,7 +134,7 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
         except MaskwatchError as error:
             if not everything:
                 raise
-            # One that can't be had should not keep the others away.
+            # A model that can't be pulled must not stop the others.
             failed.append(name)
             console.note(str(error))
             continue
@@ -146,7 +147,7 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
 
 
 def _pullable(url: str | None) -> list[str]:
-    """What `--all` means: models with files that are missing or wrong, and that have an address."""
+    """The models of `--all`: those with files that are missing or wrong, and have an address."""
     statuses = [examine(model) for model in local_models().values()]
     return [
         status.model.name
@@ -159,7 +160,7 @@ def _pullable(url: str | None) -> list[str]:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @console.json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
-    """Hash every file again. Exits with 1 if one is wrong; of models that you name, if one is missing.
+    """Hash every file again. Exits with 1 if a file is wrong, or if a model that you named is missing.
 
     \b
     Examples:
@@ -178,7 +179,7 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
         for status in wrong:
             click.echo(f"{status.model.name}: {status.state}: {status.detail}")
         right = sum(status.state in USABLE for status in statuses)
-        console.note(f"{right} model(s) are here as they are pinned, {len(wrong)} wrong")
+        console.note(f"{right} model(s) have their pinned hashes, {len(wrong)} are wrong")
     if wrong:
         sys.exit(1)
 
@@ -191,7 +192,7 @@ def export(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
     """Copy models into a new FOLDER, to carry to a machine without a network.
 
     It holds the files, the networks that were derived from them here, and manifest.json: names, sizes, hashes,
-    licences and sources. Without a NAME: every model that is here.
+    licences and sources. Without a NAME, all models that are here are copied.
 
     \b
     Examples:
@@ -203,22 +204,22 @@ def export(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
         console.print_json({"folder": str(folder), "models": [_as_dict(status) for status in statuses]})
     else:
         carried = ", ".join(status.model.name for status in statuses)
-        console.note(f"{folder} holds {carried}; there: maskwatch models import {folder.name}")
+        console.note(f"{folder} holds {carried}; on the other machine: maskwatch models import {folder.name}")
 
 
 @models.command("import")
 @click.argument(
     "paths", nargs=-1, required=True, metavar="FOLDER|FILE...", type=click.Path(exists=True, path_type=Path)
 )
-@click.option("--as", "as_name", metavar="NAME", help="Which model the file is, where neither hash nor name tells.")
+@click.option("--as", "as_name", metavar="NAME", help="The model of the file, if neither its hash nor its name tells.")
 @console.json_option
 def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -> None:
-    """Bring files into the cache: a FOLDER made by `export`, or weights that you got by other means, by their FILE or
-    all that are known below a FOLDER.
+    """Copy files into the cache: a FOLDER made by `export`, or weights that you downloaded yourself, by their FILE, or
+    all known ones below a FOLDER.
 
-    A file is known by its hash, by its name or by --as. Its hash must be the published one; where there is none, the
-    weights must fit their network and the hash is remembered. Nothing in a file is ever executed, and nothing is kept
-    of an import that was refused.
+    A file is recognised by its hash, by its name or by --as. It must have the published hash; if there is none, the
+    weights must fit their network, and the hash is remembered. No code in a file is ever executed, and a refused import
+    leaves nothing behind.
 
     \b
     Examples:
@@ -228,7 +229,7 @@ def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -
     """
     folders = [path for path in paths if path.is_dir()]
     if folders and (len(paths) > 1 or as_name is not None):
-        raise MaskwatchError("import one folder, which says itself what it holds, or files")
+        raise MaskwatchError("give one folder without --as, or files")
     if folders and (folders[0] / MANIFEST).exists():
         placed = import_bundle(folders[0], check_fits)
     else:
@@ -251,11 +252,11 @@ def _placed_as_dict(entry: Placed) -> dict[str, Any]:
 def _tell(placed: list[Placed]) -> None:
     for entry in placed:
         if not entry.new:
-            console.note(f"{entry.model}: {entry.path} is there already, as it is pinned")
+            console.note(f"{entry.model}: {entry.path} is there already, with its pinned hash")
             continue
         console.note(f"{entry.model}: {entry.path}, SHA-256 {entry.sha256}")
         if entry.pinned_now:
             console.note(
-                f"  nobody has published a hash for it: it fits its network, and this one is remembered; elsewhere: "
-                f"{entry.model}@{entry.sha256}"
+                f"  no hash is published: the file fits its network, and its hash is remembered; on other machines, "
+                f"name it {entry.model}@{entry.sha256}"
             )

@@ -1,4 +1,4 @@
-"""`maskwatch purge` and `maskwatch erase`: what is to be removed for good."""
+"""`maskwatch purge` and `maskwatch erase`: remove data for good."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from workers.summaries import aggregation, purging
 
 @click.command()
 @click.option(
-    "--before", required=True, type=click.DateTime(["%Y-%m-%d"]), help="All faces seen before this day began, in UTC."
+    "--before",
+    required=True,
+    type=click.DateTime(["%Y-%m-%d"]),
+    help="Remove all faces seen before this day began, in UTC.",
 )
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @json_option
 def purge(before: datetime, yes: bool, as_json: bool) -> None:
-    """Remove the faces seen before a date for good. The hourly summaries of that time stay, as they are; footage of it
-    that arrives later is refused, with a reason. May be repeated, and goes on where it was interrupted.
+    """Remove the faces seen before a date for good. The hourly summaries of that time stay as they are; footage of that
+    time that arrives later is quarantined. If it was interrupted, run it again: it goes on where it was.
 
     \b
     Example:
@@ -47,8 +50,8 @@ def purge(before: datetime, yes: bool, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @json_option
 def erase(uri: str, yes: bool, as_json: bool) -> None:
-    """Remove everything that came from an object, in all its versions: faces, counts, jobs, its name. The summaries
-    follow. The object stays out of later backfills; the object itself is yours to delete.
+    """Remove everything that came from an object, in all its versions: faces, counts, jobs, its name, and update the
+    summaries. Later backfills leave the object out. The object itself is not deleted: do that in the bucket.
 
     \b
     Example:
@@ -61,7 +64,7 @@ def erase(uri: str, yes: bool, as_json: bool) -> None:
         with session_scope() as session:
             versions = ledger.erase(session, bucket, key, by=audit.operator())
             if not versions:
-                raise MaskwatchError(f"nothing is known of {bucket}/{key}; nothing was changed")
+                raise MaskwatchError(f"{bucket}/{key} is unknown; nothing was changed")
         aggregation.summarize()
     if as_json:
         print_json({"object": f"{bucket}/{key}", "versions": versions})

@@ -30,39 +30,41 @@ from workers.weights.files import read_model
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where the results go; without it trained/ARCH-RECIPE.",
+    help="Folder for the results (default: trained/ARCH-RECIPE).",
 )
 @click.option(
     "--arch",
     default="efficientnet-lite0",
     show_default=True,
     type=click.Choice(["xception", "compact", "efficientnet-lite0"]),
-    help="Which network.",
+    help="The network to train.",
 )
 @click.option(
     "--recipe",
     default="field",
     show_default=True,
     type=click.Choice(["notebook", "field"]),
-    help="The reference of 2020 to the letter, or ours for what cameras see.",
+    help="notebook: exactly as the reference of 2020; field: for faces as cameras see them.",
 )
-@click.option("--stages", help="Crop sizes and their epochs, as in 64:12,96:4; without it the recipe's own.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Epochs in all, shared out over the recipe's stages.")
+@click.option("--stages", help="Crop sizes in px and their epochs, e.g. 64:12,96:4 (default: the recipe's).")
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs in all, divided over the recipe's stages.")
 @click.option(
     "--weights",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="ImageNet weights to begin with, for xception Keras's own file without top.",
+    help="File of ImageNet weights to begin with; for xception, Keras's own file without top.",
 )
-@click.option("--scratch", is_flag=True, help="Begin with random weights, whatever this machine has.")
+@click.option("--scratch", is_flag=True, help="Begin with random weights, even if ImageNet weights are here.")
 @click.option(
     "--precision",
     default="float32",
     show_default=True,
     type=click.Choice(["float32", "mixed_bfloat16", "mixed_float16"]),
-    help="What the network computes in.",
+    help="The number format that the network computes in.",
 )
-@click.option("--limit", type=click.IntRange(min=20), help="Only this many faces, chosen at random: for a quick try.")
-@click.option("--seed", default=42, show_default=True, type=click.IntRange(min=0))
+@click.option("--limit", type=click.IntRange(min=20), help="Use only this many faces, chosen at random: a quick try.")
+@click.option(
+    "--seed", default=42, show_default=True, type=click.IntRange(min=0), help="Seed of everything that is random."
+)
 @console.json_option
 def train(
     data: tuple[Path, ...], out: Path | None, arch: str, recipe: str, stages: str | None, epochs: int | None,
@@ -70,13 +72,13 @@ def train(
 ) -> None:  # fmt: skip
     """Fit and export a classifier of faces with and without mask.
 
-    DATA, as many as you like: class folders (with_mask/, without_mask/, perhaps mask_weared_incorrect/), a CSV manifest
+    DATA, one or more: class folders (with_mask/, without_mask/, perhaps mask_weared_incorrect/), a CSV manifest
     (columns file and label), or scene folders (images/ with annotations/ in Pascal VOC, or labels/ in YOLO). A mask
     worn wrongly counts as without.
 
-    Leaves the network as ONNX and as Keras weights, metrics.json, a model card, and pictures: curves, confusion
-    matrix, reliability, samples and the worst mistakes. Killed, the same command goes on where it was. Trains on
-    TensorFlow, or on what KERAS_BACKEND names (torch, jax).
+    Writes the network as ONNX and as Keras weights, metrics.json, a model card, and plots: curves, confusion
+    matrix, reliability, samples and the worst mistakes. After a kill, the same command goes on where it was. Trains on
+    TensorFlow, or on the backend that KERAS_BACKEND names (torch, jax).
 
     \b
     Examples:
@@ -118,18 +120,18 @@ def train(
 
 
 def _pretrained(arch: str, weights: Path | None, scratch: bool, recipe: str) -> Callable[[Any], None] | None:
-    """What fills the fresh network with ImageNet's weights; None where there are none, which is said."""
+    """A function that fills the fresh network with ImageNet's weights; None, with a note, if there are none here."""
     if scratch and weights:
         raise MaskwatchError("--scratch and --weights exclude each other")
     if scratch or arch == "compact":
         if weights:
-            raise MaskwatchError("nobody has published ImageNet weights for compact: leave --weights out")
+            raise MaskwatchError("no ImageNet weights are published for compact: leave --weights out")
         return None
     if arch == "xception":
         path = weights or pretrained.xception_file()
         if path is None:
             console.note(
-                f"no ImageNet weights here ({pretrained.XCEPTION_FILE} in Keras's cache, or --weights): "
+                f"no ImageNet weights found ({pretrained.XCEPTION_FILE} in Keras's cache, or --weights): "
                 "the whole network learns from scratch"
             )
             return None
@@ -141,8 +143,8 @@ def _pretrained(arch: str, weights: Path | None, scratch: bool, recipe: str) -> 
 
 @contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """Makes the folder before any work is done, for a missing right to write should not show after an epoch; takes it
-    away again where nothing came of it."""
+    """Makes the folder before any work is done, so that a missing right to write is not found only after an epoch;
+    removes the folder at the end if it is new and empty."""
     if (out / "metrics.json").exists():
         raise MaskwatchError(f"{out} holds a finished training; choose another folder or remove it")
     existed = out.exists()
@@ -160,8 +162,8 @@ def _folder(out: Path) -> Iterator[None]:
 
 
 def _load_keras() -> None:
-    """Imports Keras and its backend, TensorFlow where none is named, without their chatter on the way; what is missing
-    is reported by the command line itself."""
+    """Imports Keras and its backend (TensorFlow if none is named), and drops what they print meanwhile. The command
+    line reports a missing package."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     with _native_chatter_off():
@@ -174,7 +176,7 @@ def _load_keras() -> None:
 
 @contextmanager
 def _native_chatter_off() -> Iterator[None]:
-    """Drops what TensorFlow's C++ code writes to standard error: notes on how it was built, which no setting ends."""
+    """Drops what TensorFlow's C++ code writes to standard error: build notes that no setting turns off."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -187,14 +189,14 @@ def _native_chatter_off() -> Iterator[None]:
 
 
 def _go_on_with_tensorflow(out: Path) -> None:
-    """After a training in torch or JAX: the same command again on TensorFlow, which makes ONNX files. It finds the
-    training finished, and does the rest."""
+    """After a training in torch or JAX: run the same command again on TensorFlow, which can make ONNX files. It finds
+    the training finished, and exports the network."""
     if os.environ["KERAS_BACKEND"] == "tensorflow":
         return
     if importlib.util.find_spec("tensorflow") is None:
         raise MaskwatchError(
-            f"the network is fitted; TensorFlow makes the ONNX file and is not installed: take {out} and the data to a "
-            "machine that has it, and give the same command there without KERAS_BACKEND"
+            f"the network is fitted, but TensorFlow, which makes the ONNX file, is not installed: copy {out} and the "
+            "data to a machine that has it, and give the same command there without KERAS_BACKEND"
         )
     sys.stdout.flush()
     sys.stderr.flush()

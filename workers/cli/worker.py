@@ -23,12 +23,12 @@ from workers.lifecycle import prepare_drain
 @click.option("--processes", type=click.IntRange(1), help="Child processes (default: MASKWATCH_WORKER__PROCESSES, 1).")
 @click.option("--threads", type=click.IntRange(1), help="Threads per model runtime (default: cores // processes).")
 @runtime_options
-@click.option("--name", default=None, help="A name for logs and for `jobs show` (default: the process id).")
+@click.option("--name", default=None, help="A name for logs and for `jobs show` (default: worker- and the process id).")
 def worker(processes: int | None, threads: int | None, name: str | None) -> None:
     """Run a worker that analyses pictures and videos, until SIGTERM.
 
-    On SIGTERM it finishes the picture at hand, gives the others and a chunk of video back, and exits. Without the GPU
-    it is told to use it does not start.
+    On SIGTERM it finishes its current picture, gives its other jobs back, and exits. It does not start if the device it
+    is told to use is missing.
 
     \b
     Examples, on a machine with 8 cores, and on one with a GPU:
@@ -43,7 +43,7 @@ def worker(processes: int | None, threads: int | None, name: str | None) -> None
     if threads:
         put_setting("MASKWATCH_WORKER__THREADS", str(threads))
     settings = get_settings()
-    # Before any job is claimed: a worker that can do none would take them and give them back for ever.
+    # Checked before any job is claimed: an unfit worker would claim jobs and give them back for ever.
     require_runtime(runtime_of(settings))
     if (warning := oversubscribed(settings.worker.processes, settings.worker.threads)) is not None:
         note(f"warning: {warning}")

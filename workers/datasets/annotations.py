@@ -1,4 +1,4 @@
-"""Labelled boxes of scenes: Pascal VOC and YOLO annotations beside their pictures, and what labels mean here."""
+"""Reads the labelled boxes of scenes (Pascal VOC and YOLO annotations), and maps their labels to classes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from common.domain import MaskStatus, MaskwatchError
 #: Class order of every network: the classes sorted, as in the notebook.
 CLASS_NAMES = (MaskStatus.WITH_MASK.value, MaskStatus.WITHOUT_MASK.value)
 
-#: Names that labels go by → class index. A mask worn wrongly protects nobody: it counts as without.
+#: Label → class index. A mask worn wrongly protects nobody, so it counts as without.
 WORN_WRONGLY = "mask_weared_incorrect"
 CLASS_OF_LABEL = {"with_mask": 0, "without_mask": 1, WORN_WRONGLY: 1}
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
-#: Where the names of YOLO's numbered classes lie, in the scene folder or beside the labels, one name per line.
+#: Files with the names of YOLO's numbered classes, in the scene folder or beside the labels, one name per line.
 YOLO_NAMES = ("classes.txt", "obj.names")
 
 Box = tuple[float, float, float, float]
@@ -29,7 +29,7 @@ LeftOut = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class LabelledBox:
-    """A face in a picture as somebody labelled it. Box: xyxy pixels, inside the picture."""
+    """A labelled face of an image. Box: xyxy pixels, inside the image."""
 
     box: Box
     label: int
@@ -41,14 +41,14 @@ class LabelledBox:
 
 
 def class_of(label: str, where: object) -> int:
-    """The class index of a label. Raises `MaskwatchError` for one that isn't known, naming where it stands."""
+    """The class index of a label. Raises `MaskwatchError` for an unknown one; `where`: the file that has it."""
     if label not in CLASS_OF_LABEL:
         raise MaskwatchError(f"unknown label {label!r} in {where}; known: {', '.join(CLASS_OF_LABEL)}")
     return CLASS_OF_LABEL[label]
 
 
 def read_text(path: Path) -> str:
-    """A file of words. Raises `MaskwatchError` where it can't be read or isn't UTF-8."""
+    """The text of a file. Raises `MaskwatchError` if it can't be read or isn't UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,19 +65,19 @@ def _annotation_folder(folder: Path) -> Path | None:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name."""
+    """The images of a folder, by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def scene_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """(picture, its annotation) of a scene folder, by name.
+    """(image, its annotation) of a scene folder, by name.
 
-    Raises `MaskwatchError` where the folder has no pictures or a picture has no annotation.
+    Raises `MaskwatchError` if the folder has no images or an image has no annotation.
     """
     annotations = _annotation_folder(folder)
     if not is_scene_folder(folder) or annotations is None:
         raise MaskwatchError(
-            f"{folder} is no scene folder: it needs images/ and annotations/ (Pascal VOC) or labels/ (YOLO)"
+            f"{folder} is not a scene folder: it needs images/ and annotations/ (Pascal VOC) or labels/ (YOLO)"
         )
     suffix = ".xml" if annotations.name == "annotations" else ".txt"
     pairs = [(path, annotations / f"{path.stem}{suffix}") for path in images_in(folder / "images")]
@@ -90,10 +90,10 @@ def scene_pairs(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def read_boxes(path: Path, width: int, height: int, left_out: LeftOut | None = None) -> list[LabelledBox]:
-    """The labelled faces of one annotation file (.xml: Pascal VOC, .txt: YOLO), clipped to the picture of width ×
+    """The labelled faces of one annotation file (.xml: Pascal VOC, .txt: YOLO), clipped to the image of width ×
     height pixels. Boxes that lie outside it are left out, and go to `left_out` with the reason.
 
-    Raises `MaskwatchError` for a file that is no such annotation and for an unknown label.
+    Raises `MaskwatchError` for a file that isn't such an annotation and for an unknown label.
     """
     read = _yolo_boxes(path, width, height) if path.suffix == ".txt" else _voc_boxes(path)
     labelled = []
@@ -112,17 +112,17 @@ def read_boxes(path: Path, width: int, height: int, left_out: LeftOut | None = N
 def _voc_boxes(path: Path) -> Iterator[tuple[str, Sequence[float]]]:
     """(label, corners) of a Pascal VOC file. Corners are edges: a box from xmin 10 to xmax 20 is 10 pixels wide."""
     try:
-        # Annotations are the user's own files; entities are not resolved beyond what expat allows.
+        # Annotations are the user's own files, so expat's limits on entities are enough.
         for entry in ElementTree.parse(path).getroot().iter("object"):
             corners = [float(entry.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
             yield entry.findtext("name", "").strip(), corners
     except (ElementTree.ParseError, ValueError, OSError) as error:
-        raise MaskwatchError(f"{path} is no Pascal VOC annotation: {error}") from error
+        raise MaskwatchError(f"{path} is not a Pascal VOC annotation: {error}") from error
 
 
 def _yolo_boxes(path: Path, width: int, height: int) -> Iterator[tuple[str, Sequence[float]]]:
-    """(label, corners) of a YOLO file: per line a class number, then the box's centre and size in parts of the picture
-    (docs.ultralytics.com/datasets/detect)."""
+    """(label, corners) of a YOLO file: per line a class number, then the box's centre and size as fractions of the
+    image's (docs.ultralytics.com/datasets/detect)."""
     names = _yolo_names(path)
     for line in read_text(path).splitlines():
         if not line.strip():
@@ -134,7 +134,7 @@ def _yolo_boxes(path: Path, width: int, height: int) -> Iterator[tuple[str, Sequ
             y, half_h = float(centre_y) * height, float(part_h) * height / 2
         except (ValueError, IndexError) as error:
             raise MaskwatchError(
-                f"{path} is no YOLO annotation of {len(names)} classes: the line {line[:60]!r} is no "
+                f"{path} is not a YOLO annotation of {len(names)} classes: the line {line[:60]!r} is not "
                 "`class centre_x centre_y width height`"
             ) from error
         yield name, (x - half_w, y - half_h, x + half_w, y + half_h)
@@ -146,7 +146,7 @@ def _yolo_names(path: Path) -> list[str]:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise MaskwatchError(
-            f"{path.parent.parent} numbers its classes and doesn't name them: put a {YOLO_NAMES[0]} there, "
-            f"a line per class out of {', '.join(CLASS_OF_LABEL)}"
+            f"{path.parent.parent} has no names for its numbered classes: put a {YOLO_NAMES[0]} there, "
+            f"with a line per class out of {', '.join(CLASS_OF_LABEL)}"
         )
     return [line.strip() for line in read_text(found).splitlines() if line.strip()]

@@ -1,5 +1,5 @@
-"""What small camera faces look like: turns a labelled face into a random crop as the pipeline would cut it from
-poor footage, and into the fixed crops that validation uses. Pure numpy and OpenCV, one face at a time.
+"""Turns a labelled face into a random crop, as the pipeline would cut it from poor footage of a camera, and into the
+fixed crops that validation uses. Pure numpy and OpenCV, one face at a time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from workers.classification import _ops
 from workers.datasets.annotations import Box
 from workers.datasets.dataset import FaceSample
 
-#: How production cuts crops: what training imitates, and validation does exactly.
+#: How production cuts crops; training imitates it, and validation does exactly the same.
 PRODUCTION = PipelineSettings()
 
 #: Faces are scaled down to as little as this, longer side of the box.
 SMALLEST_PX = 10.0
 
-#: Fixed sizes at which faces of class folders are validated beside their own.
+#: Fixed sizes at which faces of class folders are validated, besides their own size.
 VALIDATION_SIZES_PX = (20.0, 32.0)
 
 Pixels = NDArray[np.uint8]
@@ -36,15 +36,15 @@ class MaskPosition(StrEnum):
     AT_CHIN = "at_chin"
 
 
-#: Between which heights, in parts of the box, a drawn mask has its upper edge at the nose, at the cheeks, and ends.
+#: Ranges of heights, as fractions of the box: a drawn mask's upper edge at the nose and at the cheeks, its lower edge.
 MASK_EDGES = {
     MaskPosition.OVER_NOSE: ((0.40, 0.54), (0.48, 0.62), (0.92, 1.04)),
     MaskPosition.UNDER_NOSE: ((0.70, 0.78), (0.66, 0.80), (1.02, 1.14)),
     MaskPosition.AT_CHIN: ((0.88, 0.94), (0.84, 0.94), (1.06, 1.16)),
 }
 
-#: A face set into other surroundings fades out from its box to this multiple of it: what a class folder's picture
-#: holds beyond the box (`FOLDER_MARGIN`), less a little.
+#: A face put into other surroundings fades out from its box to this multiple of it: a little less than the margin of a
+#: class folder's images (`FOLDER_MARGIN`).
 FADED_AT = 1.28
 
 #: Disposable, fabric and respirator masks as cameras see them, RGB.
@@ -64,8 +64,8 @@ def random_crop(
     """A random view of the face, uint8 RGB of any size: size, surroundings, position, turn, light, blur, noise,
     compression.
 
-    `mask` first draws one there. With `surroundings` the face takes the place of that other face, so that hair,
-    collars and crowds tell nothing.
+    `mask`: first draw a mask there. With `surroundings` the face takes the place of that other face, so that the
+    network can't learn from hair, collars and crowds.
     """
     pixels, box = sample.pixels, sample.box
     if mask is not None:
@@ -73,7 +73,7 @@ def random_crop(
     if surroundings is not None:
         pixels, box = placed_in(pixels, box, surroundings)
     native_px = max(box[2] - box[0], box[3] - box[1])
-    # Many faces keep their size: scenes are small anyway, and large faces must not be forgotten.
+    # Many faces keep their size: faces of scenes are small already, and the network must see large ones, too.
     face_px = native_px if rng.random() < 0.4 else _log_uniform(rng, min(SMALLEST_PX, native_px), native_px)
     context = PRODUCTION.widen_factor if face_px < PRODUCTION.widen_below_px else 1.0
     if rng.random() < 0.25:
@@ -111,7 +111,7 @@ def placed_in(pixels: Pixels, box: Box, surroundings: FaceSample) -> tuple[Pixel
 
 
 def fixed_crop(sample: FaceSample, face_px: float | None) -> Pixels:
-    """The crop that validation sees. A scene's face is cut as in production; a class folder's is its whole picture.
+    """The crop for validation. A scene's face is cut as in production; a class folder's face is its whole image.
 
     face_px: scale the face down to this first (longer side); None keeps its size.
     """
@@ -145,7 +145,7 @@ def _cut(pixels: Pixels, box: Box, context: float, rng: np.random.Generator) -> 
     angle = rng.normal(0, 8) if rng.random() < 0.5 else 0.0
     matrix = cv2.getRotationMatrix2D(centre, angle, 1.0)
     matrix[:, 2] += (width / 2 - centre[0], height / 2 - centre[1])
-    # What lies beyond the kept pixels is unknown: sometimes more of the same, sometimes a plain wall.
+    # The pixels beyond the kept ones are unknown: fill them with the edge, a mirror image or a plain colour.
     border = (cv2.BORDER_REPLICATE, cv2.BORDER_REFLECT_101, cv2.BORDER_CONSTANT)[int(rng.integers(3))]
     colour = rng.integers(0, 256, 3).tolist()
     crop = cv2.warpAffine(
@@ -158,8 +158,8 @@ def _cut(pixels: Pixels, box: Box, context: float, rng: np.random.Generator) -> 
 
 
 def _half_hidden(crop: Pixels, rng: np.random.Generator) -> Pixels:
-    """Something in front of one side or of the forehead: somebody's shoulder, a post, a hat. The mouth stays half free,
-    for nobody could label a face without it."""
+    """Cover one side or the forehead, as a shoulder, a post or a hat would. Half of the mouth stays free, because
+    a face without it could not be labelled."""
     height, width = crop.shape[:2]
     hidden = crop.copy()
     match int(rng.integers(3)):
@@ -175,7 +175,7 @@ def _half_hidden(crop: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _cut_off_side(crop: Pixels, rng: np.random.Generator) -> Pixels:
-    """As at the edge of a picture, where the widened box can't grow."""
+    """Cut off one side, as at the edge of an image, where the widened box can't grow."""
     height, width = crop.shape[:2]
     part = rng.uniform(0.05, 0.22)
     match int(rng.integers(3)):
@@ -190,7 +190,7 @@ def _cut_off_side(crop: Pixels, rng: np.random.Generator) -> Pixels:
 def _scaled(crop: Pixels, scale: float, rng: np.random.Generator) -> Pixels:
     if scale >= 1:
         return crop
-    # Cameras average, phones sharpen, thumbnails skip pixels.
+    # Cameras average pixels, phones sharpen, thumbnails skip pixels.
     interpolation = (cv2.INTER_AREA, cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)[int(rng.integers(4))]
     return _resized(crop, scale, interpolation)
 
@@ -202,7 +202,7 @@ def _resized(crop: Pixels, scale: float, interpolation: int) -> Pixels:
 
 
 def _degraded(crop: Pixels, rng: np.random.Generator) -> Pixels:
-    """Light, blur, noise and compression, each now and then."""
+    """Change light, blur, noise and compression, each with some probability."""
     if rng.random() < 0.3:
         crop = _blurred(crop, rng)
     if rng.random() < 0.8:
@@ -222,13 +222,13 @@ def _blurred(crop: Pixels, rng: np.random.Generator) -> Pixels:
         sigma = rng.uniform(0.4, 0.03 * max(crop.shape[:2]) + 0.5)
         return np.asarray(cv2.GaussianBlur(crop, (0, 0), sigma), dtype=np.uint8)
     length = int(rng.integers(2, max(4, crop.shape[1] // 8)))
-    # Motion: a line as kernel, across or along.
+    # Motion blur: a line as kernel, horizontal or vertical.
     kernel = np.full((1, length) if rng.random() < 0.7 else (length, 1), 1 / length, np.float32)
     return np.asarray(cv2.filter2D(crop, -1, kernel), dtype=np.uint8)
 
 
 def _relit(crop: Pixels, rng: np.random.Generator) -> Pixels:
-    """Contrast, brightness, gamma and colour of the light by one look-up table per channel; grey now and then."""
+    """Change contrast, brightness, gamma and colour by one look-up table per channel; sometimes make it grey."""
     levels = np.linspace(0, 1, 256)
     levels = levels ** math.exp(rng.normal(0, 0.3))
     levels = (levels - 0.5) * rng.uniform(0.65, 1.25) + 0.5 + rng.normal(0, 0.08)
@@ -257,7 +257,7 @@ def with_drawn_mask(pixels: Pixels, box: Box, rng: np.random.Generator, position
          (middle + 0.2, chin), (middle - 0.2, chin), (left + 0.04, jaw)]
     )  # fmt: skip
     outline += rng.normal(0, 0.012, outline.shape)
-    # Sixteenths of a pixel: OpenCV's fixed-point coordinates, so that small faces get no staircase.
+    # In sixteenths of a pixel, OpenCV's fixed-point coordinates, so that edges on small faces aren't jagged.
     points = np.round((outline * (width, height) + (x1, y1)) * 16).astype(np.int32)
     colour = np.array(MASK_COLOURS[int(rng.integers(len(MASK_COLOURS)))]) + rng.normal(0, 12, 3)
     if rng.random() < 0.15:
@@ -272,7 +272,7 @@ def with_drawn_mask(pixels: Pixels, box: Box, rng: np.random.Generator, position
     if rng.random() < 0.5:
         _draw_folds(drawn, box, (left, right, cheek, chin), colour, rng)
     if rng.random() < 0.5:
-        # Lets some of the face's own shading through, as cloth does.
+        # Some of the face's own shading shows through, as with cloth.
         through = rng.uniform(0.05, 0.25)
         drawn = cv2.addWeighted(drawn, 1 - through, pixels, through, 0)
     return np.asarray(drawn, dtype=np.uint8)

@@ -1,8 +1,7 @@
-"""Labelled faces for training and measuring: reads class folders, manifests and scenes into memory, keeps
-look-alikes together, splits.
+"""Labelled faces for training and measuring: reads class folders, manifests and scenes into memory, groups
+look-alikes, and splits them.
 
-It leaves reading annotations to `annotations`, and what happens to a face before the network sees it to `augment`
-and `workers.classification._ops`.
+Reading annotations is left to `annotations`, augmenting and cropping to `augment` and `workers.classification._ops`.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from workers.datasets.annotations import (  # fmt: skip
 )
 from workers.media.images import decode_image
 
-#: Where a face of a class folder lies in its picture: such crops are cut with about this margin on every side.
+#: Margin of an image of a class folder around its face, on every side, as a fraction of the image.
 FOLDER_MARGIN = 0.12
 
-#: Pictures in memory at once while they are read.
+#: How many images are in memory at once while they are read.
 READ_AHEAD = 64
 
-#: A larger picture is left out, named.
+#: A larger image is left out, and reported.
 MAX_PIXELS = 100_000_000
 
 #: How much of its surroundings a face of a scene keeps in memory, as a multiple of its box. Widening takes 1.5,
@@ -53,20 +52,20 @@ SCENE_CONTEXT = 2.4
 #: Faces keep at most this many pixels on the longer side of their box: no network here sees more.
 KEEP_FACE_PX = 160
 
-#: Labelled boxes below this are guesses of whoever labelled them.
+#: Labels of smaller boxes are guesses.
 SMALLEST_FACE_PX = 8
 
-#: Upper halves of two faces that correlate above this are the same photo, as a rule: measured on faces whose
-#: pairs are known (masks pasted on photos); most true pairs lie above, and hardly any strangers.
+#: If the upper halves of two faces correlate above this, they are usually the same photo. Measured on known pairs
+#: (masks pasted on photos): most true pairs lie above, and hardly any other pair.
 LOOKALIKE_CORRELATION = 0.93
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # arrays have no single truth when compared
+@dataclass(frozen=True, slots=True, eq=False)  # comparing arrays gives no single bool
 class FaceSample:
     """One labelled face in memory.
 
-    pixels: uint8 RGB (h, w, 3), the face with what is kept of its surroundings; box: xyxy in these pixels.
-    size_px: the longer side of the box in the original picture. Samples of one group stay on one side of a split.
+    pixels: uint8 RGB (h, w, 3), the face with some of its surroundings; box: xyxy in these pixels.
+    size_px: the longer side of the box in the original image. Samples of one group stay on one side of a split.
     """
 
     pixels: NDArray[np.uint8]
@@ -82,7 +81,7 @@ class FaceSample:
 
 @dataclass(slots=True)
 class FaceSet:
-    """What was read, and the files and boxes that could not be used: (name, reason)."""
+    """The samples that were read, and the files and boxes that could not be used: (name, reason)."""
 
     samples: list[FaceSample] = field(default_factory=list)
     unreadable: LeftOut = field(default_factory=list)
@@ -104,7 +103,7 @@ def load(folders: Iterable[Path]) -> FaceSet:
     without_mask/ and perhaps mask_weared_incorrect/; a manifest.csv beside them (columns file, source) names each
     file's source. A manifest (a .csv of its own) has the columns file, relative to it, and label; perhaps source, group
     (faces of one person or photo, which stay on one side of a split), and x1, y1, x2, y2 in pixels of the picture.
-    Raises `MaskwatchError` for a folder that is none of these, an unknown label, and a class without a single face.
+    Raises `MaskwatchError` for a folder of another kind, an unknown label, and a class without a face.
     """
     faces = FaceSet()
     for folder in folders:
@@ -160,7 +159,7 @@ def _named_in(label: str, path: Path) -> str:
 
 
 def _folder_sample(pixels: NDArray[np.uint8], label: str, name: str, source: str, group: str) -> FaceSample:
-    """A picture that is one face with a little around it."""
+    """The sample of an image that is one face with a margin."""
     height, width = pixels.shape[:2]
     box = (
         width * FOLDER_MARGIN, height * FOLDER_MARGIN,
@@ -191,9 +190,9 @@ def _load_scenes(folder: Path, faces: FaceSet) -> None:
 
 
 def _scene_sample(pixels: NDArray[np.uint8], labelled: LabelledBox, name: str, source: str, group: str) -> FaceSample:
-    """A labelled face of a larger picture, with its surroundings."""
+    """The sample of a labelled face of a larger image, with its surroundings."""
     height, width = pixels.shape[:2]
-    # The kept pixels are cut as a widened crop would be, so that edges of the picture stay edges.
+    # The kept pixels are cut as a widened crop would be, so that the image's edges stay edges.
     wide = _ops.widen_box(labelled.box, width, height, below_px=float("inf"), factor=SCENE_CONTEXT)
     left, top, right, bottom = _ops.pixel_box(wide, width, height)
     x1, y1, x2, y2 = labelled.box
@@ -238,14 +237,14 @@ def _load_manifest(path: Path, faces: FaceSet) -> None:
 
 
 def _manifest_box(row: dict[str, str], path: Path) -> Box | None:
-    """The box of a manifest's row; None where it names none, and the picture is the face."""
+    """The box of a manifest's row; None if it has no box, and the whole image is the face."""
     corners = [row.get(key) or "" for key in ("x1", "y1", "x2", "y2")]
     if not any(corners):
         return None
     try:
         x1, y1, x2, y2 = map(float, corners)
     except ValueError as error:
-        raise MaskwatchError(f"the box {','.join(corners)!r} of {row['file']} in {path} is no x1,y1,x2,y2") from error
+        raise MaskwatchError(f"the box {','.join(corners)!r} of {row['file']} in {path} is not x1,y1,x2,y2") from error
     return x1, y1, x2, y2
 
 
@@ -271,7 +270,7 @@ def _manifest_sources(path: Path) -> dict[str, str]:
 def _read_in_parallel(
     paths: Sequence[Path], faces: FaceSet, name_of: Callable[[Path], str]
 ) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
-    """(path, RGB) of all pictures that can be decoded, in their order, a few read ahead; the others are noted."""
+    """(path, RGB) of all images that can be decoded, in order, with prefetch; the others go to `faces.unreadable`."""
 
     def read(path: Path) -> NDArray[np.uint8] | str:
         try:
@@ -290,7 +289,7 @@ def _read_in_parallel(
 
 
 def _shrunk(sample: FaceSample) -> FaceSample:
-    """The sample with its face at most `KEEP_FACE_PX` on its longer side: memory, and time for every later crop."""
+    """The sample with its face at most `KEEP_FACE_PX` on its longer side, which saves memory and later work."""
     x1, y1, x2, y2 = sample.box
     scale = KEEP_FACE_PX / max(x2 - x1, y2 - y1)
     if scale >= 1:
@@ -303,9 +302,9 @@ def _shrunk(sample: FaceSample) -> FaceSample:
 
 
 def group_lookalikes(samples: Sequence[FaceSample]) -> list[FaceSample]:
-    """The samples with one group for all that look alike, beside those that already share one.
+    """The samples, with look-alikes put into one group; samples that share a group already stay together.
 
-    Compares the upper halves, which a mask leaves free: so a photo and its copy with a pasted mask meet.
+    Compares the upper halves, which a mask leaves free, so a photo and its copy with a pasted mask get one group.
     """
     parent = list(range(len(samples)))
 
@@ -347,13 +346,16 @@ def named_in(samples: Sequence[FaceSample], path: Path) -> list[FaceSample]:
     names = set(read_text(path).splitlines())
     named = [sample for sample in samples if sample.name in names]
     if len({sample.label for sample in named}) < len(CLASS_NAMES):
-        raise MaskwatchError(f"{path} names {len(named)} of these faces, and not of both classes: is it of other data?")
+        raise MaskwatchError(
+            f"{path} names {len(named)} of these faces, but not of both classes; it probably belongs to other data"
+        )
     return named
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Who learns, who judges epochs and temperature, and who is kept for the last look. Groups stay whole."""
+    """The faces for training, for choosing the epoch and the temperature, and for the final figures. Groups stay
+    whole."""
 
     training: list[FaceSample]
     validation: list[FaceSample]
@@ -361,9 +363,10 @@ class Split:
 
 
 def split_by_group(samples: Sequence[FaceSample], seed: int) -> Split:
-    """About eight tenths, one, and one. Classes and kinds of data are spread alike, groups stay on one side.
+    """About eight tenths, one tenth and one tenth. Each side has the same shares of classes and kinds of data; groups
+    stay on one side.
 
-    Raises `MaskwatchError` where a side would lack a class.
+    Raises `MaskwatchError` if a side would lack a class.
     """
     rest, held_out = _fold(samples, 10, seed)
     training, validation = _fold(rest, 9, seed)
@@ -371,7 +374,8 @@ def split_by_group(samples: Sequence[FaceSample], seed: int) -> Split:
 
 
 def split_as_notebook(samples: Sequence[FaceSample], seed: int) -> Split:
-    """Nine tenths and one, stratified by class alone, which then judges and is looked at last. Raises as above."""
+    """Nine tenths and one tenth, stratified by class only; the tenth is used for validation and for the final figures.
+    Raises as `split_by_group`."""
     from sklearn.model_selection import train_test_split
 
     labels = [sample.label for sample in samples]
@@ -382,7 +386,7 @@ def split_as_notebook(samples: Sequence[FaceSample], seed: int) -> Split:
 
 
 def limited(samples: Sequence[FaceSample], limit: int, seed: int) -> list[FaceSample]:
-    """At most `limit` of the faces, chosen at random, the classes in the proportions they have."""
+    """At most `limit` of the faces, chosen at random, with the proportions of the classes kept."""
     if limit >= len(samples):
         return list(samples)
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
-"""How far a classifier's probabilities can be believed, and the one number that makes them better: its temperature.
+"""Measures how well a classifier's probabilities are calibrated, and fits the temperature that improves them.
 
-Pure functions over probabilities and labels. Where these come from is the business of `evaluate`, and what becomes
-of a temperature that of `export`.
+Pure functions over probabilities and labels. Computing probabilities is left to the callers, applying a temperature to
+`workers.training.export`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 #: 2017, section 2). With two classes the confidence is at least 0.5, so that the lower ones stay empty.
 BINS = 15
 
-#: Where temperatures are looked for. To faces that are all classified rightly ever lower ones would fit ever better.
+#: The range of temperatures. If all faces are classified right, a lower temperature always fits better.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.2, 10.0
 
 #: Halvings of that range: its width times 2⁻⁵⁰ is below what a float tells apart.
 _STEPS = 50
 
-#: A probability below this counts as this: the smallest that float32 holds in full. The logarithm of 0 has no value.
+#: Smaller probabilities are replaced by this one, the smallest normal float32, because log(0) has no value.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 Probabilities = NDArray[np.float32] | NDArray[np.float64]
@@ -32,7 +32,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """The faces with a confidence in (low, high]: how sure the classifier was of them, and how often it was right.
+    """The faces with a confidence in (low, high]: the mean confidence, and the share that is classified right.
 
     confidence and accuracy are means, None in an empty bin.
     """
@@ -45,7 +45,7 @@ class ReliabilityBin:
 
     @property
     def gap(self) -> float | None:
-        """Confidence less accuracy: above 0 the classifier is surer than it is right."""
+        """Confidence minus accuracy: above 0 the classifier is overconfident."""
         return None if self.confidence is None or self.accuracy is None else self.confidence - self.accuracy
 
 
@@ -78,7 +78,7 @@ def calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
 
 
 def brier_score(probabilities: Probabilities, labels: Labels) -> float:
-    """Mean squared distance of the true class's probability from 1: 0 is best, 0.25 is what a coin gets.
+    """Mean squared distance of the true class's probability from 1: 0 is best; always answering 0.5 gives 0.25.
 
     Brier (1950), for two classes, in its usual half form. Raises `ValueError` as `reliability_bins`.
     """
@@ -87,13 +87,13 @@ def brier_score(probabilities: Probabilities, labels: Labels) -> float:
 
 
 def negative_log_likelihood(probabilities: Probabilities, labels: Labels) -> float:
-    """Mean of -log of the true class's probability: what a training minimises. Raises as `reliability_bins`."""
+    """Mean of -log of the true class's probability, the loss of a training. Raises as `reliability_bins`."""
     _check(probabilities, labels)
     return float(-np.mean(np.log(np.maximum(_of_truth(probabilities, labels), _SMALLEST))))
 
 
 def calibration_figures(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:
-    """Every figure of calibration, ready for JSON; the filled bins with their signed gaps. None where no face is."""
+    """All figures of calibration, ready for JSON, with the signed gaps of the filled bins. None without a face."""
     bins = reliability_bins(probabilities, labels)
     return {
         "expected_calibration_error": calibration_error(bins),
@@ -104,20 +104,20 @@ def calibration_figures(probabilities: Probabilities, labels: Labels) -> dict[st
 
 
 def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
-    """The temperature T that makes the softmax of logits / T fit the labels best, in likelihood.
+    """The temperature T for which the softmax of logits / T gives the labels the highest likelihood.
 
-    Takes what the network says, probabilities (n, classes), since their logarithms are its logits but for a constant
-    that the softmax drops. Above 1 the classifier was too sure of itself. Raises `ValueError` for arrays that don't
-    fit each other and for no face at all.
+    Takes probabilities (n, classes), since their logarithms are the logits up to a constant that the softmax cancels.
+    Above 1: the classifier was overconfident. Raises `ValueError` for arrays that don't fit each other and for no
+    faces.
     """
     _check(probabilities, labels)
     if len(labels) == 0:
-        raise ValueError("a temperature can't be fitted to no face at all")
+        raise ValueError("a temperature can't be fitted without faces")
     logits = _logits(probabilities)
     of_truth = logits[np.arange(len(labels)), labels]
 
     def slope(sharpness: float) -> float:
-        """Of the loss with respect to 1 / T. It only ever rises, since the loss is convex in 1 / T."""
+        """Derivative of the loss with respect to 1 / T. It is increasing, since the loss is convex in 1 / T."""
         expected = (_softmax(logits * sharpness) * logits).sum(axis=1)
         return float(np.mean(expected - of_truth))
 

@@ -1,7 +1,6 @@
-"""Measures face detectors on the same labelled scenes, side by side: what each finds, per face size, how much of what
-it finds is a face, and how long it takes.
+"""Measures face detectors on the same labelled scenes: recall per face size, precision, and time.
 
-The rules are those of `evaluate`; `workers/cli/evaluate.py` chooses the detectors, loads them and prints.
+The rules are those of `faces`; `workers/cli/evaluate_detectors.py` chooses the detectors, loads them and prints.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ CURVE_FROM = 0.02
 
 @dataclass(slots=True)
 class DetectorResults:
-    """What one detector made of the scenes.
+    """The results of one detector on the scenes.
 
     found: whether each labelled face was found at the detector's own threshold; at_threshold: all detections at that
     threshold; down_to_curve: all detections with a score of at least `CURVE_FROM`; seconds: one per picture.
@@ -43,7 +42,7 @@ class DetectorResults:
     def add(
         self, labelled: list[LabelledBox], at_threshold: Detections, down_to_curve: Detections, seconds: float
     ) -> None:
-        """Counts one picture, detected twice: at the detector's own threshold, in so many seconds, and far below."""
+        """Counts one image, detected twice: at the detector's own threshold, in `seconds`, and down to `CURVE_FROM`."""
         self.labelled += labelled
         self.seconds.append(seconds)
         scores = at_threshold.scores.tolist()
@@ -54,7 +53,7 @@ class DetectorResults:
         self.down_to_curve.add(scores, match(labelled, _boxes(down_to_curve), scores))
 
     def summary(self) -> dict[str, Any]:
-        """Every figure, ready for JSON. Ratios are None where nothing was there to be counted."""
+        """All figures, ready for JSON. A ratio with nothing to count is None."""
         sizes = np.array([entry.size_px for entry in self.labelled])
         found = np.array(self.found, bool)
         within = {name: (low <= sizes) & (sizes < high) for name, (low, high) in {**SIZE_BINS, **COMBINED_BINS}.items()}
@@ -84,10 +83,10 @@ def evaluate_detector(
     max_pixels: int,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> DetectorResults:
-    """Runs one detector on every picture of a scene folder, at its own threshold and again at `CURVE_FROM`.
+    """Runs one detector on every image of a scene folder, at its own threshold and again at `CURVE_FROM`.
 
-    Twice, because a low threshold gives a detector more boxes to sort out, which its own users never wait for. The
-    first picture is detected once beforehand, unmeasured. Raises `MaskwatchError` as `evaluate_scenes`.
+    Twice, because a low threshold gives a detector more boxes to sort out, which would distort the measured time. The
+    first image is detected once beforehand, as a warm-up. Raises `MaskwatchError` as `evaluate_scenes`.
     """
     results = DetectorResults()
     for scene in read_scenes(folder, max_pixels, results.unreadable, on_image):

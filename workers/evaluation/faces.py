@@ -1,8 +1,8 @@
-"""Measures a classifier on labelled faces. Also home of the rules that all figures are made by: size bins, which
-detection is which face, balanced accuracy, average precision, what becomes uncertain.
+"""Measures a classifier on labelled faces. Also holds the rules of all figures: size bins, matching detections to
+faces, balanced accuracy, average precision, uncertain faces.
 
-Knows neither click nor a console; `workers/cli/evaluate.py` prints what is computed here. Whole scenes are the
-business of `evaluate_scenes`, detectors beside each other that of `evaluate_detectors`.
+Knows neither click nor a console; `workers/cli/evaluate_faces.py` prints the results. Whole scenes are left to
+`scenes`, comparing detectors to `detectors`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ SIZE_BINS = {
     "<16": (0.0, 16.0), "16–24": (16.0, 24.0), "24–32": (24.0, 32.0), "32–64": (32.0, 64.0), "≥64": (64.0, np.inf),
 }  # fmt: skip
 
-#: Bins that bars are set for.
+#: Bins for which the tests set minimum figures.
 COMBINED_BINS = {"16–32": (16.0, 32.0), "≥32": (32.0, np.inf)}
 
-#: Labels of smaller faces are too doubtful to judge a classifier by.
+#: Labels of smaller faces are too doubtful to measure a classifier with.
 JUDGED_FROM_PX = 24.0
 
-#: Thresholds of the larger probability that the table of uncertain faces goes through; at 0.5 none is uncertain.
+#: Thresholds in the table of uncertain faces; at 0.5 no face is uncertain.
 UNCERTAIN_BELOW = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
-#: At most this many of the worst mistakes of a kind are kept to be looked at.
+#: How many of the worst mistakes of a kind are kept at most, to be shown.
 WORST = 32
 
-#: Faces that are classified between two reports of progress; also bounds how many crops are in memory.
+#: How many faces are classified between two reports of progress; also limits how many crops are in memory.
 CHUNK = 256
 
 Pixels = NDArray[np.uint8]
@@ -55,10 +55,10 @@ def size_bin(size_px: float) -> str:
 
 
 def match(labelled: Sequence[LabelledBox], boxes: Sequence[Box], scores: Sequence[float]) -> list[int | None]:
-    """For each labelled box the index of its detection, or None. Boxes: xyxy, in pixels of the picture.
+    """For each labelled box the index of its detection, or None. Boxes: xyxy, in pixels of the image.
 
-    Detections choose in the order of their score, each the free labelled box it overlaps most, as in Pascal VOC,
-    save that a box already taken leaves the next best. One to one.
+    One to one: in the order of their scores, each detection takes the free labelled box that it overlaps most. In
+    Pascal VOC, unlike here, a detection whose best box is taken gets no other.
     """
     matched: list[int | None] = [None] * len(labelled)
     if not labelled or not boxes:
@@ -73,7 +73,7 @@ def match(labelled: Sequence[LabelledBox], boxes: Sequence[Box], scores: Sequenc
 
 
 def balanced_accuracy(confusion: Sequence[Sequence[int]]) -> float | None:
-    """Mean of the classes' recalls, rows being the truth; None while a class has no face."""
+    """Mean of the classes' recalls; rows are the true classes. None if a class has no face."""
     if not all(sum(row) for row in confusion):
         return None
     return float(np.mean([row[at] / sum(row) for at, row in enumerate(confusion)]))
@@ -81,7 +81,7 @@ def balanced_accuracy(confusion: Sequence[Sequence[int]]) -> float | None:
 
 @dataclass(slots=True)
 class ScoredDetections:
-    """Every detection of a set of pictures: its score, and whether it matched a labelled face (`match`)."""
+    """All detections of a set of images: the score of each, and whether it matched a labelled face (`match`)."""
 
     scores: list[float] = field(default_factory=list)
     hits: list[bool] = field(default_factory=list)
@@ -98,7 +98,7 @@ class ScoredDetections:
     def curve(self, labelled: int) -> tuple[list[float], list[float]]:
         """(recalls, precisions) of `labelled` faces, one pair for every score as threshold, the highest first.
 
-        Detections of equal score come in together: no threshold could tell them apart.
+        Detections of equal score are counted together: no threshold could separate them.
         """
         if labelled < 1:
             raise ValueError(f"labelled is {labelled}; valid: at least 1")
@@ -112,7 +112,7 @@ class ScoredDetections:
     def average_precision(self, labelled: int) -> float:
         """The area under precision over recall, interpolated at all points: PASCAL VOC's measure since 2010.
 
-        At each recall counts the best precision that is reached at this recall or a higher one (Everingham et al.,
+        At each recall, the best precision at this recall or a higher one counts (Everingham et al.,
         "The PASCAL Visual Object Classes Challenge: A Retrospective", 2015, section 2.2).
         """
         recalls, precisions = self.curve(labelled)
@@ -120,9 +120,9 @@ class ScoredDetections:
         return float(np.sum(np.diff([0.0, *recalls]) * best_from_here))
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # arrays have no single truth when compared
+@dataclass(frozen=True, slots=True, eq=False)  # comparing arrays gives no single bool
 class Mistake:
-    """One thing that went wrong, to look at: the pixels, how bad it is (more is worse), and what happened in words."""
+    """One mistake, to be shown: the pixels, how bad it is (higher is worse), and a description."""
 
     crop: Pixels
     badness: float
@@ -146,8 +146,8 @@ def two_probabilities(p_with_mask: Sequence[float] | NDArray[np.float32]) -> Pro
 
 
 def uncertain_bands(probabilities: Probabilities, labels: Labels, configured: float) -> list[dict[str, Any]]:
-    """For each threshold, the configured one among them: what share of the faces becomes `uncertain`, and how often
-    the rest is right. Ready for JSON."""
+    """For each threshold, including the configured one: the share of faces that are `uncertain`, and how often the rest
+    is classified right. Ready for JSON."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     rows = []
     for below in sorted({*UNCERTAIN_BELOW, configured}):
@@ -167,20 +167,20 @@ def uncertain_bands(probabilities: Probabilities, labels: Labels, configured: fl
 
 
 def mislabelled_words(label: int, sureness: float, size_px: float, name: str) -> str:
-    """What a `Mistake` of the classifier is called; sureness: the probability of the wrong class."""
+    """The description of a `Mistake` of the classifier; sureness: the probability of the wrong class."""
     return f"{CLASS_NAMES[label]}, called {CLASS_NAMES[1 - label]} {sureness:.2f}, {size_px:.0f} px: {name}"
 
 
 def ratio(part: int, whole: int) -> float | None:
-    """The share of a count; None where there was nothing to be counted."""
+    """part / whole; None if there was nothing to count."""
     return part / whole if whole else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FaceResults:
-    """What a classifier says of labelled faces: probabilities float64 (n, 2), and the samples they are of.
+    """A classifier's results on labelled faces: probabilities float64 (n, 2), and their samples.
 
-    face_px: what larger faces were scaled down to, or None.
+    face_px: the size that larger faces were scaled down to, or None.
     """
 
     samples: Sequence[FaceSample]
@@ -196,7 +196,7 @@ class FaceResults:
         return sample.size_px if self.face_px is None else min(self.face_px, sample.size_px)
 
     def summary(self, uncertain_below: float) -> dict[str, Any]:
-        """Every figure, ready for JSON: scikit-learn's report, one row per face size, calibration, uncertain faces."""
+        """All figures, ready for JSON: scikit-learn's report, one row per face size, calibration, uncertain faces."""
         from sklearn.metrics import classification_report
 
         labels, predicted = self.labels, self.probabilities.argmax(axis=1)
@@ -241,9 +241,9 @@ def evaluate_faces(
 ) -> FaceResults:
     """Runs a classifier on labelled faces.
 
-    A face of a class folder is its whole picture, one of a scene is cut as production cuts it. face_px: larger faces
-    are scaled down to this many pixels first, as cameras would see them. `on_faces` is called with faces done and all
-    faces. Raises `MaskwatchError` where a class has no face.
+    A face of a class folder is its whole image, a face of a scene is cut as in production. face_px: larger faces
+    are scaled down to this many pixels first, as a distant camera would see them. `on_faces` is called with faces done
+    and all faces. Raises `MaskwatchError` if a class has no face.
     """
     for label, name in enumerate(CLASS_NAMES):
         if not any(sample.label == label for sample in samples):
@@ -257,11 +257,11 @@ def evaluate_faces(
 
 
 def label_figures(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str, Any]:
-    """How many faces, balanced accuracy and confusion (rows: truth) of predicted class indices."""
+    """Number of faces, balanced accuracy and confusion (rows: true classes) of predicted class indices."""
     confusion = [[int(((labels == true) & (predicted == said)).sum()) for said in (0, 1)] for true in (0, 1)]
     return {"faces": len(labels), "balanced_accuracy": balanced_accuracy(confusion), "confusion": confusion}
 
 
 def confusion_rows(summary: dict[str, Any]) -> list[list[Any]]:
-    """Rows for a table: the true class, then how often each class was said."""
+    """Rows for a table: the true class, then how often each class was predicted."""
     return [[f"is {name}", *row] for name, row in zip(CLASS_NAMES, summary["confusion"], strict=True)]

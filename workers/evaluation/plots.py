@@ -1,6 +1,6 @@
-"""Pictures of how a model does, as PNG: learning curves, confusion, reliability, precision against recall, and faces.
+"""Plots of a model's figures, as PNG: learning curves, confusion, reliability, precision against recall, and faces.
 
-Draws figures that others computed. Nothing here touches pyplot, whose open figures are shared by the whole process.
+Draws figures that other modules computed. Doesn't use pyplot, whose open figures are shared by the whole process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from workers.datasets.annotations import CLASS_NAMES
 from workers.evaluation.calibration import ReliabilityBin, calibration_error
 
-#: ColorBrewer's Dark2, told apart by colour-blind readers too; the first two as the report has them.
+#: ColorBrewer's Dark2, which colour-blind readers can tell apart; the first two are those of the report.
 COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
 GREEN, ORANGE, GREY = COLOURS[0], COLOURS[1], "#8a8f98"
-#: More detectors than colours: the next ones are dashed.
+#: If there are more lines than colours, the next ones are dashed.
 LINES = ("-", "--")
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -44,9 +44,9 @@ GRID_CELL = 1.35
 
 
 def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """How a training went: losses on the left, accuracies on the right, over epochs.
+    """The curves of a training over its epochs: losses on the left, accuracies on the right.
 
-    history: one mapping per epoch with `epoch`; whatever has `loss` or `accuracy` in its name is drawn.
+    history: one mapping per epoch with `epoch`; keys with `loss` or `accuracy` in their names are drawn.
     """
     names = [name for name in (history[0] if history else ()) if name != "epoch"]
     with mpl.rc_context(_STYLE):
@@ -66,7 +66,7 @@ def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def confusion(path: Path, matrix: Sequence[Sequence[int]], title: str = "", names: Sequence[str] = CLASS_NAMES) -> None:
-    """A confusion matrix, rows being the truth: each cell with its count and its share of the row."""
+    """A confusion matrix; rows are the true classes. Each cell shows its count and its share of the row."""
     counts = np.array(matrix)
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
@@ -129,7 +129,7 @@ def precision_recall(
 ) -> None:
     """Precision against recall, one line per name: (recalls, precisions) in the order of falling score.
 
-    chosen: (recall, precision) at the threshold that is really used, a dot each.
+    chosen: (recall, precision) at the threshold that is used, drawn as a dot.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.8), layout="constrained")
@@ -162,9 +162,9 @@ def grid(path: Path, crops: Sequence[NDArray[np.uint8]], titles: Sequence[str], 
         for axes in cells:
             axes.set_axis_off()
         for axes, (crop, words) in zip(cells, zip(crops, titles, strict=True), strict=False):
-            # Pixels stay squares: a face of twelve pixels should look like one.
+            # Without interpolation, so that a face of twelve pixels shows its twelve pixels.
             axes.imshow(crop, interpolation="nearest")
-            # Words are data, of file names for instance: a $ begins no formula in them.
+            # Titles contain file names, in which a $ must not begin a formula.
             axes.set_title("\n".join(textwrap.wrap(words, 21)), fontsize=6.5, parse_math=False)
         if title:
             figure.suptitle(title, x=0.01, ha="left", parse_math=False)
@@ -188,7 +188,7 @@ def _light_grid(axes: Axes) -> None:
 
 
 def _write(figure: Figure, path: Path) -> None:
-    """The picture in one go: a file that is there is whole. The same figures give the same bytes."""
+    """Write the whole PNG at once. The same figures give the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     path.write_bytes(buffer.getvalue())

@@ -1,8 +1,8 @@
-"""Measures the whole pipeline on labelled scenes: what it finds, per face size, how often it labels that right, and how
-far its confidence can be believed.
+"""Measures the whole pipeline on labelled scenes: recall per face size, how often found faces are classified right, and
+calibration.
 
-Also reads scenes for `evaluate_detectors`. Knows neither click nor a console; `workers/cli/evaluate.py` prints what is
-computed here.
+Also reads scenes for `detectors`. Knows neither click nor a console; `workers/cli/evaluate_scenes.py` prints the
+results.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from workers.evaluation.faces import (  # fmt: skip
 )
 from workers.media.images import decode_image
 
-#: A mistake is shown with half as much again around its box: people need to see what is around a face.
+#: A mistake is shown with its surroundings, in this multiple of its box.
 CONTEXT = 1.5
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A labelled face and what the pipeline made of it: the detection that was matched, or None."""
+    """A labelled face and the detection that matched it, or None."""
 
     labelled: LabelledBox
     face: Face | None
@@ -53,10 +53,10 @@ class Outcome:
 
 @dataclass(slots=True)
 class SceneResults:
-    """All labelled faces with their outcomes, everything that was detected, and the worst of what went wrong.
+    """All labelled faces with their outcomes, all detections, and the worst mistakes.
 
     mislabelled: faces that were found and called the other class, the surest first; missed: the largest labelled faces
-    that were not found; unlabelled: the surest detections where nobody labelled a face.
+    that were not found; unlabelled: the surest detections where no face is labelled.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -68,7 +68,7 @@ class SceneResults:
     unlabelled: list[Mistake] = field(default_factory=list)
 
     def add(self, name: str, image_rgb: Pixels, labelled: Sequence[LabelledBox], faces: Sequence[Face]) -> None:
-        """Counts one picture, RGB uint8 (height, width, 3)."""
+        """Counts one image, RGB uint8 (height, width, 3)."""
         self.images += 1
         scores = [face.p_face for face in faces]
         matched = match(labelled, [_box(face) for face in faces], scores)
@@ -97,13 +97,13 @@ class SceneResults:
         self.unlabelled = worst(self.unlabelled)
 
     def judged(self) -> tuple[Probabilities, Labels]:
-        """Probabilities (n, 2) and true classes (n,) of the found faces that are large enough to judge by."""
+        """Probabilities (n, 2) and true classes (n,) of the found faces of `JUDGED_FROM_PX` and more."""
         return _probabilities_of(_within(self.outcomes, JUDGED_FROM_PX, np.inf))
 
     def summary(self, uncertain_below: float) -> dict[str, Any]:
-        """Every figure, ready for JSON. Ratios are None where nothing was there to be counted.
+        """All figures, ready for JSON. A ratio with nothing to count is None.
 
-        uncertain_below: the pipeline's own. Average precision reaches down to the pipeline's detector threshold.
+        uncertain_below: the pipeline's setting. Average precision reaches down to the pipeline's detector threshold.
         """
         matched = [outcome for outcome in self.outcomes if outcome.face is not None]
         labelled = len(self.outcomes)
@@ -130,12 +130,12 @@ def _box(face: Face) -> Box:
 
 
 def _with_context(image_rgb: Pixels, box: Box) -> Pixels:
-    """The face with its surroundings, copied, so that the picture it comes from can be let go."""
+    """The face with its surroundings, copied, so that the image can be freed."""
     return _ops.crop_for_classification(image_rgb, box, float("inf"), CONTEXT).copy()
 
 
 def _within(outcomes: Sequence[Outcome], low: float, high: float) -> list[Outcome]:
-    """Those of labelled faces with a size in [low, high)."""
+    """The outcomes of labelled faces with a size in [low, high)."""
     return [outcome for outcome in outcomes if low <= outcome.labelled.size_px < high]
 
 
@@ -168,7 +168,7 @@ def _summary_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _confusion(matched: Sequence[Outcome]) -> list[list[int]]:
-    """Rows: truth, columns: the larger probability, both in the order of `CLASS_NAMES`."""
+    """Rows: true classes, columns: the class of the larger probability, both in the order of `CLASS_NAMES`."""
     probabilities, labels = _probabilities_of(matched)
     confusion: list[list[int]] = label_figures(labels, probabilities.argmax(axis=1))["confusion"]
     return confusion
@@ -176,7 +176,7 @@ def _confusion(matched: Sequence[Outcome]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scene:
-    """A picture, RGB uint8 (height, width, 3), with its labelled faces."""
+    """An image, RGB uint8 (height, width, 3), with its labelled faces."""
 
     name: str
     image_rgb: Pixels
@@ -189,10 +189,10 @@ def read_scenes(
     unreadable: list[tuple[str, str]],
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Scene]:
-    """The pictures of a scene folder, one after the other; those that can't be read go to `unreadable` with the reason.
+    """The images of a scene folder, one after the other; those that can't be read go to `unreadable` with the reason.
 
-    `on_image` is called with pictures done and all pictures, whenever the next one is asked for. Raises
-    `MaskwatchError` as `annotations.scene_pairs` and `annotations.read_boxes` do.
+    `on_image` is called with images done and all images, whenever the next one is asked for. Raises
+    `MaskwatchError` as `annotations.scene_pairs` and `annotations.read_boxes`.
     """
     pairs = scene_pairs(folder)
     for done, (image_path, annotation_path) in enumerate(pairs, start=1):
@@ -212,9 +212,9 @@ def evaluate_scenes(
     max_pixels: int,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> SceneResults:
-    """Runs `analyze` on every picture of a scene folder. Pictures that can't be read are listed, not counted.
+    """Runs `analyze` on every image of a scene folder. Images that can't be read are listed, not counted.
 
-    Raises `MaskwatchError` as `read_scenes`, and where no picture can be read or none has a labelled face.
+    Raises `MaskwatchError` as `read_scenes`, and if no image can be read or none has a labelled face.
     """
     results = SceneResults()
     for scene in read_scenes(folder, max_pixels, results.unreadable, on_image):
@@ -224,9 +224,11 @@ def evaluate_scenes(
 
 
 def check_scenes(folder: Path, images: int, labelled: int, unreadable: Sequence[tuple[str, str]]) -> None:
-    """Raises `MaskwatchError` where there was nothing to measure."""
+    """Raises `MaskwatchError` if there was nothing to measure."""
     if images == 0:
         name, reason = unreadable[0]
-        raise MaskwatchError(f"none of the {len(unreadable)} pictures in {folder} can be read, as {name}: {reason}")
+        raise MaskwatchError(
+            f"none of the {len(unreadable)} pictures in {folder} can be read; the first is {name}: {reason}"
+        )
     if labelled == 0:
         raise MaskwatchError(f"{folder / 'annotations'} labels no face in {images} pictures: nothing to measure")

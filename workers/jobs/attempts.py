@@ -1,7 +1,7 @@
-"""One job's way through this process: claimed with others, ended one way or another.
+"""Claims jobs, and ends each attempt in the ledger, whether it succeeded or not.
 
-What a job does is the business of `workers.jobs.images` and `workers.jobs.videos`. Whatever goes wrong in it ends in
-the ledger, and the other jobs go on.
+The work itself is left to `workers.jobs.images` and `workers.jobs.videos`. An error in one job is recorded in the
+ledger, and the other jobs go on.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ log = get_logger(__name__)
 
 
 def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[ClaimedJob]:
-    """The jobs of a message, held by this process. Jobs whose token has changed since they were sent are not ours to
-    do, and are dropped."""
+    """Claim the jobs of a message. Jobs whose token has changed since they were sent are dropped: another message or
+    process has them."""
     with session_scope(one_statement=True) as session:
         jobs = ledger.claim(session, refs, worker=worker, lease_seconds=settings.ledger.lease_seconds)
     if len(jobs) < len(refs):
@@ -60,14 +60,14 @@ def claim(refs: Sequence[JobRef], worker: str, settings: Settings) -> list[Claim
 
 @lru_cache(maxsize=1)
 def check_version() -> None:
-    """Raise `OutdatedProgramError` if the database takes no worker of this version any more. Asked once per process:
-    the worker was started before that was written, its children are replaced now and then."""
+    """Raise `OutdatedProgramError` if the database no longer accepts a worker of this version. Checked once per
+    process, because the worker checked it at its start, and its children are replaced from time to time."""
     with session_scope() as session:
         versions.check_part(session, versions.Part.WORKER)
 
 
 def require_version(jobs: Sequence[ClaimedJob]) -> None:
-    """Raise `UnfitWorkerError`, with the jobs given back, if this version may not do any."""
+    """Raise `UnfitWorkerError`, with the jobs given back, if this version may not do any jobs."""
     try:
         check_version()
     except versions.OutdatedProgramError as error:
@@ -95,7 +95,7 @@ def give_back_unknown(jobs: Sequence[ClaimedJob], settings: Settings) -> list[Cl
 
 @lru_cache(maxsize=256)
 def _tell_once(detail: str) -> None:
-    log.warning("its jobs are given back", detail=detail)
+    log.warning("jobs of an unknown pipeline are given back", detail=detail)
 
 
 def _give_back(job: ClaimedJob, detail: str, settings: Settings) -> None:
@@ -104,7 +104,7 @@ def _give_back(job: ClaimedJob, detail: str, settings: Settings) -> None:
 
 
 def release(jobs: Iterable[ClaimedJob]) -> None:
-    """Give jobs back that were not done, their attempts refunded."""
+    """Give back jobs that were not done; the attempt does not count."""
     for job in jobs:
         with _released(job), session_scope() as session:
             ledger.release(session, job)
@@ -112,7 +112,7 @@ def release(jobs: Iterable[ClaimedJob]) -> None:
 
 @contextmanager
 def _released(job: ClaimedJob) -> Iterator[None]:
-    """Count a job that is given back, unless it is no longer ours."""
+    """Count a job that is given back, unless this process has lost it."""
     try:
         yield
     except StaleJobError:
@@ -123,9 +123,8 @@ def _released(job: ClaimedJob) -> Iterator[None]:
 
 
 def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings, *, ends: bool = True) -> bool:
-    """Do a job's work, which ends the job itself when it succeeds; end it otherwise. Whether it succeeded.
-
-    Work that does not end the job when it succeeds is to be followed by `record`.
+    """Run a job's work, and end the attempt if it fails; returns whether it succeeded. `ends`: the work itself ends the
+    job in the ledger. If it doesn't, call `record` afterwards.
     """
     with metrics.timed(metrics.ATTEMPT_SECONDS, kind=job.kind.value):
         done = record(job, work, settings)
@@ -135,13 +134,13 @@ def settle(job: ClaimedJob, work: Callable[[], None], settings: Settings, *, end
 
 
 def record(job: ClaimedJob, write: Callable[[], None], settings: Settings) -> bool:
-    """Write down what a job's work has found; end it otherwise if that can't be done. Whether it could."""
+    """Write what a job's work has found, and end the attempt if that fails; returns whether it succeeded."""
     with working_on(job.ref.id, job.attempt):
         return _settle(job, write, settings)
 
 
 def succeeded(job: ClaimedJob) -> None:
-    """The job has ended well: count it."""
+    """Count a job that has succeeded."""
     _ended(job, AttemptOutcome.SUCCEEDED)
 
 
@@ -164,7 +163,7 @@ def _settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bo
         except SourceChangedError as error:
             _plan_new_version(job, str(error), settings)
         except OutOfModelMemoryError as error:
-            # Tried again, but not for ever: who took the memory may give it back.
+            # Tried again, but not for ever: another process may free the memory.
             _fail(job, TransientJobError(Reason.MODEL_OUT_OF_MEMORY, str(error)), settings)
         except StaleJobError:
             raise
@@ -174,8 +173,8 @@ def _settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bo
         except Exception as error:
             if (lost := _lost(error)) is not None:
                 _release_if_possible(job)
-                raise DatabaseDownError(f"the database took no rows ({first_line(lost)})") from error
-            # A fault of ours or of a library: tried again, then kept for a person to look at.
+                raise DatabaseDownError(f"the database stored no rows ({first_line(lost)})") from error
+            # A bug of Maskwatch or of a library: tried again, then quarantined for a person to look at.
             log.exception("unexpected error", job=job.ref.id, uri=job.uri)
             _fail(job, TransientJobError(Reason.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}"), settings)
     except StaleJobError as error:
@@ -185,17 +184,17 @@ def _settle(job: ClaimedJob, work: Callable[[], None], settings: Settings) -> bo
 
 
 def _lost(error: Exception) -> DBAPIError | None:
-    """The error as SQLAlchemy's, if it means that the database is away or has no room; else None."""
+    """The error as SQLAlchemy's, if it means that the database is down or has no room; else None."""
     if isinstance(error, psycopg.OperationalError):
-        # A COPY goes past SQLAlchemy, so what stops it comes as psycopg's own.
+        # COPY doesn't go through SQLAlchemy, so its errors are psycopg's own.
         error = DBAPIError("COPY", None, error)
     return error if isinstance(error, DBAPIError) and is_lost(error) else None
 
 
 def _release_if_possible(job: ClaimedJob) -> None:
-    """Give a job back that the database would not take the results of: its disk may be full and still hold the ledger.
+    """Give back a job whose results the database did not store: with a full disk it may still update the ledger.
 
-    A database that is away can't be told; then the lease runs out, and the job is found.
+    If the database is down, the lease runs out, and the reconciler recovers the job.
     """
     try:
         release([job])
@@ -204,7 +203,7 @@ def _release_if_possible(job: ClaimedJob) -> None:
 
 
 def _fail(job: ClaimedJob, error: PermanentJobError | TransientJobError, settings: Settings) -> None:
-    """End an attempt that failed: tried again, or quarantined; a refusal also counts against its source."""
+    """End an attempt that failed: retry the job, or quarantine it; a refusal also counts against its source."""
     limits = settings.ledger
     detail = f"{job.uri}: {error.detail}"
     with session_scope() as session:
@@ -244,7 +243,7 @@ def _failed(job: ClaimedJob, reason: Reason, state: JobState) -> None:
 
 
 def _await_restore(job: ClaimedJob, detail: str, settings: Settings) -> None:
-    """The object lies in an archive: wait for it if it was asked for."""
+    """The object is archived: wait for it if its restore was requested."""
     with session_scope() as session:
         state = ledger.await_restore(
             session,
@@ -258,7 +257,7 @@ def _await_restore(job: ClaimedJob, detail: str, settings: Settings) -> None:
 
 
 def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
-    """The object was replaced after planning: end this job, and register what lies there now."""
+    """The object was replaced after planning: end this job, and register the version that lies there now."""
     try:
         found = open_bucket(job.bucket).stat(job.key)
     except (PermanentJobError, TransientJobError) as error:
@@ -291,12 +290,13 @@ def _plan_new_version(job: ClaimedJob, detail: str, settings: Settings) -> None:
 
 
 class UnfitWorkerError(Exception):
-    """This worker can't load what its jobs are pinned to; others may. It must stop, not fail them one by one."""
+    """This worker can't do its jobs (their models, or its version), but others may. It must stop, and not fail the jobs
+    one by one."""
 
 
 class UnknownPipelineError(Exception):
-    """All jobs of a message were of pipelines that only a newer version knows, and were given back."""
+    """Only a newer version knows the pipelines of the jobs of this message; all jobs were given back."""
 
 
 class DrainedError(Exception):
-    """The worker is asked to stop, and this job has time: it is given back."""
+    """The worker is asked to stop, so the job is given back."""

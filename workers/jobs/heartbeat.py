@@ -22,8 +22,8 @@ log = get_logger(__name__)
 class Heartbeat:
     """Renews the leases of a group's unfinished jobs from a thread of its own, while there is progress.
 
-    `lost` holds the ids that the ledger no longer counts as ours. Their work is not interrupted (native code
-    can't be), but its commit would be refused.
+    `lost` holds the ids of jobs that the ledger no longer leases to this process. Their work is not interrupted (native
+    code can't be), but its commit would be refused.
     """
 
     def __init__(self, jobs: Sequence[ClaimedJob], settings: Settings) -> None:
@@ -46,7 +46,7 @@ class Heartbeat:
         self._thread.join()
 
     def done(self, job: ClaimedJob) -> None:
-        """The job has ended: no lease to renew, and a sign of progress."""
+        """The job has ended: stop renewing its lease, and count it as progress."""
         with self._lock:
             self._held.pop(job.ref.id, None)
             self._progress_at = time.monotonic()
@@ -71,5 +71,5 @@ class Heartbeat:
                 log.warning("heartbeat failed", exc_info=True)
                 continue
             with self._lock:
-                # A job that ended while we asked is not lost, it is done.
+                # A job that ended while the ledger was asked is done, not lost.
                 self.lost |= {job_id for job_id in held if job_id not in mine and job_id in self._held}

@@ -1,4 +1,4 @@
-"""Image jobs of a group: while one picture is analysed the next ones are read, and those that are done are recorded
+"""Image jobs of a group: while one image is analysed, the next ones are prefetched; analysed ones are recorded
 together."""
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def analyze_images(
     draining: Callable[[], bool],
     deadline: float,
 ) -> int:
-    """End each of these jobs, or give it back if there is no time left; returns how many pictures were analysed.
+    """End each of these jobs, or give it back if there is no time left; returns how many images were recorded.
 
-    deadline: by `time.monotonic()`. Looked at between pictures: Celery's soft limit would raise in the middle of
-    whatever runs just then.
+    deadline: by `time.monotonic()`. Checked between images, because Celery's soft limit would raise in the middle of
+    any statement.
     """
     waiting = deque(jobs)
     recorder = _Recorder(heartbeat, settings)
@@ -57,15 +57,15 @@ def analyze_images(
             recorder.record_if_due()
         recorder.record()
     finally:
-        # Not begun or not recorded, because we were asked to stop, ran out of time, or met what stops us: somebody else
-        # may have them.
+        # Jobs that were not begun or not recorded, because of a request to stop, the deadline or an error: given back
+        # for other workers.
         left = [*(picture.job for picture in recorder.pictures), *waiting]
         attempts.release(job for job in left if job.ref.id not in heartbeat.lost)
     return recorder.recorded
 
 
 def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> Picture | None:
-    """What is in a picture; None where that can't be said, and the job has ended otherwise."""
+    """The image's faces; None if the analysis failed and the attempt has ended."""
     found: list[Picture] = []
 
     def work() -> None:
@@ -75,7 +75,7 @@ def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> 
 
 
 class _Recorder:
-    """Records pictures that are analysed, some at a time: one transaction takes longer than its rows."""
+    """Records analysed images, several at a time, because a transaction takes longer than its rows."""
 
     def __init__(self, heartbeat: Heartbeat, settings: Settings) -> None:
         self.pictures: deque[Picture] = deque()
@@ -85,12 +85,13 @@ class _Recorder:
         self._recorded_at = time.monotonic()
 
     def record_if_due(self) -> None:
-        """Record what is waiting, if the last time was long enough ago."""
+        """Record the waiting images, if `worker.record_seconds` have passed since the last time."""
         if time.monotonic() - self._recorded_at >= self._settings.worker.record_seconds:
             self.record()
 
     def record(self) -> None:
-        """Record all that are waiting. One that can't be must not keep the others out: then each goes by itself."""
+        """Record all waiting images together; if that fails, one by one, so that one bad image doesn't stop the
+        others."""
         if len(self.pictures) > 1:
             self._record_together()
         while self.pictures:
@@ -98,7 +99,7 @@ class _Recorder:
             try:
                 succeeded = attempts.record(picture.job, partial(self._write, [picture]), self._settings)
             except DatabaseDownError:
-                self.pictures.popleft()  # given back already, if that could be done
+                self.pictures.popleft()  # given back already, if that was possible
                 raise
             self.pictures.popleft()
             self._ended(picture, succeeded=succeeded)
@@ -107,7 +108,7 @@ class _Recorder:
     def _record_together(self) -> None:
         try:
             self._write(self.pictures)
-        except Exception:  # a job that was lost, purged time, no database: told by each of them
+        except Exception:  # a lost job, purged time, no database: recording them one by one shows which
             log.info("recorded one by one", pictures=len(self.pictures), exc_info=True)
         else:
             while self.pictures:
@@ -135,18 +136,18 @@ def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[lis
 
 
 def check_faces(count: int, reason: Reason, settings: Settings) -> None:
-    """Raises `PermanentJobError` for more faces than a photograph can show: a pattern made for the detector."""
+    """Raises `PermanentJobError` for more faces than a photograph shows: probably a pattern that fools the detector."""
     limit = settings.worker.max_faces
     if count > limit:
         raise PermanentJobError(
-            reason, f"{count:,} faces were found in it, the limit is {limit:,}; is it one? MASKWATCH_WORKER__MAX_FACES"
+            reason, f"{count:,} faces found, limit {limit:,} (MASKWATCH_WORKER__MAX_FACES): probably not a photograph"
         )
 
 
 def read_ahead(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:
-    """Each job with a function that returns its object's bytes, or raises what reading them raised.
+    """Each job with a function that returns its object's bytes, or raises the error of reading them.
 
-    Up to `worker.read_ahead` objects, and no more than `worker.read_ahead_bytes`, are fetched ahead.
+    Prefetches up to `worker.read_ahead` objects, and no more than `worker.read_ahead_bytes`.
     """
     ahead: deque[tuple[ClaimedJob, Future[bytes]]] = deque()
     to_start = deque(jobs)
@@ -169,6 +170,6 @@ def _has_room(ahead: Sequence[ClaimedJob], following: ClaimedJob, settings: Sett
 
 
 def _read(job: ClaimedJob, settings: Settings) -> bytes:
-    # In a thread of its own, for a job that is worked on later.
+    # Runs in a thread that has no current job, before the job is worked on.
     with working_on(job.ref.id, job.attempt), metrics.stage(Stage.READ):
         return open_bucket(job.bucket).read(job.key, job.etag, settings.storage.max_object_bytes)

@@ -16,20 +16,20 @@ from workers.jobs.attempts import UnfitWorkerError, release
 
 
 def analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
-    """The loaded models of a pipeline. Pipelines that differ only in which frames of a video they see share them."""
+    """The loaded models of a pipeline. Pipelines that differ only in the frames that they sample share them."""
     return _loaded(replace(spec, sample=SampleMode.FRAMES, sample_fps=1.0), runtime)
 
 
 @lru_cache(maxsize=2)
 def _loaded(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
-    """Two, so that a change of pipeline in mid-archive does not thrash."""
+    """Keeps two, so that models aren't reloaded all the time while jobs of two pipelines alternate."""
     return load_analyzer(spec, runtime)
 
 
 def load_models(jobs: Sequence[ClaimedJob], settings: Settings) -> None:
-    """Load what these jobs need; to be called under their heartbeat, since it may take longer than a lease.
+    """Load the models of these jobs; call it under their heartbeat, since it may take longer than a lease.
 
-    Raises `UnfitWorkerError`, with the jobs given back, where it can't be loaded.
+    Raises `UnfitWorkerError`, with the jobs given back, if a model can't be loaded.
     """
     try:
         # A probe only reads a header.

@@ -1,7 +1,7 @@
-"""Whether this machine can run what it is asked to: engine, device, models. Asked once, before any work is claimed.
+"""Checks that this machine has the engine, the device and the models of its jobs, once, before any job is claimed.
 
-`python -m workers.jobs.preflight ENGINE DEVICE` analyses one picture that way, in a process of its own: only a forward
-pass shows that a GPU and its libraries work, and the memory it takes there should go when it is done.
+`python -m workers.jobs.preflight ENGINE DEVICE` analyses one image with them in a process of its own: only a forward
+pass shows that a GPU and its libraries work, and the GPU's memory is free again when that process ends.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from common.settings import PipelineSettings, Settings
 from workers.inference import Engine, Runtime, runtime_of
 from workers.weights.files import cache_folder, require
 
-#: Of the trial on a GPU: loading CUDA's libraries from a cold disk takes most of it.
+#: Time limit of the trial on a GPU: loading CUDA's libraries from a cold disk takes most of it.
 TRIAL_SECONDS = 180.0
 
 
 def require_runtime(runtime: Runtime) -> None:
-    """Raises `MaskwatchError` where the engine isn't installed, the GPU isn't there, or it can't be used."""
+    """Raises `MaskwatchError` if the engine isn't installed, or the GPU is missing or can't be used."""
     if (missing := missing_for(runtime.engine)) is not None:
         raise MaskwatchError(missing)
     require_device(runtime.device)
@@ -40,13 +40,13 @@ def require_runtime(runtime: Runtime) -> None:
 
 
 def require_models(spec: PipelineSpec) -> None:
-    """Raises `MaskwatchError` where a model of the pipeline isn't here, or isn't the pinned one."""
+    """Raises `MaskwatchError` if a model of the pipeline isn't on this machine, or isn't the pinned one."""
     for ref in (spec.detector, spec.classifier):
         require(ref)
 
 
 def require_ready(settings: Settings) -> None:
-    """Raises `MaskwatchError` where workers with these settings could not do the jobs that the settings plan."""
+    """Raises `MaskwatchError` if workers with these settings can't do the jobs that a backfill would plan."""
     require_runtime(runtime_of(settings))
     require_models(pipeline_spec(settings))
 
@@ -57,7 +57,7 @@ def _try(engine: str, device: str) -> None:
     # Imported here: only the process that tries the device loads decoders and models.
     from workers.analysis.load import load_analyzer
 
-    # The pipeline of a new installation, whose models ship with it: what is configured may lie elsewhere yet.
+    # The pipeline of a new installation, whose models ship with it: the configured models may not be here yet.
     analyzer = load_analyzer(spec_of(PipelineSettings(), cache_folder()), Runtime(Engine(engine), device))
     analyzer.analyze(np.zeros((64, 64, 3), np.uint8))
 
@@ -65,6 +65,6 @@ def _try(engine: str, device: str) -> None:
 if __name__ == "__main__":
     try:
         _try(*sys.argv[1:])
-    except Exception as error:  # whatever a runtime raises: its last line is what the worker tells
+    except Exception as error:  # any error of a runtime; `require_runtime` shows this line
         print(f"error: {type(error).__name__ if not str(error) else error}", file=sys.stderr)
         sys.exit(1)

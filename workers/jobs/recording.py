@@ -1,5 +1,5 @@
-"""What a finished job leaves behind, in the one transaction that ends it: the state, the faces, what was
-looked at, and the marks that its hours must be summarized again."""
+"""Writes the results of a job in the transaction that ends it: the state, the faces, the counts of analysed frames,
+and the marks that its hours must be summarized again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COPY_FACES = (
     " x1, y1, x2, y2, size_px, p_face, p_with_mask, p_without_mask, status, offset_seconds, track_id) FROM STDIN"
 )
 
-#: Frames of jobs into the hours of their locations, but for purged ones; gives how many frames that were.
+#: Counts frames of jobs in the hours of their locations, except purged hours; returns how many frames were counted.
 _COUNT_FRAMES = (
     "WITH counted AS ("  # noqa: S608 - constants
     " INSERT INTO frame_counts (job_id, hour, location_id, camera_id, pipeline_id, frames, seconds)"
@@ -41,7 +41,7 @@ _COUNT_FRAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """Why a job that succeeded could do a part of its range only."""
+    """Why a job that succeeded could analyse only a part of its range."""
 
     reason: Reason
     detail: str
@@ -49,7 +49,7 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What was found in the picture of an image job, and when the camera saw it."""
+    """The faces that were found in the image of a job, and when the camera saw it."""
 
     job: ClaimedJob
     faces: Sequence[Face]
@@ -63,10 +63,10 @@ def record_image(session: Session, job: ClaimedJob, faces: Sequence[Face], seen:
 
 
 def record_images(session: Session, pictures: Collection[Picture]) -> None:
-    """End image jobs with their faces, in the statements that one takes: all of them, or none. Raises as
-    `record_image`, if it is so of any."""
+    """End image jobs with their faces, all of them or none, in as many statements as one job takes. Raises as
+    `record_image`, if one of the jobs does."""
     ledger.succeed_all(session, [(picture.job, picture.seen) for picture in pictures])
-    # A picture counts as one frame of no length, faces or not.
+    # An image counts as one frame of 0 s, with or without faces.
     stored = _count(session, [(picture.job, picture.seen.instant, 0.0) for picture in pictures])
     if stored < len(pictures):
         for picture in pictures:
@@ -95,7 +95,7 @@ def record_chunk(session: Session, job: ClaimedJob, frames: Sequence[FrameFaces]
     began = job.observed_at
     assert began is not None, "a chunk is planned by a probe, which settles when the recording began"
     placed = [(began.instant + timedelta(seconds=frame.offset_seconds), frame) for frame in frames]
-    # So that what follows comes after this transaction's first write: see `purged_before`.
+    # Counts as this transaction's first write, which must come before `purged_before`.
     session.execute(text("SELECT pg_current_xact_id()"))
     stored = _leave_out_purged(session, job, [at for at, _ in placed])
     if not all(stored):
@@ -122,7 +122,7 @@ def record_chunk(session: Session, job: ClaimedJob, frames: Sequence[FrameFaces]
 
 
 def _leave_out_purged(session: Session, job: ClaimedJob, ats: Sequence[datetime]) -> list[bool]:
-    """Which of these instants lie in hours of the location that may be stored; `PermanentJobError` if none does."""
+    """For each instant, whether its hour at the location may be stored. Raises `PermanentJobError` if none may."""
     purged = purged_before(session)
     if purged is None or not ats:
         return [True] * len(ats)
@@ -139,8 +139,8 @@ def _leave_out_purged(session: Session, job: ClaimedJob, ats: Sequence[datetime]
 
 
 def _count(session: Session, frames: Sequence[tuple[ClaimedJob, datetime, float]]) -> int:
-    """Count frames (of which job, when seen, seconds they stand for) in the hours of their locations, and mark these.
-    Those of purged hours are left out; returns how many were not. After this transaction's first write."""
+    """Count frames (job, when seen, seconds that it covers) in the hours of their locations, and mark these hours.
+    Frames of purged hours are left out; returns how many were counted. Call it after the transaction's first write."""
     jobs = {job.ref.id: job for job, _, _ in frames}
     counted = session.scalar(
         sql(_COUNT_FRAMES),
@@ -166,7 +166,7 @@ def _count(session: Session, frames: Sequence[tuple[ClaimedJob, datetime, float]
 
 
 def _copy(session: Session, faces: Sequence[tuple[ClaimedJob, datetime, float, Face, int | None]]) -> None:
-    """Store faces: of which job, when seen, the offset in the video, the face, its track."""
+    """Store faces: (job, when seen, offset in the video in seconds, face, track id or None)."""
     if not faces:
         return
     # COPY is about eight times faster than inserts, and is part of the session's transaction all the same.

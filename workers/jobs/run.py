@@ -18,8 +18,8 @@ def run_jobs(
 ) -> int:
     """Claim these jobs and end each of them; returns how many succeeded.
 
-    Raises, with the jobs given back: `workers.jobs.attempts.UnfitWorkerError` where this version may do no jobs or
-    their models can't be loaded, `workers.jobs.attempts.UnknownPipelineError` where only a newer version can do them.
+    Raises, with the jobs given back: `workers.jobs.attempts.UnfitWorkerError` if this version may do no jobs or
+    their models can't be loaded, `workers.jobs.attempts.UnknownPipelineError` if only a newer version can do them.
     """
     claimed = attempts.claim(refs, worker, settings)
     attempts.require_version(claimed)

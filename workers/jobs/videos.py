@@ -1,4 +1,4 @@
-"""Jobs of videos: the probe, which plans, and the chunks, which are analysed. A video is never read whole."""
+"""Jobs of videos: a probe plans the chunks, and each chunk is analysed by a job. A video is never read whole."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from workers.media.frames import to_picture
 from workers.media.opening import opened
 from workers.media.sampling import Grid, Sampler
 
-#: How often a job looks whether it should go on, between two frames that are wanted.
+#: How often, in seconds, a job checks whether it should go on, between two wanted frames.
 LOOK_SECONDS = 0.2
-#: A job that is out of time, or of memory, at this attempt is not tried again: the file asks for too much. Before that
-#: the worker may have been at fault.
+#: A job that runs out of time or memory at this attempt is not tried again: the file needs too much. Before that,
+#: the worker may have been the cause.
 LAST_ATTEMPT = 2
-#: What a video must have for each of its chunks: a few bytes must not claim a week, which would be 10,000 jobs.
+#: Bytes that a video must have for each of its chunks: a tiny file that claims to last a week would make 10,000 jobs.
 MIN_CHUNK_BYTES = 256
 
 
 def run_video_job(
     job: ClaimedJob, heartbeat: Heartbeat, settings: Settings, *, draining: Callable[[], bool], deadline: float
 ) -> bool:
-    """Do a probe or a chunk and end its job, or give it back; whether it succeeded. deadline: by `time.monotonic()`."""
+    """Run the job of a probe or a chunk and end it, or give it back; returns whether it succeeded. deadline: by
+    `time.monotonic()`."""
 
     def go_on() -> None:
         heartbeat.progress()
@@ -67,7 +68,8 @@ def run_video_job(
             if job.attempt < LAST_ATTEMPT:
                 raise
             raise PermanentJobError(
-                Reason.UNREADABLE_VIDEO, "it asks for more memory than there was, twice: it is damaged; upload it again"
+                Reason.UNREADABLE_VIDEO,
+                "it needed more memory than there was, twice: probably damaged; upload it again",
             ) from error
 
     return attempts.settle(job, work, settings)
@@ -81,7 +83,7 @@ def probe(job: ClaimedJob, settings: Settings) -> None:
     if (info.duration_seconds or 0) > limits.max_video_seconds:
         raise PermanentJobError(
             Reason.VIDEO_TOO_LONG,
-            f"it is {info.duration_seconds:,.0f} s long by its header, the limit is {limits.max_video_seconds:,.0f}; "
+            f"it is {info.duration_seconds:,.0f} s long by its header, the limit is {limits.max_video_seconds:,.0f} s; "
             "split it or raise MASKWATCH_WORKER__MAX_VIDEO_SECONDS",
         )
     if info.width * info.height > limits.max_frame_pixels:
@@ -129,13 +131,13 @@ def _check_frames(count: int, settings: Settings) -> None:
     if count > limit:
         raise PermanentJobError(
             Reason.VIDEO_TOO_LONG,
-            f"there are more than {limit:,} frames to look at in one job; look at fewer per second "
+            f"there are more than {limit:,} frames to analyse in one job; analyse fewer per second "
             "(--sample-fps), shorten MASKWATCH_WORKER__CHUNK_SECONDS or raise MASKWATCH_WORKER__MAX_FRAMES",
         )
 
 
 def _seldom(call: Callable[[], None]) -> Callable[[], None]:
-    """What may be called for each packet, and makes this call now and then."""
+    """A function that may be called for each packet, and calls `call` at most every `LOOK_SECONDS`."""
     due = 0.0
 
     def now_and_then() -> None:
@@ -148,7 +150,7 @@ def _seldom(call: Callable[[], None]) -> Callable[[], None]:
 
 
 def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> Iterator[Picture]:
-    """The frames that a sampler takes, as they are analysed."""
+    """The frames that a sampler takes, as RGB images for the analyzer."""
     samples = iter(sampler)
     while True:
         with metrics.stage(Stage.DECODE):
@@ -156,7 +158,7 @@ def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> It
             if sample is None:
                 return
             rgb = to_picture(sample.frame)
-        # The last cell ends with the video; by its header, so that every chunk length comes to the same.
+        # The last cell ends with the video. Its end is taken from the header, so that the chunk length changes nothing.
         end = grid.start(sample.cell + 1)
         if duration_seconds is not None and Fraction(duration_seconds) > sample.at:
             end = min(end, Fraction(duration_seconds))
@@ -166,7 +168,7 @@ def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> It
 
 
 def _shortfall(job: ClaimedJob, sampler: Sampler, something: bool) -> Shortfall | None:
-    """What to say of a chunk that should have had more; raises it where all of the chunk is missing."""
+    """Why frames of a chunk are missing, or None. Raises `PermanentJobError` if the whole chunk is missing."""
     if sampler.cut_off_at is not None:
         until = timedelta(milliseconds=round(sampler.cut_off_at * 1000))
         of = "" if job.duration_seconds is None else f" of {timedelta(milliseconds=round(job.duration_seconds * 1000))}"
@@ -179,7 +181,7 @@ def _shortfall(job: ClaimedJob, sampler: Sampler, something: bool) -> Shortfall 
     if sampler.undecodable:
         return Shortfall(
             Reason.DAMAGED_VIDEO,
-            f"{job.uri}: the video is damaged: {sampler.undecodable} of the frames to look at could not be decoded; "
+            f"{job.uri}: the video is damaged: {sampler.undecodable} of the frames to analyse could not be decoded; "
             "the others were analysed",
         )
     return None

@@ -1,7 +1,7 @@
 """From dirty marks to `compliance_hourly`: each marked hour is recomputed whole, in one transaction.
 
-So a summary always equals a full recompute, however late the footage came, and its cost grows with what
-changed. One aggregator at a time holds the lock: two that deleted marks side by side would lose an update.
+So a summary always equals a full recompute, however late the footage came, and its cost grows with the number of
+marked hours. One aggregator at a time holds the lock: two that deleted marks side by side would lose an update.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def summarize() -> int:
             with session_scope() as session:
                 taken, recomputed = summarize_batch(session, limit)
         except OperationalError as error:
-            # Too much for the statement timeout: less at a time, down to one mark, before giving up.
+            # The batch took longer than the statement timeout: try smaller batches, down to one mark, before giving up.
             if not isinstance(error.orig, psycopg.errors.QueryCanceled) or limit == 1:
                 raise
             limit = max(1, limit // 4)
@@ -84,14 +84,14 @@ def summarize() -> int:
 
 
 def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
-    """Take at most `limit` marks and recompute their hours; returns how many of each.
+    """Take at most `limit` marks and recompute their hours; returns how many marks and how many hours.
 
     Raises `OutdatedProgramError`, with nothing taken, if an aggregator of this version may not go on.
     """
-    # A statement of its own: under READ COMMITTED the next one sees what was committed before the lock was ours.
+    # A statement of its own: under READ COMMITTED the next one sees all that was committed before we got the lock.
     session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": AGGREGATION_LOCK})
-    # Behind the lock, which a migration holds from before it says who may go on until it commits: so what is read here
-    # holds until this transaction has ended.
+    # After taking the lock. A migration holds it from before it writes the oldest versions until it commits, so what is
+    # read here holds until this transaction has ended.
     check_part(session, Part.AGGREGATOR)
     marks = session.execute(
         text(
@@ -102,7 +102,7 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
     ).all()
     frozen = frozen_before(session)
     hours = sorted(
-        # Of purged hours the faces are gone: a recompute would forget them.
+        # The faces of purged hours are gone: a recompute would set their sums to 0.
         {(mark.location_id, mark.pipeline_id, mark.hour) for mark in marks if frozen is None or mark.hour >= frozen}
     )
     if hours:
@@ -111,7 +111,7 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
 
 
 def recompute(session: Session, hours: Sequence[tuple[int, int, datetime]]) -> None:
-    """Summarize these hours, of a location and a pipeline each, as they are now. Behind the lock."""
+    """Summarize these hours, (location id, pipeline id, hour) each, as they are now. The caller holds the lock."""
     locations, pipelines, starts = ([hour[column] for hour in hours] for column in range(3))
     session.execute(
         text(_RECOMPUTE),

@@ -1,8 +1,8 @@
 """Purging: faces seen before an instant are removed for good, and the sums made of them stay as they are.
 
-In steps that a kill may interrupt anywhere; the next call goes on. Write down from when on nothing older is stored,
-wait for the transactions that can't have seen that, bring the summaries of that time up to date a last time, freeze
-them, and only then drop the faces: whole months with their partition, the rest of a month row by row.
+A kill may interrupt it at any step; the next call goes on. The steps: record the instant before which nothing more is
+stored, wait for the transactions that can't have seen that record, update the summaries before that instant a last
+time, freeze them, and only then drop the faces: whole months with their partition, the rest of a month row by row.
 """
 
 from __future__ import annotations
@@ -43,20 +43,22 @@ class Purged:
 
 
 def purge(before: datetime, *, by: str, on_step: Callable[[str], None] = lambda step: None) -> Purged:
-    """Remove all faces seen before an aware instant. Purging again, or what is purged already, changes nothing more;
-    one that was interrupted is finished, if it reaches further.
+    """Remove all faces seen before an aware instant. Purging the same or an earlier time again changes nothing;
+    an interrupted purge that reaches further is finished.
 
-    Raises `MaskwatchError` for an instant in the future, and where an older transaction doesn't end.
+    Raises `MaskwatchError` for an instant in the future, and if an older transaction doesn't end.
     """
     if before > datetime.now(UTC):
-        raise MaskwatchError(f"{before:%Y-%m-%d} is not past: what is purged would be refused when it arrives")
+        raise MaskwatchError(
+            f"{before:%Y-%m-%d} lies in the future: footage that is still to come would be refused; give a past date"
+        )
     with session_scope() as session:
         before = _begin(session, before, by)
     with session_scope() as session:
         # Every transaction that this one doesn't count as ended, and that has begun to write, has a lower id.
         begun = session.scalar(text("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"))
     assert isinstance(begun, int)
-    on_step("waiting for transactions that began before")
+    on_step("waiting for older transactions to end")
     _wait_for_older(begun)
     on_step("bringing the summaries up to date")
     while not _freeze(before):
@@ -74,7 +76,7 @@ def purge(before: datetime, *, by: str, on_step: Callable[[str], None] = lambda 
 
 
 def _begin(session: Session, before: datetime, by: str) -> datetime:
-    """Write the purge down, unless one that reaches as far is; returns the instant that holds now."""
+    """Record the purge, unless one that reaches as far is recorded; returns the instant that holds now."""
     reached: datetime | None = session.scalar(select(func.max(Purge.before)))
     if reached is not None and reached >= before:
         return reached
@@ -84,7 +86,7 @@ def _begin(session: Session, before: datetime, by: str) -> datetime:
 
 
 def _wait_for_older(xid: int) -> None:
-    """Wait until every transaction that began to write before this id has ended: it may not know of the purge."""
+    """Wait until all transactions with a lower id have ended: they may not have seen the record of the purge."""
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         with session_scope() as session:
@@ -101,7 +103,7 @@ def _wait_for_older(xid: int) -> None:
 
 
 def _freeze(before: datetime) -> bool:
-    """Declare the summaries of that time final, if no mark of it is left."""
+    """Freeze the summaries before the instant, if no marks of that time are left; returns whether it did."""
     with session_scope() as session:
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": AGGREGATION_LOCK})
         if session.scalar(text("SELECT EXISTS (SELECT FROM dirty_marks WHERE hour < :before)"), {"before": before}):
@@ -128,20 +130,20 @@ def _drop_partitions(before: datetime) -> list[str]:
     for name in dropped:
         try:
             with session_scope() as session:
-                # Readers hold it up, and it them: shortly, or not at all.
+                # DROP waits for readers, and new readers wait for it: give up after a short while.
                 session.execute(text("SET LOCAL lock_timeout = '10s'"))
                 session.execute(text(f"DROP TABLE {session.connection().dialect.identifier_preparer.quote(name)}"))
         except OperationalError as error:
             if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise
             raise MaskwatchError(
-                f"{name} is being read for long; what was reached is kept: purge again when the query has ended"
+                f"a long query is reading {name}; what was removed stays removed: purge again when the query has ended"
             ) from error
     return dropped
 
 
 def _delete_faces(before: datetime) -> int:
-    """Delete, in batches, what lies in the month that is purged in part, or in no month's partition."""
+    """Delete, in batches, the faces in the month that is purged in part, or in the default partition."""
     gone = 0
     while True:
         with session_scope() as session:

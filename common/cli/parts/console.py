@@ -1,4 +1,4 @@
-"""What people and machines read from the commands: tables and bars for the first, JSON for the second.
+"""The output of commands: tables and progress bars for people, JSON for machines.
 
 Results go to standard output, everything else (notes, progress) to standard error.
 """
@@ -39,13 +39,13 @@ err = Console(stderr=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
-#: What a terminal acts upon, or turns a line around at: control characters but for the end of a line and the tab, and
-#: the marks of writing direction (Unicode Standard Annex 9). Keys and file names may hold them.
+#: Characters that a terminal acts upon, or that reverse a line: control characters except newline and tab, and
+#: the marks of writing direction (Unicode Standard Annex 9). Keys and file names may contain them.
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would act upon written out, as \\x1b."""
+    """The text with characters that a terminal would act upon escaped, as \\x1b."""
     return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -80,8 +80,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 def print_blocks(columns: Sequence[str], blocks: Mapping[str, Sequence[Sequence[str]]]) -> None:
     """Figures for people: a heading, and below it a table, for each block.
 
-    The first column is text, the others are numbers and stand to the right; a column is equally wide in all blocks.
-    Plain text, of which a narrow terminal cuts nothing off.
+    The first column is text, the others are numbers, aligned to the right; a column is equally wide in all blocks.
+    Plain text, so that a narrow terminal wraps it and cuts nothing off.
     """
     lines = [columns, *(row for rows in blocks.values() for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
@@ -105,7 +105,7 @@ def note(message: str) -> None:
 
 
 def note_unreadable(unreadable: Sequence[tuple[str, str]]) -> None:
-    """Names the files and boxes that could not be used, (name, reason), on standard error."""
+    """Print the files and boxes that could not be used, as (name, reason), on standard error."""
     if unreadable:
         note(f"{len(unreadable)} could not be used and were left out:")
     for name, reason in unreadable:
@@ -119,20 +119,20 @@ class Bar:
         self._bars, self._task = bars, task
 
     def show(self, done: int, total: int | None = None, detail: str | None = None) -> None:
-        """How much is done, and of how much, if that is known (or was told before)."""
+        """Set how much is done, and the total if it is known (None keeps the earlier total)."""
         fields: dict[str, Any] = {} if detail is None else {"detail": detail}
         self._bars.update(self._task, completed=done, total=total, **fields)
 
     def advance(self, some: int = 1) -> None:
-        """Some more is done."""
+        """Add to how much is done."""
         self._bars.advance(self._task, some)
 
 
 @contextmanager
 def bar(description: str, total: int | None = None, *, detail: str = "", in_bytes: bool = False) -> Iterator[Bar]:
-    """A progress bar on standard error; silent where that is no terminal.
+    """A progress bar on standard error; silent if that is no terminal.
 
-    `detail` stands behind the figures. `in_bytes`: what is counted are bytes, shown with their rate.
+    `detail` stands behind the figures. `in_bytes`: the figures are bytes, shown with their rate.
     """
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
     if in_bytes:

@@ -1,6 +1,6 @@
 """Which database, broker and S3 a command talks to: the configured ones, or this machine's embedded stack.
 
-The choice is put into the environment, so that child processes make the same one.
+The choice is put into the environment, so that child processes make the same choice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from common.settings import Settings, get_settings
 def uses_embedded_stack(settings: Settings) -> bool:
     """Whether the embedded stack is used: neither a database nor a broker is configured.
 
-    A database alone will do for those who only read; a queue here for a ledger elsewhere is a mistake.
+    A database alone is enough for commands that only read. A broker without a database is an error: its messages would
+    belong to another ledger than the embedded one.
     """
     if settings.broker.url is not None and settings.database.url is None:
         raise MaskwatchError(
@@ -45,7 +46,7 @@ _AWS_CHOICES = (
 
 
 def has_aws_configuration(settings: Settings) -> bool:
-    """Whether anything says which S3 to use; without it, and beside an embedded database, s3:// means the
+    """Whether any setting or file says which S3 to use; if none does, and the database is embedded, s3:// means the
     embedded server. (On a machine whose only credentials are its instance role, set AWS_ENDPOINT_URL_S3.)"""
     return (
         settings.storage.endpoint_url is not None
@@ -58,9 +59,9 @@ def has_aws_configuration(settings: Settings) -> bool:
 def deployment(*, keep: bool = False, part: Part = Part.COMMAND) -> Iterator[Settings]:
     """Use the deployment: yields its settings once this version may work on the database as this part.
 
-    A version that may not is an error for a command, and reason to wait for a program that runs until SIGTERM.
+    A version that may not work on it is an error for a command; a program that runs until SIGTERM waits.
 
-    The embedded stack is started where it isn't running, migrated, and stopped again at the end if this
+    The embedded stack is started if it isn't running, migrated, and stopped again at the end if this
     was its last user (`keep` leaves it running). Raises `MaskwatchError` for what a person has to put right.
     """
     settings = get_settings()
@@ -69,7 +70,7 @@ def deployment(*, keep: bool = False, part: Part = Part.COMMAND) -> Iterator[Set
         yield settings
         return
     try:
-        from common.local.stack import LocalStack  # a layer of its own, missing where a database is configured
+        from common.local.stack import LocalStack  # in an optional layer, not installed where a database is configured
     except ModuleNotFoundError as error:
         raise MaskwatchError(
             "no database is configured: set MASKWATCH_DATABASE__URL and MASKWATCH_BROKER__URL, "
@@ -97,11 +98,11 @@ def deployment(*, keep: bool = False, part: Part = Part.COMMAND) -> Iterator[Set
 
 
 def migrate_embedded(part: Part) -> None:
-    """Bring the embedded database up to date; nobody else looks after it."""
+    """Bring the embedded database up to date: no operator runs `db upgrade` on it."""
     try:
         _check(part)
     except NotMigratedError:
-        import migrations  # loads Alembic, which a database that is up to date needs not
+        import migrations  # loads Alembic, which a database that is up to date doesn't need
 
         migrations.upgrade(engine())
         _check(part)
@@ -115,8 +116,8 @@ def _check(part: Part) -> None:
 
 
 def _forget() -> None:
-    """Drop what this process has made from the settings that are about to change."""
-    from common.storage import opening, s3  # boto3, which most commands need not
+    """Drop what this process has cached from the settings that are about to change."""
+    from common.storage import opening, s3  # loads boto3, which most commands don't need
 
     if engine.cache_info().currsize:
         engine().dispose()
@@ -124,14 +125,14 @@ def _forget() -> None:
         cached.cache_clear()
 
 
-#: Seconds after which a program that may not go on looks again.
+#: Seconds after which a program that may not go on checks the schema again.
 WAIT_SECONDS = 10.0
 
 
 def wait_for_permission(part: Part) -> None:
-    """Return when this version may work on the database as this part; says once why it waits.
+    """Return when this version may work on the database as this part; prints once why it waits.
 
-    Raises `MaskwatchError` for whatever else is wrong with the database.
+    Raises `MaskwatchError` for anything else that is wrong with the database.
     """
     told = None
     while True:
@@ -140,7 +141,7 @@ def wait_for_permission(part: Part) -> None:
         except OutdatedProgramError as error:
             if str(error) != told:
                 told = str(error)
-                note(f"waiting, as the {part.value} may not go on: {told}")
+                note(f"the {part.value} waits, because its version may not work on the database: {told}")
             time.sleep(WAIT_SECONDS)
         else:
             return

@@ -14,7 +14,7 @@ from common.settings import get_settings
 
 
 def put_setting(setting: str, value: str) -> None:
-    """Put an option's value over a setting, in the environment: children read their settings themselves."""
+    """Override a setting by an option's value, in the environment: child processes read their settings from it."""
     os.environ[setting] = value
     get_settings.cache_clear()
 
@@ -25,41 +25,41 @@ def _put_sampling(_context: click.Context, parameter: click.Parameter, value: st
 
 
 def source_options(*, source_required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that say what a source's pictures and videos are; shared by `backfill` and `run`."""
+    """The options that describe a source's pictures and videos; shared by `backfill` and `run`."""
     options = list(
         reversed(
             [
                 click.argument("source", required=source_required),
-                click.option("--location", required=True, help="Where it was taken."),
-                click.option("--camera", help="The camera that took it."),
+                click.option("--location", required=True, help="The location where the footage was taken."),
+                click.option("--camera", help="The camera that took the footage."),
                 click.option(
                     "--time-pattern",
                     metavar="PATTERN",
-                    help="How keys tell when a picture was taken, in the location's time zone: text, strptime "
-                    "directives and * for any text, e.g. 'cam1/%Y/%m/%d/%H-%M-%S.jpg'; of a video, when it began. "
+                    help="How keys tell when a picture was taken or a video began, in the location's time zone: text, "
+                    "strptime directives and * for any text, e.g. 'cam1/%Y/%m/%d/%H-%M-%S.jpg'. "
                     "Without it: EXIF or a video's creation time, then LastModified.",
                 ),
                 click.option(
                     "--since",
                     metavar="TIME",
-                    help="Only what was taken from this time on (ISO 8601; local if it names no offset).",
+                    help="Only footage taken from this time on (ISO 8601; the location's clock if it has no offset).",
                 ),
-                click.option("--until", metavar="TIME", help="Only what was taken before this time (the same)."),
+                click.option("--until", metavar="TIME", help="Only footage taken before this time (in the same form)."),
                 click.option(
                     "--sample-fps",
                     type=click.FloatRange(0, 240, min_open=True),
                     expose_value=False,
                     callback=_put_sampling,
-                    help="Frames looked at per second of a video (default: MASKWATCH_PIPELINE__SAMPLE_FPS, 1). Figures "
-                    "of another rate are those of another pipeline.",
+                    help="Frames analysed per second of a video (default: MASKWATCH_PIPELINE__SAMPLE_FPS, 1). Another "
+                    "rate makes another pipeline, with figures of its own.",
                 ),
                 click.option(
                     "--sample",
                     type=click.Choice([mode.value for mode in SampleMode]),
                     expose_value=False,
                     callback=_put_sampling,
-                    help="The first frame of each 1/fps seconds, or the first keyframe, if there is one: several times "
-                    "cheaper to decode (default: MASKWATCH_PIPELINE__SAMPLE, frames).",
+                    help="Which frame of each 1/fps seconds is analysed: the first one, or the first keyframe, if "
+                    "there is one, several times cheaper to decode (default: MASKWATCH_PIPELINE__SAMPLE, frames).",
                 ),
             ]
         )
@@ -81,7 +81,7 @@ def parse_bounds(since: str | None, until: str | None) -> tuple[datetime | None,
             return None if value is None else datetime.fromisoformat(value)
         except ValueError as error:
             raise MaskwatchError(
-                f"--{name} {value!r} is no time; expected e.g. 2026-03-28 or 2026-03-28T08:00+01:00"
+                f"--{name} {value!r} is not a time; expected e.g. 2026-03-28 or 2026-03-28T08:00+01:00"
             ) from error
 
     return parse("since", since), parse("until", until)
@@ -91,7 +91,7 @@ def _put_device(_context: click.Context, _parameter: click.Parameter, value: str
     if value is None:
         return
     if re.fullmatch(r"cpu|cuda(:[0-9]+)?", value) is None:
-        raise click.BadParameter(f"{value!r} is no device; valid: cpu, cuda, cuda:0, cuda:1, ...")
+        raise click.BadParameter(f"{value!r} is not a device; valid: cpu, cuda, cuda:0, cuda:1, ...")
     put_setting("MASKWATCH_WORKER__DEVICE", value)
 
 
@@ -108,13 +108,13 @@ def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
         metavar="DEVICE",
         expose_value=False,
         callback=_put_device,
-        help="cpu, cuda or cuda:N (default: MASKWATCH_WORKER__DEVICE, cpu).",
+        help="The device that models run on: cpu, cuda or cuda:N (default: MASKWATCH_WORKER__DEVICE, cpu).",
     )
     runtime = click.option(
         "--runtime",
         type=click.Choice(["onnx", "native"]),
         expose_value=False,
         callback=_put_runtime,
-        help="ONNX Runtime, or torch and TensorFlow themselves (default: MASKWATCH_WORKER__RUNTIME, onnx).",
+        help="What runs the models: ONNX Runtime, or torch and TensorFlow (default: MASKWATCH_WORKER__RUNTIME, onnx).",
     )
     return device(runtime(command))

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
 
-#: Which oldest version counts for a program.
+#: The part of the deployment that each program is, for the check of its version.
 _PARTS = {Role.PRODUCER: Part.PRODUCER, Role.WORKER: Part.WORKER, Role.AGGREGATOR: Part.AGGREGATOR}
 
 
 @contextmanager
 def ready_to_serve(role: Role, gauges: Callable[[], Iterable[Collector]] = tuple) -> Iterator[Settings]:
-    """Use the deployment, whose embedded stack is started where nothing else is configured, and serve the metrics of
+    """Use the deployment (the embedded stack is started if nothing else is configured), and serve the metrics of
     `role`. Yields the settings.
 
-    Raises `MaskwatchError` where no broker is configured.
+    Raises `MaskwatchError` if no broker is configured.
     """
     with deployment(part=_PARTS[role]) as settings:
         place(settings.broker)
-        # Before the children start: they find its folder in their environment.
+        # Before the children start: they find the metrics' folder in their environment.
         with serving(role, settings.metrics, gauges):
             yield settings

@@ -13,16 +13,16 @@ from common.database.sessions import session_scope
 
 P = ParamSpec("P")
 
-#: What a command has to say, said when its transaction has been committed: before, it might not come true, and whoever
-#: reads it slowly would hold the transaction open.
+#: Prints a command's output, after its transaction has been committed: before, the commit might still fail, and a slow
+#: reader would hold the transaction open.
 Say = Callable[[], object]
 
 
 def with_session(command: Callable[Concatenate[Session, P], Say]) -> Callable[P, None]:
     """Hands a command a session of the deployment's database as its first argument.
 
-    The command returns what it has to say as a function, which is called after the commit. An error that the command
-    raises rolls back; one that this function raises leaves what was done.
+    The command returns a function that prints its output, which is called after the commit. An error that the command
+    raises rolls back; an error that the returned function raises does not.
     """
 
     @functools.wraps(command)

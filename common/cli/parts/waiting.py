@@ -1,4 +1,4 @@
-"""Waiting for the work to be done, with a bar to look at and a word when nothing moves."""
+"""Waiting for jobs to end, with a progress bar, and a note when nothing moves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from common.ledger import circuit_breaker
 from common.messaging.queues import BrokerDownError, TaskName, send
 from common.settings import Settings
 
-#: Seconds without any change after which a person is told what may be missing.
+#: Seconds without any change after which a note says what may be missing.
 PATIENCE = 30.0
 
 
 def wait_for(settings: Settings, location: str | None = None, *, backfill_id: int | None = None) -> None:
-    """Return when no job of the backfill, of the location or of all has anything left to do, and the location's
-    summaries hold it all.
+    """Return when all jobs of the backfill, of the location, or of all locations have ended, and the summaries include
+    their results.
 
     Raises `MaskwatchError` when the backfill is paused or cancelled meanwhile.
     """
@@ -38,7 +38,7 @@ def wait_for(settings: Settings, location: str | None = None, *, backfill_id: in
 
 
 class _Waiting:
-    """What is waited for, and what has been said of it."""
+    """What is waited for, and which notes have been printed about it."""
 
     def __init__(self, location: str | None, backfill_id: int | None) -> None:
         self._location, self._backfill_id = location, backfill_id
@@ -48,8 +48,8 @@ class _Waiting:
         self._before, self._changed_at, self._told = (-1, -1), time.monotonic(), False
 
     def ask(self) -> tuple[bool, int]:
-        """Whether a job has anything left to do, and how many marks wait to be summarized. Names sources that have
-        paused meanwhile."""
+        """Whether a job has not ended, and how many marks wait to be summarized. Prints sources that have been paused
+        meanwhile."""
         with session_scope() as session:
             active = ledger.any_active(session, self._location, backfill_id=self._backfill_id)
             marks = ledger.unsummarized(session, self._location)
@@ -59,19 +59,19 @@ class _Waiting:
         for source in paused:
             self._paused.add(source.bucket)
             note(
-                f"{source.bucket} refuses everything and is paused ({source.detail}); it is tried again "
-                f"now and then. Put right: maskwatch sources resume {source.bucket}"
+                f"{source.bucket} refuses every request and is paused ({source.detail}); it is tried again from time "
+                f"to time. When the cause is put right: maskwatch sources resume {source.bucket}"
             )
         return active, marks
 
     def show(self, shown: Bar, *, active: bool, marks: int) -> None:
-        """Count and move the bar; now and then only, while there is something left to do."""
+        """Count the objects and update the bar; while jobs are active, counting takes at most a tenth of the time."""
         asked_at = time.monotonic()
         if active and asked_at < self._count_again_at:
             return
         with session_scope() as session:
             so_far = ledger.progress(session, self._location, backfill_id=self._backfill_id)
-        # Counting a large ledger takes a while: never more than a tenth of the time.
+        # Counting a large ledger takes a while.
         self._count_again_at = time.monotonic() + 9 * (time.monotonic() - asked_at)
         self._first = self._first or (asked_at, so_far)
         done = so_far.objects_ended - self._first[1].objects_ended
@@ -80,17 +80,17 @@ class _Waiting:
             self._before, self._changed_at, self._told = (so_far.jobs_active, marks), time.monotonic(), False
 
     def tell_if_nothing_moves(self) -> None:
-        """Say once what may be missing, when nothing has changed for a while."""
+        """Print once what may be missing, when nothing has changed for `PATIENCE` seconds."""
         if not self._told and time.monotonic() - self._changed_at > PATIENCE:
             self._told = True
             note(
-                f"nothing has moved for {PATIENCE:.0f} s; are a producer, a worker and an aggregator running? "
-                "maskwatch status"
+                f"no progress for {PATIENCE:.0f} s; check that a producer, a worker and an aggregator are running "
+                "(maskwatch status)"
             )
 
 
 def in_words(so_far: ledger.Progress, done: int, seconds: float) -> str:
-    """What a bar can't show: how quickly objects were done in the last so many seconds, and how much video is."""
+    """What a bar can't show: the rate at which `done` objects ended in `seconds`, and how many hours of video ended."""
     words = "objects"
     if done and seconds:
         rate = done / seconds
@@ -101,7 +101,7 @@ def in_words(so_far: ledger.Progress, done: int, seconds: float) -> str:
 
 
 def _ask_for_summary() -> None:
-    """The aggregator's next tick would do as well; this is sooner."""
+    """Ask the aggregator to work now, sooner than at its next tick."""
     try:
         send(TaskName.SUMMARIZE, (), expires=60)
     except BrokerDownError as error:

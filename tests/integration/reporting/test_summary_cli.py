@@ -95,7 +95,7 @@ def test_nothing_found_says_what_to_do(filled: Archive, maskwatch: Command) -> N
     ("arguments", "words"),
     [
         (("--location", "loby"), "unknown location 'loby' (known: lobby, market-street)"),
-        (("--since", "yesterday"), "--since 'yesterday' is no time"),
+        (("--since", "yesterday"), "--since 'yesterday' is not a time"),
         (("--json", "--csv"), "exclude each other"),
     ],
 )

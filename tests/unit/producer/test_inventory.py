@@ -242,7 +242,7 @@ def test_a_manifest_that_is_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "manifest.checksum"
     path.write_text(content, encoding="latin-1")
     said = refused(str(path))
-    assert said.startswith(f"file://{path} is no manifest of an S3 Inventory (") and "manifest.json in" in said
+    assert said.startswith(f"file://{path} is not a manifest of an S3 Inventory (") and "manifest.json in" in said
 
 
 def test_a_data_file_in_place_of_a_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,18 +263,18 @@ def test_a_data_file_in_place_of_a_manifest_is_not_read(tmp_path: Path, monkeypa
 )
 def test_a_manifest_that_lacks_something_is_told_what(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
     said = refused(deliver_to(tmp_path, [csv_file([row("a.jpg")])], **changed))
-    assert f"is no manifest of an S3 Inventory ({named} " in said
+    assert f"is not a manifest of an S3 Inventory ({named} " in said
 
 
 def test_an_inventory_of_another_bucket(tmp_path: Path) -> None:
     path = deliver_to(tmp_path, [csv_file([row("a.jpg")])])
     said = refused(path, bucket="s3://other")
-    assert said.endswith("is one of s3://footage, and the SOURCE lies in s3://other; name an inventory of that bucket")
+    assert said.endswith("lists s3://footage, but the SOURCE lies in s3://other; name an inventory of that bucket")
 
 
 def test_an_inventory_for_a_folder(tmp_path: Path) -> None:
     path = deliver_to(tmp_path, [csv_file([row("a.jpg")])])
-    assert "--inventory goes with a SOURCE in S3" in refused(path, bucket="file://")
+    assert "--inventory needs a SOURCE in S3" in refused(path, bucket="file://")
 
 
 def test_orc_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -347,11 +347,11 @@ GOOD = '"footage","a.jpg","7","2026-03-02T12:00:00.000Z","e1","STANDARD"'
         ('"footage","b.jpg","7"', "3 columns, and the manifest names 6"),
         (GOOD + ',"more"', "7 columns, and the manifest names 6"),
         ("", "0 columns"),
-        (GOOD.replace('"7"', '"many"'), "the Size 'many' is no number of bytes"),
-        (GOOD.replace('"7"', '""'), "the Size '' is no number of bytes"),
-        (GOOD.replace('"7"', '"-7"'), "the Size '-7' is no number of bytes"),
-        (GOOD.replace('"7"', f'"{2**63}"'), "is no number of bytes"),
-        (GOOD.replace("2026-03-02T", "yesterday"), "the LastModifiedDate 'yesterday12:00:00.000Z' is no time"),
+        (GOOD.replace('"7"', '"many"'), "the Size 'many' is not a number of bytes"),
+        (GOOD.replace('"7"', '""'), "the Size '' is not a number of bytes"),
+        (GOOD.replace('"7"', '"-7"'), "the Size '-7' is not a number of bytes"),
+        (GOOD.replace('"7"', f'"{2**63}"'), "is not a number of bytes"),
+        (GOOD.replace("2026-03-02T", "yesterday"), "the LastModifiedDate 'yesterday12:00:00.000Z' is not a time"),
         (GOOD.replace('"e1"', '""'), "no ETag"),
         (GOOD.replace("a.jpg", ""), "no Key"),
         (GOOD.replace("a.jpg", "%ff.jpg"), "can't decode byte"),
@@ -366,7 +366,11 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, named: str) -> None:
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [({"Size": None}, "the Size None"), ({"ETag": None}, "no ETag"), ({"LastModifiedDate": None}, "Date None is no t")],
+    [
+        ({"Size": None}, "the Size None"),
+        ({"ETag": None}, "no ETag"),
+        ({"LastModifiedDate": None}, "Date None is not a t"),
+    ],
 )
 def test_a_bad_row_of_parquet_is_named(tmp_path: Path, values: dict[str, Any], named: str) -> None:
     path = deliver_to(tmp_path, [parquet_file([row("a.jpg"), row("b.jpg", **values)])], "Parquet")

@@ -80,7 +80,7 @@ def test_people_get_a_sentence(photos: Path, tmp_path: Path) -> None:
     result = run(photos, "--out", tmp_path / "out")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"2 pictures in {tmp_path / 'out'}: 2 faces (")
-    assert "1 failed, 1 other objects passed over" in result.stdout
+    assert "1 failed, 1 other objects skipped" in result.stdout
 
 
 def test_again_gives_the_same_files(photos: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_video_alone_or_without_pictures_is_told_how(with_videos: Path, tmp_pa
         file.unlink()
     among = run(with_videos, "--out", tmp_path / "out").exception
     assert isinstance(among, MaskwatchError)
-    assert "but videos; annotate each by itself: maskwatch annotate" in str(among)
+    assert "videos and no pictures; annotate each by itself: maskwatch annotate" in str(among)
     assert not (tmp_path / "out").exists()
 
 
@@ -214,7 +214,7 @@ def test_a_video_is_written_of_one_video_only(with_videos: Path, tmp_path: Path)
     video = with_videos / "b" / "gate.mp4"
     (tmp_path / "link.mp4").symlink_to(video)
     for out in (video, tmp_path / "link.mp4"):
-        assert "is the video itself" in refused(video, out)
+        assert "is the source video" in refused(video, out)
     assert video.read_bytes() == b"an mp4"
     (tmp_path / "nothing").mkdir()
     assert "there is nothing at" in refused(tmp_path / "nothing", tmp_path / "out.mp4")

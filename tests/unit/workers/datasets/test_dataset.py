@@ -108,7 +108,7 @@ def test_an_unknown_label_in_an_annotation_is_an_error(tmp_path, write_scene):
 def test_a_broken_annotation_is_an_error(tmp_path, write_scene):
     write_scene(tmp_path, "crowd", [("with_mask", (10, 10, 40, 50))])
     (tmp_path / "annotations" / "crowd.xml").write_text("<annotation><object>")
-    with pytest.raises(MaskwatchError, match=r"crowd\.xml is no Pascal VOC annotation"):
+    with pytest.raises(MaskwatchError, match=r"crowd\.xml is not a Pascal VOC annotation"):
         dataset.load([tmp_path])
 
 
@@ -212,9 +212,9 @@ def test_yolo_boxes_are_parts_of_the_picture_with_numbered_classes(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "names", "message"),
     [
-        ("0 0.5 0.5 0.1\n", "with_mask\n", "is no YOLO annotation"),
-        ("7 0.5 0.5 0.1 0.1\n", "with_mask\n", "is no YOLO annotation of 1 classes"),
-        ("0 a b c d\n", "with_mask\n", "is no YOLO annotation"),
+        ("0 0.5 0.5 0.1\n", "with_mask\n", "is not a YOLO annotation"),
+        ("7 0.5 0.5 0.1 0.1\n", "with_mask\n", "is not a YOLO annotation of 1 classes"),
+        ("0 a b c d\n", "with_mask\n", "is not a YOLO annotation"),
         ("0 0.5 0.5 0.1 0.1\n", "helmet\n", "unknown label 'helmet'"),
         ("0 0.5 0.5 0.1 0.1\n", None, "put a classes.txt there"),
     ],
@@ -265,7 +265,7 @@ def test_a_manifest_names_files_labels_groups_and_boxes(tmp_path, write_faces):
     [
         ("file,kind\na.png,with_mask\n", "lacks the columns file and label"),
         ("file,label\na.png,helmet\n", "unknown label 'helmet' in .*faces.csv; known: with_mask"),
-        ("file,label,x1,y1,x2,y2\nwith_mask/face000.png,with_mask,1,2,x,4\n", "is no x1,y1,x2,y2"),
+        ("file,label,x1,y1,x2,y2\nwith_mask/face000.png,with_mask,1,2,x,4\n", "is not x1,y1,x2,y2"),
     ],
 )
 def test_a_broken_manifest_says_what_is_wrong(tmp_path, write_faces, text, message):

@@ -137,5 +137,5 @@ def test_what_does_not_fit_is_refused():
         reliability_bins(two_columns([0.1, 0.2, 0.3]), np.array([0, 1]))
     with pytest.raises(ValueError, match="labels reach from 0 to 2; valid: 0 to 1"):
         brier_score(two_columns([0.1, 0.2]), np.array([0, 2]))
-    with pytest.raises(ValueError, match="no face at all"):
+    with pytest.raises(ValueError, match="without faces"):
         fit_temperature(np.empty((0, 2)), np.empty(0, np.int64))

@@ -121,7 +121,7 @@ def test_every_picture_is_analysed_and_an_unreadable_one_named(tmp_path, write_s
 
 
 def test_a_folder_that_is_no_scene_folder_is_one_line(tmp_path):
-    with pytest.raises(MaskwatchError, match="is no scene folder: it needs images/ and annotations/"):
+    with pytest.raises(MaskwatchError, match="is not a scene folder: it needs images/ and annotations/"):
         evaluate_scenes(tmp_path, lambda image_rgb: [], 10**6)
 
 
@@ -138,5 +138,5 @@ def test_nothing_readable_and_nothing_labelled_are_one_line_each(tmp_path, write
         evaluate_scenes(tmp_path / "empty", lambda image_rgb: [], 10**6)
     write_scene(tmp_path / "broken", "a", [("with_mask", (10, 10, 50, 50))])
     (tmp_path / "broken" / "images" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(MaskwatchError, match=r"none of the 1 pictures in .* can be read, as a\.png: "):
+    with pytest.raises(MaskwatchError, match=r"none of the 1 pictures in .* can be read; the first is a\.png: "):
         evaluate_scenes(tmp_path / "broken", lambda image_rgb: [], 10**6)

@@ -46,7 +46,7 @@ def test_a_folder_with_another_training_is_refused(tmp_path):
 
 
 def test_too_few_faces_for_a_batch_are_an_error(tmp_path):
-    with pytest.raises(MaskwatchError, match="10 faces to learn from don't fill a batch of 64"):
+    with pytest.raises(MaskwatchError, match="10 training faces are too few: a batch takes 64"):
         fit.fit(faces(10), faces(4), FIELD, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -66,5 +66,5 @@ def test_patience_waits_for_the_last_size():
 
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "progress.json").write_text("{")
-    with pytest.raises(MaskwatchError, match="is no record of a training"):
+    with pytest.raises(MaskwatchError, match="is not a record of a training"):
         fit.fit(faces(64), faces(4), FIELD, tmp_path)

@@ -168,7 +168,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     os.mkfifo(tmp_path / "pipe")
     assert b"".join(read_pieces(tmp_path / "link")) == b"content"
-    for name, said in (("pipe", "no regular file"), (".", "Is a directory"), ("gone", "No such file")):
+    for name, said in (("pipe", "not a regular file"), (".", "Is a directory"), ("gone", "No such file")):
         with pytest.raises(MaskwatchError, match=said):
             list(read_pieces(tmp_path / name))
     with pytest.raises(MaskwatchError, match="is a link"):

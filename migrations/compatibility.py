@@ -43,3 +43,30 @@ def set_oldest(*, producer: str, worker: str, aggregator: str, command: str) -> 
     }
     for part, version in oldest.items():
         op.execute(sa.text(_WRITE).bindparams(part=part.value, version=version))
+
+
+_WHEN_FREE = """
+DO $$
+DECLARE
+    before CONSTANT text := current_setting('lock_timeout');
+BEGIN
+    FOR tried IN 1..300 LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', '100ms', true);
+            {statements}
+            PERFORM set_config('lock_timeout', before, true);
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(0.1 + random() / 5);
+        END;
+    END LOOP;
+    RAISE EXCEPTION 'the table was never free for 100 ms within a minute: migrate when less is going on';
+END $$
+"""
+
+
+def execute_when_free(statements: str) -> None:
+    """Execute statements that need a table for themselves, without letting others queue behind a long wait for it: the
+    lock is asked for again and again, a tenth of a second each time. The last statements of a transaction, since the
+    lock is held until it ends."""
+    op.execute(_WHEN_FREE.format(statements=statements))

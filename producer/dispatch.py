@@ -39,7 +39,7 @@ WOKEN_AT_ONCE = 2000
 
 #: How long the first message of a list may have waited, in seconds, before its messages are taken back and sent anew in
 #: turns. A list that moves faster delays no feed.
-PATIENCE_SECONDS = 2.0
+PATIENCE_SECONDS = 5.0
 
 
 def dispatch(settings: Settings) -> int:
@@ -117,9 +117,12 @@ class _Tick:
         At most half of the free room, so that live footage goes on beside many of them."""
         room = _rounded(max(0, self.cap - self.waiting[Lane.LIVE]) / 2)
         jobs: list[DispatchedJob] = []
-        for lane, feeds in ledger.feeds_with_work(self.session, isolated=True).items():
+        waiting = {lane: feeds for lane, feeds in ledger.feeds_with_work(self.session, isolated=True).items() if feeds}
+        for left, (lane, feeds) in zip(range(len(waiting), 0, -1), waiting.items(), strict=True):
+            random.shuffle(feeds)  # nothing tells which had the last turn
             to = Dispatch(Lane.LIVE, self.epoch, message_size=1)
-            jobs += ledger.take_pending(self.session, feeds, to, lane=lane, limit=room - len(jobs), isolated=True)
+            share = _rounded((room - len(jobs)) / left)
+            jobs += ledger.take_pending(self.session, feeds, to, lane=lane, limit=share, isolated=True)
         return jobs + ledger.take_trials(self.session, epoch=self.epoch, policy=self.policy)
 
     def lane(self, lane: Lane, *, used: int = 0) -> list[DispatchedJob]:
@@ -151,17 +154,25 @@ class _Tick:
         return waits.messages if waits is not None else 0.0
 
     def _holds_up(self, lane: Lane) -> bool:
-        """Whether one feed fills the list while another that has work has next to nothing in it: for example a backfill
-        that began yesterday, and a small one of today.
+        """Whether a feed would wait for another's messages much longer than taking turns with them would take: for
+        example a small backfill of today behind one that began yesterday.
 
+        A feed that has less than half of its share in the list lacks the rest, as far as it has pending jobs. To append
+        what it lacks would take the list's length; to take turns, twice what it lacks. Less than one message is no
+        reason: a feed that gets an image now and then would have the list sent anew again and again.
         False while replaced messages still lie in the list, so that a list never holds more than twice the cap.
         """
-        if self.waiting[lane] > self.cap or not self.sent[lane]:
+        sent = self.sent[lane]
+        if self.waiting[lane] > self.cap or not sent:
             return False
-        fair = self.cap / len({*self.pending[lane], *self.sent[lane]})
-        least = min((self._messages(lane, feed) for feed in self.pending[lane]), default=fair)
-        most = max(self.sent[lane].values(), key=lambda waits: waits.messages)
-        return least < fair / 2 and most.messages > 1.5 * fair and most.oldest_seconds > PATIENCE_SECONDS
+        fair = self.cap / len({*self.pending[lane], *sent})
+        most = max(sent.values(), key=lambda waits: waits.messages)
+        if most.messages <= fair + 1 or most.oldest_seconds <= PATIENCE_SECONDS:
+            return False
+        missing = {feed: fair / 2 - self._messages(lane, feed) for feed in self.pending[lane]}
+        short = [feed for feed, lacks in missing.items() if lacks >= 1]
+        pending = ledger.pending_messages(self.session, short, lane=lane, message_size=self.size, at_most=fair)
+        return any(1 <= min(missing[feed], pending[feed]) < self.waiting[lane] / 2 for feed in short)
 
 
 def _rounded(number: float) -> int:

@@ -33,6 +33,7 @@ from common.ledger.dispatch import DispatchedJob as DispatchedJob
 from common.ledger.dispatch import Feed as Feed
 from common.ledger.dispatch import SentFeed as SentFeed
 from common.ledger.dispatch import feeds_with_work as feeds_with_work
+from common.ledger.dispatch import pending_messages as pending_messages
 from common.ledger.dispatch import recall as recall
 from common.ledger.dispatch import sent_feeds as sent_feeds
 from common.ledger.dispatch import take_pending as take_pending

@@ -113,7 +113,7 @@ def take_pending(
 
     SKIP LOCKED: two dispatchers share the work instead of waiting for each other.
     """
-    taken: dict[Feed, list[Any]] = {}
+    taken: dict[Feed, list[Any]] = {feed: [] for feed in feeds}
     left, waiting = limit, list(feeds)
     while waiting and left > 0:
         waiting = waiting[: math.ceil(left / to.message_size)]
@@ -123,7 +123,7 @@ def take_pending(
         for row in rows:
             by_feed[Feed(row.source_id, row.backfill_id)].append(row)
         for feed, found in by_feed.items():
-            taken.setdefault(feed, []).extend(found)
+            taken[feed] += found
         left -= _weigh(rows, to.message_size)
         # Some feeds had less work than their share: give the rest to feeds that have more.
         full = share - to.message_size
@@ -177,6 +177,8 @@ sent AS MATERIALIZED (
 ), chosen AS (
     SELECT next.id
     FROM unnest(CAST(:sources AS integer[]), CAST(:backfills AS bigint[])) AS feed (source_id, backfill_id)
+    JOIN sources ON sources.id = feed.source_id AND sources.paused_at IS NULL
+    LEFT JOIN backfills ON backfills.id = feed.backfill_id
     CROSS JOIN LATERAL (
         SELECT id, sum(CASE kind WHEN 'image' THEN 1 ELSE :message_size END) OVER (ORDER BY id) AS weight
         FROM (
@@ -195,6 +197,7 @@ sent AS MATERIALIZED (
         ) AS waiting
     ) AS next
     WHERE next.weight <= :share
+      AND backfills.paused_at IS NULL  -- since the feeds were looked for, too
 )""",
         select="SELECT id, token, kind, pipeline_id, source_id, coalesce(backfill_id, 0) AS backfill_id FROM moved",
     )
@@ -260,15 +263,49 @@ def recall(session: Session, *, lane: Lane, epoch: str) -> int:
     return len(move(session, _RECALL, {"lane": lane, "epoch": epoch}))
 
 
+#: Not the trial of a source that has paused: it would wait for the next one.
 _RECALL = transition(
     (JobState.QUEUED,),
     JobState.PENDING,
     """
     FROM jobs
+    JOIN sources ON sources.id = jobs.source_id AND sources.paused_at IS NULL
     WHERE jobs.sent_lane = :lane AND jobs.lane = :lane AND jobs.epoch = :epoch AND NOT jobs.alone
     """,
     skip_locked=True,
 )
+
+
+def pending_messages(
+    session: Session, feeds: Sequence[Feed], *, lane: Lane, message_size: int, at_most: float
+) -> dict[Feed, float]:
+    """How many messages the pending jobs of each feed would fill, counted up to about `at_most`; less than one where a
+    few images wait."""
+    found = dict.fromkeys(feeds, 0.0)
+    parameters = {
+        "sources": [feed.source_id for feed in feeds],
+        "backfills": [feed.backfill_id for feed in feeds],
+        "lane": lane,
+        "message_size": message_size,
+        "limit": math.ceil(at_most) * message_size,
+    }
+    for row in session.execute(sql(_PENDING_MESSAGES), parameters) if feeds else ():
+        found[Feed(row.source_id, row.backfill_id)] = float(row.images) / message_size
+    return found
+
+
+_PENDING_MESSAGES = """
+SELECT feed.source_id, feed.backfill_id, sum(CASE kind WHEN 'image' THEN 1 ELSE :message_size END) AS images
+FROM unnest(CAST(:sources AS integer[]), CAST(:backfills AS bigint[])) AS feed (source_id, backfill_id)
+CROSS JOIN LATERAL (
+    SELECT kind
+    FROM jobs
+    WHERE source_id = feed.source_id AND coalesce(backfill_id, 0) = feed.backfill_id
+      AND lane = :lane AND state = 'pending' AND NOT alone
+    LIMIT :limit
+) AS waiting
+GROUP BY 1, 2
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sqlalchemy as sa
-from alembic import op
+from migrations.compatibility import execute_when_free
+from migrations.ended_jobs import refuse_what_has_no_right_value
 
 revision = "0007"
 down_revision = "0006"
 
 
 def upgrade() -> None:
+    # What 0009 would refuse: said here, while the programs of the version before can still go on.
+    refuse_what_has_no_right_value()
     # NULL for messages sent before this migration or by an older dispatcher: read as the job's own lane.
-    op.add_column("jobs", sa.Column("sent_lane", sa.SmallInteger()))
+    execute_when_free("ALTER TABLE jobs ADD COLUMN sent_lane smallint;")

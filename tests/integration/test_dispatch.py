@@ -270,6 +270,98 @@ def rows_in(session: Session, query: str, ids: Iterable[int]) -> list[Any]:
     return list(session.execute(text(query), {"ids": sorted(ids)}))
 
 
+# --- sent anew, and not without need ----------------------------------------------------------------------
+
+
+def sent_and_done(session: Session, settings: Settings, ticks: int, arrive: Callable[[int], object]) -> tuple[int, int]:
+    """Jobs that were sent, and that workers ended, when they take a message a tick."""
+    workers, sent = Workers(), 0
+    for tick in range(ticks):
+        arrive(tick)
+        sent += dispatch(settings)
+        workers.work(1)
+        pass_a_second()
+    return sent, sum(map(len, workers.ended))
+
+
+def test_a_source_that_gets_an_image_now_and_then_has_nothing_sent_anew(
+    session: Session, configure: Callable[..., Settings]
+) -> None:
+    settings = configure(dispatch__queue_cap=16)
+    reconcile(settings)
+    backfill(session, "backlog", 2000)
+    sent, done = sent_and_done(
+        session, settings, 40, lambda tick: backfill(session, f"{tick}-", 1, source="s3://elsewhere")
+    )
+    assert sent - done <= (16 + 1) * 16, "what was sent is done, or waits in the list"
+
+
+def test_more_feeds_than_messages_have_nothing_sent_anew(session: Session, configure: Callable[..., Settings]) -> None:
+    settings = configure(dispatch__queue_cap=8, worker__group_size=4)
+    reconcile(settings)
+    for number in range(12):
+        backfill(session, f"{number}-", 60)
+    sent, done = sent_and_done(session, settings, 40, lambda tick: None)
+    assert sent - done <= 8 * 4
+
+
+def test_the_trial_of_a_paused_source_stays_in_redis(session: Session, configure: Callable[..., Settings]) -> None:
+    settings = configure(dispatch__queue_cap=8, worker__group_size=4)
+    reconcile(settings)
+    (trial,) = backfill(session, "trial", 1, source="s3://paused")
+    pause = (
+        "UPDATE sources SET paused_at = now(), next_trial_at = now(), reason = 'r', detail = 'd'"
+        " WHERE bucket = 's3://paused'"
+    )
+    session.execute(text(pause))
+    session.execute(text("UPDATE jobs SET lane = 0, backfill_id = NULL WHERE id = :id"), {"id": trial})
+    session.commit()
+    live_footage(session, "early", 200)
+    dispatch(settings)
+    ids = backfill(session, "late", 40, source="s3://elsewhere")
+    session.execute(text("UPDATE jobs SET backfill_id = NULL, lane = 0 WHERE id = ANY(:ids)"), {"ids": sorted(ids)})
+    session.commit()
+    for _ in range(8):
+        pass_a_second()
+    before = rows(session, "SELECT token FROM jobs WHERE state = 'queued' AND id <> :id ORDER BY id", id=trial)
+    token = scalar(session, "SELECT token FROM jobs WHERE id = :id", id=trial)
+    dispatch(settings)
+    assert rows(session, "SELECT token FROM jobs WHERE state = 'queued' AND id <> :id ORDER BY id", id=trial) != before
+    assert scalar(session, "SELECT token FROM jobs WHERE id = :id AND state = 'queued'", id=trial) == token
+
+
+def test_a_source_that_pauses_during_a_tick_is_not_sent(session: Session) -> None:
+    backfill(session, "a", 5)
+    feeds = ledger.feeds_with_work(session)[Lane.BACKFILL]
+    to = ledger.Dispatch(Lane.BACKFILL, "epoch", 1)
+    for pause in ("UPDATE sources SET paused_at = now()", "UPDATE backfills SET paused_at = now()"):
+        session.execute(text(pause))
+        assert ledger.take_pending(session, feeds, to, lane=Lane.BACKFILL, limit=9) == []
+        session.rollback()
+        feeds = ledger.feeds_with_work(session)[Lane.BACKFILL]
+    assert len(ledger.take_pending(session, feeds, to, lane=Lane.BACKFILL, limit=9)) == 5
+
+
+def test_isolated_jobs_of_all_sources_and_both_lanes_get_their_turn(
+    session: Session, configure: Callable[..., Settings]
+) -> None:
+    settings = configure(dispatch__queue_cap=4)
+    reconcile(settings)
+    ids = [backfill(session, f"{n}-", 30, source=f"s3://{n}") for n in range(6)]
+    session.execute(text("UPDATE jobs SET alone = true WHERE state = 'pending'"))
+    session.execute(
+        text("UPDATE jobs SET lane = 0, backfill_id = NULL WHERE id = ANY(:ids)"),
+        {"ids": sorted(set().union(*ids[:3]))},
+    )
+    session.commit()
+    workers = Workers()
+    for _ in range(60):
+        dispatch(settings)
+        workers.work(2)
+    done = {job for ended in workers.ended for job in ended}
+    assert all(each & done for each in ids), [len(each & done) for each in ids]
+
+
 # --- what is lost -----------------------------------------------------------------------------------------
 
 

@@ -130,7 +130,12 @@ def test_the_summary_refuses_sums_that_do_not_add_up(database_url: str) -> None:
 @pytest.fixture
 def before_constraints(engine: Engine) -> Engine:
     """A ledger of the time before 0009, with a job in each state that the constraints are about."""
-    command.upgrade(migrations.config(engine), "0008")
+    fill_a_ledger(engine, "0008")
+    return engine
+
+
+def fill_a_ledger(engine: Engine, revision: str) -> None:
+    command.upgrade(migrations.config(engine), revision)
     with engine.begin() as connection:
         for statement in (
             "INSERT INTO pipelines (fingerprint, detector, classifier, spec) VALUES ('f', 'd', 'c', '{}')",
@@ -146,7 +151,6 @@ def before_constraints(engine: Engine) -> Engine:
             "UPDATE jobs SET state = 'quarantined', reason = 'future_time' WHERE id = 3",
         ):
             connection.execute(text(statement))
-    return engine
 
 
 def revision_of(engine: Engine) -> str:
@@ -184,17 +188,20 @@ def test_the_schema_refuses_what_the_ledger_relies_on(before_constraints: Engine
         connection.execute(text(f"{statement} WHERE id = 5"))
 
 
-def test_a_row_without_a_right_value_is_named_and_nothing_is_changed(before_constraints: Engine) -> None:
-    with before_constraints.begin() as connection:
+@pytest.mark.parametrize("revision", ["0006", "0008"])
+def test_a_row_without_a_right_value_is_named_and_nothing_is_changed(engine: Engine, revision: str) -> None:
+    """From the version before (0006) the programs of that version can go on meanwhile."""
+    fill_a_ledger(engine, revision)
+    with engine.begin() as connection:
         connection.execute(text("UPDATE jobs SET state = 'cancelled' WHERE id IN (4, 5)"))
     with pytest.raises(MaskwatchError, match=r"2 job\(s\) have ended.*: 4 \(cancelled\), 5 \(cancelled\)\. Set their"):
-        migrations.upgrade(before_constraints)
-    assert revision_of(before_constraints) == "0008"
-    with before_constraints.begin() as connection:
+        migrations.upgrade(engine)
+    assert revision_of(engine) == revision
+    with engine.begin() as connection:
         assert connection.scalar(text("SELECT count(*) FROM jobs WHERE worker IS NULL AND finished_at IS NULL")) == 5
         connection.execute(text("UPDATE jobs SET finished_at = now() WHERE id IN (4, 5)"))
-    migrations.upgrade(before_constraints)
-    assert revision_of(before_constraints) == SCHEMA_REVISION
+    migrations.upgrade(engine)
+    assert revision_of(engine) == SCHEMA_REVISION
 
 
 def test_a_migration_that_was_killed_in_its_repairs_is_done_again(before_constraints: Engine) -> None:
@@ -206,11 +213,13 @@ def test_a_migration_that_was_killed_in_its_repairs_is_done_again(before_constra
     assert revision_of(before_constraints) == SCHEMA_REVISION
 
 
-def test_the_migration_waits_for_no_long_transaction_with_everybody_behind_it(before_constraints: Engine) -> None:
+@pytest.mark.parametrize("revision", ["0006", "0008"])
+def test_the_migration_waits_for_no_long_transaction_with_everybody_behind_it(engine: Engine, revision: str) -> None:
     """A claim that comes while the migration asks for its lock does not queue behind it."""
-    with before_constraints.connect() as holder, before_constraints.connect() as claimer:
+    fill_a_ledger(engine, revision)
+    with engine.connect() as holder, engine.connect() as claimer:
         holder.execute(text("SELECT FROM jobs"))
-        thread = threading.Thread(target=migrations.upgrade, args=(before_constraints,))
+        thread = threading.Thread(target=migrations.upgrade, args=(engine,))
         thread.start()
         waits = []
         for _ in range(20):
@@ -219,8 +228,8 @@ def test_the_migration_waits_for_no_long_transaction_with_everybody_behind_it(be
             waits.append(time.monotonic() - began)
             claimer.rollback()
             time.sleep(0.05)
-        assert thread.is_alive() and revision_of(before_constraints) == "0008"
+        assert thread.is_alive() and revision_of(engine) == revision
         holder.rollback()
     thread.join(60)
-    assert revision_of(before_constraints) == SCHEMA_REVISION
+    assert revision_of(engine) == SCHEMA_REVISION
     assert max(waits) < 0.5, waits

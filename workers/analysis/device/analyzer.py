@@ -138,8 +138,8 @@ def load_device_analyzer(spec: PipelineSpec, runtime: Runtime) -> DeviceAnalyzer
     """The pipeline with its pinned models on the runtime's device: in half precision, on a CPU in single.
 
     The networks always run in torch, whichever engine the runtime names: with another engine, intermediate results
-    would leave the device. Errors as `workers.analysis.load.load_analyzer`, and `MaskwatchError` for a model that torch can't
-    run.
+    would leave the device. Errors as `workers.analysis.load.load_analyzer`, and `MaskwatchError` for a model
+    that torch can't run.
     """
     device = torch_device(runtime)
     precision = torch.float32 if device.type == "cpu" else torch.float16

@@ -87,7 +87,7 @@ def _retinaface(model: ModelRef, threshold: float, runtime: Runtime) -> Any:
         # The backbone's file is only where its training began: every weight of it is in the network's own.
         module.load_state_dict_from_url = _given({"mobilenetv1_pretrain": _with_top(state), "retinaface": state})
         detector = module.RetinaFace(BACKBONES[model.name], threshold=threshold, **options)
-    fill(detector._net, state, what)  # fdet takes a file that doesn't fit in silence
+    fill(detector._net, state, what)  # fdet accepts a file that doesn't fit without an error
     return detector
 
 
@@ -123,7 +123,7 @@ def _options(runtime: Runtime) -> dict[str, Any]:
 
 @contextmanager
 def _keeping_cudnn() -> Iterator[None]:
-    """fdet switches cuDNN on and off for the whole process: other models must not notice."""
+    """Restores cuDNN's switch, which fdet changes for the whole process, for other models."""
     from torch.backends import cudnn
 
     before = cudnn.enabled, cudnn.benchmark

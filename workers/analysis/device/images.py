@@ -91,8 +91,8 @@ def _taps(start: Any, length: Any, averaged: Any, side: int) -> tuple[Any, Any, 
     be averaged but is shorter than `side` along one axis, with INTER_AREA's rule for such a crop.
     """
     new = torch.arange(side, device=start.device, dtype=torch.float64)
-    # Two true divisions, as in OpenCV, because INTER_AREA's rule jumps where a product is whole. torch computes a number
-    # divided by a tensor as a product with the tensor's inverse, which rounds twice.
+    # Two true divisions, as in OpenCV, because INTER_AREA's rule jumps where a product is whole. torch computes a
+    # number divided by a tensor as a product with the tensor's inverse, which rounds twice.
     one = torch.ones((), device=start.device, dtype=torch.float64)
     growth = (one * side) / length[:, None]
     scale = one / growth

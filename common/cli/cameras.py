@@ -34,7 +34,9 @@ def _camera_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--every", metavar="TIME", help="How often to look for new footage: 30s, 5m, 2h, 1d."),
             click.option(
-                "--cron", metavar="EXPRESSION", help="When to look for new footage, in cron syntax, on local time."
+                "--cron",
+                metavar="EXPRESSION",
+                help="When to look for new footage, in cron syntax, on the location's clock.",
             ),
             click.option(
                 "--look-back", metavar="TIME", help="How late footage may arrive for a poll to find it (default: 2h)."

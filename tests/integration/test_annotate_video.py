@@ -358,7 +358,7 @@ def test_of_a_video_that_is_cut_off_the_rest_is_written(analyzer: FakeAnalyzer, 
 def test_what_is_no_video_is_refused_by_its_name(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
     source = write(tmp_path / "a.mp4", b"#EXTM3U\n/etc/passwd\n" * 9)
     message = refused(source, "--out", tmp_path / "out.mp4")
-    assert message.startswith(f"file://{source}: the content is no MP4")
+    assert message.startswith(f"file://{source}: the content is not an MP4")
     assert not (tmp_path / "out.mp4").exists()
 
 

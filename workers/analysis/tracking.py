@@ -1,7 +1,7 @@
-"""Links the faces of a video's frames into tracks, by where they are and when: whose face is whose isn't known.
+"""Links the faces of a video's frames into tracks by place and time alone; nobody is recognised.
 
-A track is taken to go on as it went between its last two faces, and goes on with the nearest face that someone walking
-could have reached; the nearest pairs come first. What tracks can and can't claim: `benchmarks/tracking.py`.
+A track is expected to keep its velocity, and goes on with the nearest face that a walking person could have reached;
+the nearest pairs come first. How good tracks are is measured in `benchmarks/tracking.py`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 from common.domain import Face
 
-#: For how long a face may be out of sight and still be the same visit; where frames are rarer, for one frame.
+#: How long a face may be out of sight and still be the same visit; if frames are rarer, one frame.
 LONGEST_GAP_SECONDS = 2.0
-#: How far a face may be from where it is expected, in face sizes: at once, since boxes aren't exact, ...
+#: How far a face may be from its expected place, in face sizes: always, since boxes aren't exact, ...
 SLACK = 0.5
 #: ... per second up to the next frame, since people set off and stop: 1.75 m/s, a brisk walk, in faces of 0.22 m, ...
 REACH_PER_SECOND = 8.0
-#: ... and per second of a longer gap once a velocity is known, lest who comes in be taken for who just went out.
+#: ... and per second of a longer gap once a velocity is known, so that an arriving face isn't linked to one that left.
 DRIFT_PER_SECOND = 2.0
-#: By how much a face may grow or shrink, at once and per second, in natural logarithms of its size.
+#: How much a face may grow or shrink, always and per second, in natural logarithms of its size.
 SIZE_SLACK, SIZE_PER_SECOND = 0.25, 0.35
-#: Frames come a little late in some videos: by at most this share of the time between two.
+#: In some videos frames are late, by at most this share of the time between two.
 UNEVEN = 0.25
 
 
@@ -37,20 +37,20 @@ class _Sight:
 
     @classmethod
     def of(cls, face: Face, at_seconds: float) -> _Sight:
-        # Under a pixel there is nothing to be measured in.
+        # At least a pixel, because distances are divided by the size.
         return cls((face.x1 + face.x2) / 2, (face.y1 + face.y2) / 2, max(face.size_px, 1.0), at_seconds)
 
 
 @dataclass(slots=True)
 class _Track:
-    """Someone's way so far. velocity: pixels per second; None before it was seen twice."""
+    """A track so far. velocity: pixels per second; None before the face was seen twice."""
 
     number: int
     last: _Sight
     velocity: tuple[float, float] | None = None
 
     def misfit(self, sight: _Sight, frame_seconds: float) -> float | None:
-        """How badly this face would go on with the track, in face sizes; None if nobody gets there."""
+        """How badly this face fits the track, in face sizes; None if a person can't get there in that time."""
         seconds = sight.at - self.last.at
         growth = abs(math.log(sight.size / self.last.size))
         if growth > SIZE_SLACK + SIZE_PER_SECOND * seconds:
@@ -64,18 +64,18 @@ class _Track:
             reach = SLACK + REACH_PER_SECOND * next_frame + DRIFT_PER_SECOND * (seconds - next_frame)
         away = math.hypot(sight.x - self.last.x - vx * seconds, sight.y - self.last.y - vy * seconds)
         distance = away / math.sqrt(sight.size * self.last.size)
-        # Someone near and someone far may be side by side in the picture: their faces differ in size.
+        # A person near the camera and one far away may be side by side in the image, but their faces differ in size.
         return distance + growth if distance <= reach else None
 
     def go_on(self, sight: _Sight) -> None:
-        # Two frames of one time, which broken videos have, tell nothing of a velocity.
+        # Two frames with the same time, which broken videos have, give no velocity.
         if (seconds := sight.at - self.last.at) > 0:
             self.velocity = (sight.x - self.last.x) / seconds, (sight.y - self.last.y) / seconds
         self.last = sight
 
 
 class FaceTracker:
-    """Gives the faces of a run of frames their tracks: 1, 2, ... in the order in which they begin."""
+    """Gives the faces of consecutive frames their tracks: 1, 2, ... in the order in which they begin."""
 
     def __init__(self, frames_per_second: float) -> None:
         if not (math.isfinite(frames_per_second) and frames_per_second > 0):
@@ -86,9 +86,9 @@ class FaceTracker:
         self._begun = 0
 
     def update(self, faces: Sequence[Face], at_seconds: float) -> list[int]:
-        """The track of each face of the next frame, in their order. Who fits no track begins one.
+        """The track of each face of the next frame, in order. A face that fits no track begins a new one.
 
-        at_seconds: the frame's time, never before the last one's; a frame without faces counts as time only.
+        at_seconds: the frame's time, not before the last frame's; a frame without faces only advances the time.
         """
         self._tracks = [track for track in self._tracks if at_seconds - track.last.at <= self._longest_gap]
         sights = [_Sight.of(face, at_seconds) for face in faces]
@@ -106,9 +106,9 @@ class FaceTracker:
         return numbers
 
     def _pairs(self, sights: Sequence[_Sight]) -> dict[int, _Track]:
-        """The track that each face goes on with, the best fit first; of equals the older track, then the first face.
+        """The track that each face continues, the best fit first; among equals the older track, then the first face.
 
-        The assignment with the least sum of misfits isn't better (measured), and would need SciPy.
+        The assignment with the smallest sum of misfits isn't better (measured), and would need SciPy.
         """
         fits = sorted(
             (misfit, t, i)

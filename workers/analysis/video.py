@@ -1,4 +1,4 @@
-"""From a video's frames to their faces, linked into tracks, while the next frames are decoded."""
+"""Analyses a video's frames and links their faces into tracks, while the next frames are decoded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from workers.media.prefetch import ahead
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A frame of a video as it is analysed. rgb: uint8 (height, width, 3), upright. at, covers: seconds, exact."""
+    """A frame of a video for the analyzer. rgb: uint8 (height, width, 3), upright. at, covers: seconds, exact."""
 
     rgb: NDArray[np.uint8]
     #: When it is shown, from the start of the file.
     at: Fraction
-    #: The part of the video that it stands for.
+    #: How much of the video it covers.
     covers: Fraction
 
 
@@ -37,9 +37,9 @@ def analyze_frames(
 ) -> Generator[FrameFaces, None, None]:
     """The faces of a video's frames, in their order, linked into tracks.
 
-    Frames are read and decoded in a thread of their own, up to `buffer_bytes` ahead (one frame at least), while the
-    ones before them are analysed; those of one size that wait are analysed together, `batch` at most. What the other
-    thread raises is raised here, after the frames that came before.
+    Frames are read and decoded in a thread of their own, up to `buffer_bytes` ahead (one frame at least), while earlier
+    frames are analysed; waiting frames of one size are analysed together, `batch` at most. An error in the other thread
+    is raised here, after the frames before it.
     """
     tracker = FaceTracker(frames_per_second)
     groups = ahead(

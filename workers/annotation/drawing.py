@@ -1,4 +1,4 @@
-"""Draws faces on a picture for people to look at: green with mask, red without, amber uncertain. And hides them."""
+"""Draws faces on an image: green with mask, red without, amber uncertain. Also blurs faces."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ WORDS = {
     MaskStatus.UNCERTAIN: "Uncertain",
 }
 
-#: How much of the label's box covers the picture, as in the notebook this follows.
+#: Opacity of a label's box, as in the reference notebook.
 LABEL_ALPHA = 0.2
-#: Pictures whose longer side is below this get no readable labels unless they are enlarged.
+#: Images whose longer side is below this are enlarged, so that labels are readable.
 LEGIBLE_PX = 1000
-#: A label wider than this many faces shows the probability alone, so that it doesn't hide the neighbours.
+#: A label wider than this many faces shows only the probability, so that it doesn't hide other faces.
 LABEL_LIMIT = 2.5
-#: A blurred face and its surroundings are this many squares along their longer side, whatever their size: about three
-#: across the face itself. What can be told from so few is the colour of hair and skin.
+#: A blurred face and its surroundings become this many squares along their longer side, whatever their size: about
+#: three across the face itself. They show no more than the colour of hair and skin.
 BLUR_SQUARES = 5
-#: What is blurred goes beyond the face's box by this share of it on each side: hair, ears and chin.
+#: The blurred area is larger than the face's box by this share of it on each side: hair, ears and chin.
 BLUR_MARGIN = 0.25
 
 _WHITE = (255, 255, 255)
@@ -44,7 +44,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 @dataclass(frozen=True, slots=True)
 class _Style:
-    """Sizes that follow from the picture's: the width of boxes and of strokes in pixels, and the font's factor."""
+    """Sizes that depend on the image's: the width of boxes and of strokes in pixels, and the font's factor."""
 
     line_px: int
     stroke_px: int
@@ -60,14 +60,14 @@ class _Style:
 def draw_faces(
     image_rgb: NDArray[np.uint8], faces: Sequence[Face], *, emphasised: int | None = None
 ) -> NDArray[np.uint8]:
-    """A copy of a picture, uint8 (height, width, 3), with a box and a label for every face.
+    """A copy of an image, uint8 (height, width, 3), with a box and a label for every face.
 
-    A label says what the face was taken for and how probable that is. emphasised: the index of a face that is meant,
-    whose box is drawn wider and with a white rim.
+    A label shows the face's status and probability. emphasised: the index of a face whose box is drawn wider and with a
+    white rim.
     """
     drawn = np.array(image_rgb, dtype=np.uint8, order="C")
     style = _Style.of(drawn.shape[1], drawn.shape[0])
-    # The surest faces last: where labels overlap, theirs stay readable. Above all the one that is meant.
+    # The surest faces are drawn last, so that their labels stay readable on overlap; the emphasised one is on top.
     for index in sorted(range(len(faces)), key=lambda index: (index == emphasised, faces[index].p_face)):
         face = faces[index]
         if index == emphasised:
@@ -78,7 +78,7 @@ def draw_faces(
 
 
 def blur_faces(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> NDArray[np.uint8]:
-    """A copy of a picture, uint8 (height, width, 3), in which nobody can be recognised by these faces."""
+    """A copy of an image, uint8 (height, width, 3), with these faces made unrecognisable."""
     blurred = np.array(image_rgb, dtype=np.uint8, order="C")
     height, width = blurred.shape[:2]
     for face in faces:
@@ -95,7 +95,7 @@ def blur_faces(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> NDArray[n
 
 
 def enlarge_for_labels(image_rgb: NDArray[np.uint8], faces: Sequence[Face]) -> tuple[NDArray[np.uint8], list[Face]]:
-    """The picture with its faces, a whole number of times larger if its labels would not be readable."""
+    """The image and its faces, enlarged by a whole number if its labels would not be readable."""
     height, width = image_rgb.shape[:2]
     factor = min(4, math.ceil(LEGIBLE_PX / max(width, height)))
     if factor <= 1:
@@ -121,7 +121,7 @@ def _draw_label(image: NDArray[np.uint8], face: Face, style: _Style) -> None:
     pad = style.stroke_px + 1
     label_w, label_h = text_w + 2 * pad, text_h + below + 2 * pad
 
-    # Above the box; inside it, at its top, where the picture ends. Never out of the picture sideways.
+    # Above the box, or inside it at its top where the image ends. Never beyond the image's sides.
     left = max(0, min(round(face.x1), width - label_w))
     top = round(face.y1) - label_h if face.y1 >= label_h else round(face.y1)
     area = image[top : top + label_h, left : left + label_w]
@@ -129,7 +129,7 @@ def _draw_label(image: NDArray[np.uint8], face: Face, style: _Style) -> None:
     area[:] = (area * (1 - LABEL_ALPHA) + np.array(colour) * LABEL_ALPHA).astype(np.uint8)
 
     origin = (left + pad, top + pad + text_h)
-    # A dark rim keeps the words readable on any picture.
+    # A dark rim keeps the words readable on any image.
     cv2.putText(image, text, origin, _FONT, style.font, (0, 0, 0), style.stroke_px + 2, cv2.LINE_AA)
     cv2.putText(image, text, origin, _FONT, style.font, colour, style.stroke_px, cv2.LINE_AA)
 

@@ -1,6 +1,6 @@
-"""Pictures of videos: the same video with its faces drawn, or hidden, and the frame that is shown at one time.
+"""Writes a video again with its faces drawn or blurred, and finds the frame that is shown at a time.
 
-Every frame is written at its own time, the sound as it is. Knows no database.
+Every frame is written at its own time, the sound is copied. Needs no database.
 """
 
 from __future__ import annotations
@@ -34,38 +34,39 @@ from workers.media.opening import block_reader
 from workers.media.prefetch import ahead
 from workers.media.sampling import Grid, Sample, Sampler
 
-#: FFmpeg's names of the sound that players expect in an MP4. It is copied as it is and never decoded.
+#: FFmpeg's names of the sound codecs that players expect in an MP4. Sound is copied and never decoded.
 SOUND_CODECS = frozenset({"aac", "mp3", "ac3", "eac3", "opus", "alac", "flac"})
-#: A face that isn't found any more stays blurred for this long: detectors miss one now and then.
+#: A face that isn't found any more stays blurred for this many seconds, because detectors sometimes miss a face.
 BLUR_SECONDS = Fraction(1, 2)
 
-#: x264's constant quality: hardly told from the source. "veryfast", because finding the faces takes the time.
+#: x264's constant quality, hardly different from the source. "veryfast", because finding the faces takes long enough.
 _ENCODER = {"crf": "20", "preset": "veryfast"}
 #: AVColorSpace, AVColorPrimaries and AVColorTransferCharacteristic of BT.709, and AVColorRange of video levels
 #: (FFmpeg, libavutil/pixfmt.h).
 _BT709, _VIDEO_LEVELS = 1, 1
-#: A rate to announce where a video names none that is plausible; the frames have their own times.
+#: Frame rate for the header of a video without a plausible one, and the highest plausible rate; the frames have their
+#: own times.
 _USUAL_RATE, _HIGHEST_RATE = Fraction(25), 1000
 #: Sampling rates by their number in an ADTS header (ISO/IEC 14496-3, table 1.18).
 _ADTS_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
-#: Packets of any kind that are looked through for such headers.
+#: How many packets of any kind are searched for such headers.
 _ADTS_PACKETS = 1000
-#: Seconds before a wanted time at which frames are looked for, one after the other: a frame may be shown for long.
+#: Seconds before a wanted time from which frames are searched, one after the other: a frame may be shown for long.
 _MARGINS = (2, 16, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class AnnotatedVideo:
-    """What was written. faces: how often a face was found, by its status, in the frames that were analysed."""
+    """The result of writing a video. faces: how often a face was found, by its status, in the analysed frames."""
 
     frames: int
     analysed: int
     seconds: float
     faces: Counter[MaskStatus]
-    #: Codecs of the sound that was copied, and of that which an MP4 can't hold.
+    #: Codecs of the sound that was copied, and of the sound that an MP4 can't hold.
     sound: list[str]
     sound_left_out: list[str]
-    #: Where the video ended before it should have, in seconds.
+    #: Where the video ended too early, in seconds; None for a whole one.
     cut_off_at: float | None
 
 
@@ -76,14 +77,14 @@ class _Shown:
     rgb: NDArray[np.uint8]
     at: Fraction
     lasts: Fraction
-    #: Whether its faces are looked for; otherwise those of the frame before stay.
+    #: Whether this frame is analysed; otherwise the faces of the frame before stay.
     analysed: bool
-    #: The packets of sound that came with it.
+    #: The packets of sound that were read along with it.
     sound: list[Any] = field(default_factory=list)
 
 
 class SoundingVideo(VideoFile):
-    """A video whose sound is kept: the packets of sound that pass while its frames are read."""
+    """A video that also keeps the packets of sound that are read along with its frames."""
 
     def _open(self) -> None:
         super()._open()
@@ -111,9 +112,9 @@ class SoundingVideo(VideoFile):
         return passed
 
     def sound_rates(self) -> list[int]:
-        """Samples per second of each sound; 0 if nothing tells. Goes back to the first packet.
+        """Samples per second of each sound; 0 if unknown. Goes back to the first packet.
 
-        Of AAC in an MPEG-TS only the packets tell.
+        For AAC in an MPEG-TS the rate is only in the packets.
         """
         rates = {stream.index: int(stream.codec_context.sample_rate or 0) for stream in self.sounds}
         silent = {s.index for s in self.sounds if not rates[s.index] and _codec(s) == "aac"}
@@ -158,11 +159,11 @@ def annotate_video(
     begins: Callable[[float | None], None] = lambda seconds: None,
     reached: Callable[[float], None] = lambda seconds: None,
 ) -> AnnotatedVideo:
-    """Write a video with its faces drawn to `out`, as H.264 in an MP4; it appears there when it is complete.
+    """Write a video with its faces drawn to `out`, as H.264 in an MP4; the file appears when it is complete.
 
     sample_fps: analyse the first frame of each 1/sample_fps seconds, and show its boxes until the next one; None:
-    every frame. blur: hide the faces under their boxes. begins, reached: called with the length of the video, if it
-    tells one, and with the time that was reached, in seconds.
+    every frame. blur: blur the faces under their boxes. begins, reached: called with the length of the video, or None,
+    and with the time that was reached, in seconds.
 
     Raises `MaskwatchError` if `out` can't be written, otherwise as `workers.media.opening.opened` and `Sampler`.
     """
@@ -207,11 +208,11 @@ def annotate_video(
 def frame_at(video: VideoFile, at: Fraction, length: Fraction | None, name: str, mode: SampleMode) -> Sample:
     """The frame that is shown `at` seconds from the start; with KEYFRAMES, the last keyframe until then.
 
-    length: of the video, in seconds, where its header tells. name: of the video, for people. Raises `MaskwatchError`
+    length: of the video, in seconds, if its header tells. name: of the video, for errors. Raises `MaskwatchError`
     for a time at which nothing is shown, because the video has ended or is cut off.
     """
     grid = _every_frame(video)
-    # The header's end is only where the search begins: of a variable rate it may lie before the last frames.
+    # The header's end is only where the search begins: with a variable rate it may lie before the last frames.
     latest = at if length is None else min(at, length)
     for begin in [*(latest - margin for margin in _MARGINS if margin < latest), Fraction(0)]:
         sampler = Sampler(video, grid, mode, grid.cell(begin), None)
@@ -248,7 +249,7 @@ def clock(seconds: Fraction | float) -> str:
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A name beside `out` to write to; what was written there becomes `out` at the end, and is gone after an error."""
+    """A temporary name beside `out` to write to; the file becomes `out` at the end, and is removed after an error."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -269,7 +270,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _sounding(info: ObjectInfo, settings: Settings) -> Iterator[SoundingVideo]:
-    """As `workers.media.opening.opened`, with its sound."""
+    """As `workers.media.opening.opened`, but keeps the sound."""
     with block_reader(info, settings.storage) as reader:
         threads = runtime_of(settings).threads
         video = SoundingVideo(reader, max_pixels=settings.worker.max_frame_pixels, threads=threads)
@@ -280,12 +281,12 @@ def _sounding(info: ObjectInfo, settings: Settings) -> Iterator[SoundingVideo]:
 
 
 def _every_frame(video: VideoFile) -> Grid:
-    """A grid so fine that each frame has a cell of its own; of those with the same time the first is taken."""
+    """A grid so fine that each frame has a cell of its own; of frames with the same time the first is taken."""
     return Grid(1 / Fraction(video.stream.time_base))
 
 
 def _shown(video: SoundingVideo, sampler: Sampler, every: Grid | None) -> Iterator[_Shown]:
-    """All frames; analysed are the first ones in the cells of `every`, or all."""
+    """All frames; those to analyse are the first in each cell of `every`, or all if it is None."""
     latest = -1
 
     def shown(sample: Sample, lasts: Fraction) -> _Shown:
@@ -304,7 +305,7 @@ def _shown(video: SoundingVideo, sampler: Sampler, every: Grid | None) -> Iterat
 
 
 def _last_lasts(video: VideoFile, sampler: Sampler, last: Sample) -> Fraction:
-    """For how long the last frame is shown, in seconds."""
+    """How long the last frame is shown, in seconds."""
     end = video.end
     if sampler.cut_off_at is None and end is not None and end > last.at:
         return end - last.at
@@ -318,14 +319,14 @@ def _rate(video: VideoFile) -> Fraction:
 
 
 class _Lately:
-    """Faces that were there a moment ago and are not found any more, so that one missed frame shows nobody."""
+    """Remembers faces for `BLUR_SECONDS` after they were last found, so that they stay blurred if one is missed."""
 
     def __init__(self, frames_per_second: float) -> None:
         self._tracker = FaceTracker(frames_per_second)
         self._seen: dict[int, tuple[Fraction, Face]] = {}
 
     def missing(self, faces: Sequence[Face], at: Fraction) -> list[Face]:
-        """Those missing among the faces of the next frame."""
+        """The remembered faces that are missing among the faces of the next frame."""
         tracks = self._tracker.update(faces, float(at))
         lately = {track: seen for track, seen in self._seen.items() if at - seen[0] <= BLUR_SECONDS}
         self._seen = lately | {track: (at, face) for track, face in zip(tracks, faces, strict=True)}
@@ -333,21 +334,21 @@ class _Lately:
 
 
 def _begin(part: Path, out: Path, video: SoundingVideo, picture: _Format, sound_rates: Sequence[int]) -> _Mp4Writer:
-    """A writer with the video's sound; without it where its header is damaged, so that an MP4 can't describe it."""
+    """A writer with the video's sound, or without it if the sound's header is damaged and an MP4 can't hold it."""
     try:
         return _Mp4Writer(part, out, video, picture, sound_rates)
     except MaskwatchError:
-        # If that is not the reason, it fails again.
+        # If the sound is not the cause, this fails again.
         return _Mp4Writer(part, out, video, picture, [0] * len(sound_rates))
 
 
 class _Mp4Writer:
-    """Writes pictures as H.264, and packets of sound as they are."""
+    """Writes frames as H.264, and copies packets of sound."""
 
     def __init__(
         self, part: Path, out: Path, video: SoundingVideo, picture: _Format, sound_rates: Sequence[int]
     ) -> None:
-        """sound_rates: of the video's sounds; those with 0 are left out. Raises `MaskwatchError`."""
+        """sound_rates: of the video's sounds; sounds with 0 are left out. Raises `MaskwatchError`."""
         self.frames = 0
         self.kept: list[str] = []
         self.left_out: list[str] = []
@@ -355,13 +356,13 @@ class _Mp4Writer:
         self._size = picture.size
         self._time_base = Fraction(video.stream.time_base)
         self._start = video.start_pts * self._time_base
-        #: For how long the frames are shown that the encoder has not given yet, by their times. In the time base.
+        #: How long frames that the encoder still holds are shown, by their times. In the time base.
         self._lasts: dict[int, int] = {}
         #: Index of a sound in the source → its stream here; and the time of its last packet.
         self._sounds: dict[int, Any] = {}
         self._latest: dict[int, int] = {}
         with _writing(out):
-            # An absolute path can't be taken for a URL. The index goes to the front, so that browsers need not wait.
+            # An absolute path, which can't be mistaken for a URL. The index goes to the front for browsers.
             self._file: Any = av.open(str(part.absolute()), "w", format="mp4", options={"movflags": "faststart"})
             self._stream: Any = self._file.add_stream("libx264", rate=_rate(video), options=dict(_ENCODER))
             self._set_up(picture)
@@ -375,7 +376,8 @@ class _Mp4Writer:
         encoder.pix_fmt = "yuv420p"
         encoder.time_base = self._time_base
         encoder.thread_count = picture.threads
-        # So frames are stored in the order of showing, and begin at 0 without an edit list, which some players ignore.
+        # Without B-frames, frames are stored in the order of showing, and begin at 0 without an edit list, which some
+        # players ignore.
         encoder.max_b_frames = 0
         encoder.colorspace = encoder.color_primaries = encoder.color_trc = _BT709
         encoder.color_range = _VIDEO_LEVELS
@@ -406,7 +408,7 @@ class _Mp4Writer:
     def _encode(self, frame: Any | None) -> None:
         with _writing(self._out):
             for packet in self._stream.encode(frame):
-                # FFmpeg would take the average rate's, and the last frame be too long or too short.
+                # FFmpeg would take the duration from the average rate, and the last frame's would be wrong.
                 packet.duration = self._lasts.pop(packet.pts)
                 self._file.mux(packet)
 
@@ -423,7 +425,7 @@ class _Mp4Writer:
             self._latest[index] = dts
             packet.pts, packet.dts, packet.stream = pts, dts, self._sounds[index]
             with _writing(self._out), suppress(ArgumentError, InvalidDataError):
-                # A damaged packet is refused; the sound goes on behind it.
+                # A damaged packet is refused; the sound goes on after it.
                 self._file.mux(packet)
 
     def close(self) -> None:
@@ -434,7 +436,7 @@ class _Mp4Writer:
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """size: (width, height) of the pictures. aspect: a pixel's width by its height; None where nothing tells."""
+    """size: (width, height) of the frames. aspect: a pixel's width by its height; None if unknown."""
 
     size: tuple[int, int]
     aspect: Fraction | None
@@ -449,7 +451,7 @@ class _Format:
 
 
 def _video_frame(rgb: NDArray[np.uint8], size: tuple[int, int]) -> Any:
-    """The picture as the encoder takes it, even sides, BT.709. Of another size, as a video may change it, scaled."""
+    """The frame for the encoder: even sides, BT.709, scaled if the video's size has changed."""
     width, height = size
     if rgb.shape[:2] != (height, width):
         rgb = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)

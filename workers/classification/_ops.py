@@ -1,7 +1,6 @@
-"""What happens to a crop before a classifier sees it: pure functions over numpy arrays.
+"""Prepares crops for a classifier: pure functions over numpy arrays.
 
-Training prepares its crops with these very functions, so that a network never meets in production
-a resize it hasn't met while it learned.
+Training prepares its crops with the same functions, so that a network is trained on the same resizing as in production.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def prepare_crop(crop_rgb: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
-    """A crop as a network wants it: float32 (side, side, 3), RGB, in [-1, 1].
+    """A crop as a network's input: float32 (side, side, 3), RGB, in [-1, 1].
 
     crop_rgb: uint8 (h, w, 3), any size from 1×1. The aspect ratio is not kept, as in the notebook that
     this follows. A crop that shrinks is averaged (INTER_AREA), since sampling it would alias; otherwise it is
@@ -34,10 +33,10 @@ def prepare_crop(crop_rgb: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
 def widen_box(
     box: tuple[float, float, float, float], image_w: int, image_h: int, below_px: float, factor: float
 ) -> tuple[float, float, float, float]:
-    """The box to crop for classification: a small face with more of its surroundings.
+    """The box to crop for classification: a small face gets more of its surroundings.
 
-    A box (x1, y1, x2, y2; pixels of the picture) whose width or height is below `below_px` grows in both
-    directions by `factor` around its centre. The result lies inside the picture, whether it grew or not,
+    A box (x1, y1, x2, y2; pixels of the image) whose width or height is below `below_px` grows in both
+    directions by `factor` around its centre. The result lies inside the image, whether it grew or not,
     and holds at least one whole pixel when its edges are rounded outwards (see `pixel_box`).
     """
     x1, y1, x2, y2 = box
@@ -56,7 +55,7 @@ def widen_box(
 
 
 def pixel_box(box: tuple[float, float, float, float], image_w: int, image_h: int) -> tuple[int, int, int, int]:
-    """The whole pixels a box touches: left, top, right, bottom to slice with, inside the picture."""
+    """The whole pixels a box touches: left, top, right, bottom to slice with, inside the image."""
     left = min(max(0, int(np.floor(box[0]))), image_w - 1)
     top = min(max(0, int(np.floor(box[1]))), image_h - 1)
     right = min(max(left + 1, int(np.ceil(box[2]))), image_w)

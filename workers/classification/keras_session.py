@@ -24,7 +24,7 @@ class KerasSession:
         self._shape = tuple(model.input_shape)
         self._device = device
         self._tf = tf
-        # Traced once for batches of any length: `predict` would build its pipeline anew for every picture.
+        # Traced once for batches of any length: `predict` would build its pipeline anew for every image.
         signature = [tf.TensorSpec(self._shape, tf.float32)]
         self._forward = tf.function(lambda batch: model(batch, training=False), input_signature=signature)
 
@@ -48,8 +48,8 @@ class KerasSession:
 def load_session(model: ModelRef, runtime: Runtime) -> KerasSession:
     """The network of one of our ONNX files in Keras, loaded once per process and runtime.
 
-    Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the file doesn't tell its architecture, or
-    TensorFlow or the device isn't there.
+    Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the file doesn't name its architecture, or
+    TensorFlow or the device is missing.
     """
     content = read_model(model)
     tf = _tensorflow(runtime)
@@ -96,7 +96,7 @@ def _tensorflow(runtime: Runtime) -> Any:
         tf.config.threading.set_intra_op_parallelism_threads(runtime.threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
     except RuntimeError:
-        # Only before TensorFlow's first operation: whoever loaded it here has chosen.
+        # TensorFlow takes these settings only before its first operation, which other code in this process has run.
         pass
     return tf
 

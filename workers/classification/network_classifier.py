@@ -1,4 +1,4 @@
-"""A mask classifier that is a network: crops in, two probabilities each out, whatever runs it."""
+"""Classifies crops with a network, under any runtime: two probabilities for each crop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.classification._ops import prepare_crop
 from workers.inference import Session
 from workers.inference.faults import in_parts
 
-#: Crops per forward pass: more gain nothing on a CPU and cost memory in a picture of a large crowd.
+#: Crops per forward pass: more gain nothing on a CPU, and cost memory for an image of a large crowd.
 MAX_BATCH = 32
 
 

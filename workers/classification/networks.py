@@ -52,7 +52,7 @@ def build_compact(side: int | None) -> Any:
     x = layers.Conv2D(32, 3, strides=2, padding="same", use_bias=False, name="stem")(inputs)
     x = layers.ReLU()(normalised(x, "stem"))
     for stage, (channels, blocks) in enumerate(COMPACT_STAGES):
-        # The first stage keeps the resolution of the stem: faces of ten pixels have nothing to give away.
+        # The first stage keeps the resolution of the stem: faces of ten pixels can't lose any.
         for block in range(blocks):
             strides = 2 if block == 0 and stage > 0 else 1
             x = separable(x, channels, strides, f"stage{stage}_block{block}")
@@ -68,11 +68,11 @@ def build_xception(side: int | None) -> Any:
     import keras
     from keras import layers
 
-    # Keras asks for 71 pixels where a size is named, though the network works from 32 on: so none is named here.
+    # For a fixed size Keras demands at least 71 pixels, though the network works from 32 on: so the size is open.
     base = keras.applications.Xception(include_top=False, weights=None, input_shape=(None, None, 3))
     for layer in base.layers:
         if isinstance(layer, layers.BatchNormalization):
-            # Keras's 0.99 takes hundreds of steps until a network that learns whole can be used; frozen, none moves.
+            # With Keras's 0.99 the statistics take hundreds of steps if the base is trained; frozen, they don't change.
             layer.momentum = 0.95
     inputs = keras.Input((side, side, 3), name="crops")
     x = layers.GlobalAveragePooling2D()(base(inputs))
@@ -119,10 +119,10 @@ def build_efficientnet_lite0(side: int | None) -> Any:
 
 
 def mirrored(model: Any) -> Any:
-    """The network that workers run: the mean of what `model` says of each crop and of its mirror image.
+    """The network that workers run: the mean of `model`'s outputs for each crop and its mirror image.
 
-    Both go through in one batch, so that the weights are there once. On held-out faces this lowered the loss by a
-    tenth, at twice the time per crop.
+    Both go through in one batch, so that the weights are in the graph once. On held-out faces this lowered the loss by
+    a tenth, at twice the time per crop.
     """
     import keras
     from keras import ops
@@ -133,16 +133,16 @@ def mirrored(model: Any) -> Any:
     return keras.Model(inputs, outputs, name=f"{model.name}_mirrored")
 
 
-#: Under this key the metadata of our ONNX files tell, as JSON, which network they hold and how it was made.
+#: Key in the metadata of our ONNX files; its value says, as JSON, which network the file holds and how it was made.
 METADATA_KEY = "maskwatch"
 
-#: Behind the name of weights that an ONNX file keeps in half precision.
+#: Suffix of the names of weights that an ONNX file keeps in half precision.
 HALF_SUFFIX = ":half"
 
 
 def folded(fitted: Any, fresh: Any) -> Any:
     """`fresh`, a network of the same architecture, with the weights of `fitted`, its normalisation folded into the
-    convolutions before it: what is left of a normalisation adds a bias, and nothing else.
+    convolutions before it: the rest of a normalisation only adds a bias.
 
     With kernel W, y = γ (W x - μ) / σ + β is (γ / σ) W x + (β - γ μ / σ), and σ² the variance plus ε.
     """
@@ -173,8 +173,8 @@ def _last_kernel(layer: Any) -> tuple[Any, bool]:
 
 
 def _layers(model: Any) -> Iterator[Any]:
-    """The layers that have weights, those of networks inside the network among them, in an order that depends on the
-    architecture alone."""
+    """The layers that have weights, including those of nested networks, in an order that depends only on the
+    architecture."""
     for layer in model.layers:
         if hasattr(layer, "layers"):
             yield from _layers(layer)
@@ -183,9 +183,9 @@ def _layers(model: Any) -> Iterator[Any]:
 
 
 def named_weights(model: Any) -> dict[str, NDArray[np.float32]]:
-    """The weights of a folded network by names that depend on the architecture alone, in Keras's own layout.
+    """The weights of a folded network by names that depend only on the architecture, in Keras's own layout.
 
-    What folding has made trivial is left out: of a normalisation only its shift counts.
+    Weights that folding has made trivial are left out: a normalisation keeps only its shift.
     """
     return {name: np.asarray(variable) for name, variable in _named_variables(model)}
 

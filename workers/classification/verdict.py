@@ -1,4 +1,4 @@
-"""What is recorded of a face: the detection, and what the classifier says of it."""
+"""Makes the recorded face from a detection and the classifier's probability."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from common.domain import Face, MaskStatus
 def face_of(
     box_xyxy: tuple[float, float, float, float], score: float, p_with_mask: float, uncertain_below: float
 ) -> Face:
-    """What is recorded of a detection and of what the classifier says of it; both probabilities in or near [0, 1]."""
-    # The network's two float32 add up to 1 only nearly: the second follows from the first.
+    """The face to record. score and p_with_mask are in [0, 1], or outside only by rounding."""
+    # The network's two float32 add up to 1 only nearly, so the second is computed from the first.
     p_with_mask = min(1.0, max(0.0, p_with_mask))
     p_without_mask = 1.0 - p_with_mask
     if max(p_with_mask, p_without_mask) < uncertain_below:

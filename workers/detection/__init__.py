@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """The faces of one picture, best score first.
+    """The faces of one image, best score first.
 
-    boxes_xyxy: float32 (n, 4), pixels of the original picture, inside it, with positive area.
+    boxes_xyxy: float32 (n, 4), pixels of the original image, inside it, with positive area.
     scores: float32 (n,), in [0, 1].
     """
 
@@ -31,8 +31,8 @@ class Detections:
 
 
 class FaceDetector(Protocol):
-    """Finds faces in a picture."""
+    """Finds faces in an image."""
 
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
-        """Faces of one RGB picture, uint8 (height, width, 3)."""
+        """Faces of one RGB image, uint8 (height, width, 3)."""
         ...

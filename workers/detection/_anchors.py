@@ -1,4 +1,4 @@
-"""The prior boxes of RetinaFace, and how what the network says of each becomes a box. Pure functions over numpy.
+"""The prior boxes of RetinaFace, and decoding the network's outputs for them into boxes. Pure functions over numpy.
 
 Sizes, steps and variances are those the published weights were trained with (github.com/biubug6/Pytorch_Retinaface,
 `cfg_mnet` and `cfg_re50`); the encoding is that of SSD (Liu et al., arXiv 1512.02325, section 2.2).
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 #: Pixels of the input from one cell of a map to the next, and the sides of the boxes each cell proposes.
 STEPS_PX = (8, 16, 32)
 SIDES_PX = ((16, 32), (64, 128), (256, 512))
-#: What the network's numbers for a box's centre and for the logarithm of its size are multiplied with.
+#: Factors of the network's outputs for a box's centre and for the logarithm of its size.
 CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
-#: e to this is 22,000: more than any face measures in any picture, and no overflow.
+#: e to this is 22,000: more than the size of any face, and without overflow.
 MAX_LOG_SIZE = 10.0
 
 

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 Boxes = NDArray[np.float32]
 
-#: Boxes thinner than this, after they were cut at the picture's edge, are no faces. Pixels of the original.
+#: Boxes thinner than this, after they were cut at the image's edge, don't count as faces. Pixels of the original.
 MIN_SIDE_PX = 1.0
 
 
 def clip(boxes_xyxy: Boxes, width: float, height: float) -> Boxes:
-    """The boxes cut at the edges of a picture of width × height pixels."""
+    """The boxes cut at the edges of an image of width × height pixels."""
     clipped = boxes_xyxy.astype(np.float32, copy=True)
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, width)
     clipped[:, 1::2] = clipped[:, 1::2].clip(0, height)
@@ -50,7 +50,7 @@ def nms(boxes_xyxy: Boxes, scores: NDArray[np.float32], max_iou: float) -> NDArr
 
 
 def nms_by_smaller(boxes_xyxy: Boxes, scores: NDArray[np.float32], max_share: float) -> NDArray[np.intp]:
-    """As `nms`, but measures an overlap in parts of the smaller box, so that a box inside another one goes, too."""
+    """As `nms`, but an overlap is a share of the smaller box, so that a box inside another one is dropped, too."""
     return _suppress(boxes_xyxy, scores, max_share, _shares)
 
 
@@ -70,7 +70,7 @@ def _suppress(
 
 
 def _shares(a_xyxy: Boxes, b_xyxy: Boxes) -> NDArray[np.float32]:
-    """Intersection in parts of the smaller box: float32 (len(a), len(b)); 0 where one is empty."""
+    """Intersection as a share of the smaller box: float32 (len(a), len(b)); 0 where one is empty."""
     both = _intersections(a_xyxy, b_xyxy)
     smaller = np.minimum(_areas(a_xyxy)[:, None], _areas(b_xyxy)[None, :])
     return _ratio(both, smaller)

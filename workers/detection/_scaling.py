@@ -1,4 +1,4 @@
-"""How large a picture is when a detector looks at it: the same for all of our detectors, as the pipeline pins it."""
+"""Scales an image for detection, in the same way for all of our detectors, as the pipeline pins it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common.domain import PipelineSpec
 
 
 def scale_for(width: int, height: int, spec: PipelineSpec) -> float:
-    """How many times a picture is enlarged (> 1) or scaled down (< 1) before detection."""
+    """The factor by which an image is enlarged (> 1) or scaled down (< 1) before detection."""
     longer = max(width, height)
     if longer < spec.enlarge_below_px:
         return min(spec.enlarge_limit, spec.enlarge_below_px / longer)
@@ -20,9 +20,9 @@ def scale_for(width: int, height: int, spec: PipelineSpec) -> float:
 
 
 def resize(image_rgb: NDArray[np.uint8], scale: float) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The picture, uint8 (h, w, 3), at this scale, and the scale that was really applied: float32 (4,) x, y, x, y.
+    """The image, uint8 (h, w, 3), at this scale, and the scale that was actually applied: float32 (4,) x, y, x, y.
 
-    Sides are whole pixels, at least one. A scale of 1 gives the picture itself.
+    Sides are whole pixels, at least one. A scale of 1 returns the image itself.
     """
     height, width = image_rgb.shape[:2]
     new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))

@@ -32,12 +32,12 @@ NMS_IOU = 0.3
 #: (without) too high, at all sizes. So the top edge moves down by the first share of the box's height, and
 #: the bottom edge by the second. Worth 0.02 to 0.03 of recall at an IoU of 0.5.
 TOP_DOWN, BOTTOM_DOWN = 0.15, 0.08
-#: At most this many candidates, the best, enter the suppression: a bound on the work for a hostile picture.
+#: At most this many candidates, the best, enter the suppression, to limit the work for a hostile image.
 MAX_CANDIDATES = 5000
 
 
 class CenterFace:
-    """The detector of a pipeline. Small pictures are enlarged first, for faces under 16 px are not found."""
+    """The detector of a pipeline. Small images are enlarged first, because faces under 16 px are not found."""
 
     def __init__(self, spec: PipelineSpec, session: Session) -> None:
         self._spec = spec
@@ -65,7 +65,7 @@ def load_centerface(spec: PipelineSpec, runtime: Runtime) -> CenterFace:
 
 @lru_cache(maxsize=2)
 def _torch_session(model: ModelRef, runtime: Runtime) -> Session:
-    """The network in torch. Nobody has published CenterFace as anything but ONNX, so it is read from that."""
+    """The network in torch. CenterFace is published only as ONNX, so it is read from that."""
     # Imported here: torch is not installed everywhere.
     from workers.inference.torch_session import TorchSession, torch_device
 
@@ -115,7 +115,7 @@ def decode(
 
 
 def to_labels(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The boxes (n, 4) as people draw them, from the brow to the chin: see `TOP_DOWN`."""
+    """The boxes (n, 4) as people label faces, from the brow to the chin: see `TOP_DOWN`."""
     heights = boxes_xyxy[:, 3] - boxes_xyxy[:, 1]
     moved = boxes_xyxy.copy()
     moved[:, 1] += TOP_DOWN * heights

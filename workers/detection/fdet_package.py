@@ -1,10 +1,10 @@
-"""fdet 0.2.1 itself, the package that the reference notebook used: what our own detectors are compared with.
+"""The detectors of fdet 0.2.1, the package of the reference notebook, for comparison with our own detectors.
 
-It can't be imported as it is: it needs a torchvision of 2020, which goes with no torch of today, and it downloads its
-weights and unpickles them. So it is imported with a stand-in for the few parts of torchvision that it uses, and is
-given tensors that were read without running anything. It downloads nothing, and what it computes is its own code.
+fdet can't be imported as it is: it needs a torchvision of 2020, which doesn't work with today's torch, and it downloads
+its weights and unpickles them. So it is imported with a stand-in for the few parts of torchvision that it uses, and is
+given tensors that were read without executing anything. It downloads nothing; all computations are fdet's own code.
 
-Its detectors see a picture as it is, as in the notebook: the pipeline's enlarging and shrinking are not applied.
+Its detectors get an image unscaled, as in the notebook: the pipeline's enlarging and shrinking are not applied.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Fdet:
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
         """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first.
 
-        fdet's boxes are whole pixels, some of them reaching out of the picture: here they end at its edge.
+        fdet's boxes are whole pixels, and some reach beyond the image: here they end at its edge.
         """
         import torch
 
@@ -87,7 +87,7 @@ def _retinaface(model: ModelRef, threshold: float, runtime: Runtime) -> Any:
         # The backbone's file is only where its training began: every weight of it is in the network's own.
         module.load_state_dict_from_url = _given({"mobilenetv1_pretrain": _with_top(state), "retinaface": state})
         detector = module.RetinaFace(BACKBONES[model.name], threshold=threshold, **options)
-    fill(detector._net, state, what)  # fdet takes a file that doesn't fit in silence
+    fill(detector._net, state, what)  # fdet accepts a file that doesn't fit without an error
     return detector
 
 
@@ -123,7 +123,7 @@ def _options(runtime: Runtime) -> dict[str, Any]:
 
 @contextmanager
 def _keeping_cudnn() -> Iterator[None]:
-    """fdet switches cuDNN on and off for the whole process: other models must not notice."""
+    """Restores cuDNN's switch, which fdet changes for the whole process, for other models."""
     from torch.backends import cudnn
 
     before = cudnn.enabled, cudnn.benchmark

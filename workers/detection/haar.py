@@ -17,7 +17,7 @@ from workers.detection._scaling import resize, scale_for
 from workers.inference import Runtime, limit_opencv_threads
 from workers.weights.files import read_model
 
-#: Each window is this much larger than the one before, and a face needs this many windows that agree: OpenCV's own.
+#: Each window is this much larger than the one before, and a face needs this many windows that agree: OpenCV's values.
 GROWTH, NEIGHBOURS = 1.1, 3
 
 
@@ -42,7 +42,7 @@ class Haar:
         height, width = image_rgb.shape[:2]
         scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
         grey = cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY)
-        # Asked for margins, OpenCV also gives windows that failed in one of the last stages: those are no faces.
+        # When margins are requested, OpenCV also returns windows that failed in one of the last stages: not faces.
         rectangles, stages, margins = self._cascade.detectMultiScale3(
             grey, scaleFactor=GROWTH, minNeighbors=NEIGHBOURS, outputRejectLevels=True
         )

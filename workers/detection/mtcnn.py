@@ -1,8 +1,8 @@
-"""MTCNN: a cascade of three small networks over a pyramid of the picture, under ONNX Runtime or torch.
+"""MTCNN: a cascade of three small networks over a pyramid of the image, under ONNX Runtime or torch.
 
 Zhang et al. (arXiv 1604.02878), with the weights, thresholds and steps of github.com/timesler/facenet-pytorch (MIT).
-What the networks are stands in `mtcnn_network`, which needs torch; this module doesn't, once the ONNX files have been
-made from the weights. It is here for the comparison: masks hide the chin and mouth that it looks for.
+The networks are defined in `mtcnn_network`, which needs torch; this module doesn't, once the ONNX files have been made
+from the weights. It is here only for comparison: masks hide the chin and mouth that it searches for.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from workers.weights.files import read_files
 NAMES = ("pnet", "rnet", "onet")
 #: Raised when the exported files change: see `derived_onnx`.
 EXPORT_VERSION = "1"
-#: The smallest face that is looked for, in pixels of the scaled picture, and each level of the pyramid's size in
-#: parts of the one before: facenet-pytorch's own.
+#: The smallest face that is searched for, in pixels of the scaled image, and the size of each level of the pyramid as a
+#: fraction of the one before: facenet-pytorch's values.
 MIN_FACE_PX, SHRINK = 20, 0.709
 #: The proposal network's window, and the pixels from one to the next.
 WINDOW_PX, STRIDE_PX = 12, 2
-#: The sides of what the second and the third network look at.
+#: The sides of the inputs of the second and the third network.
 REFINED_PX, OUTPUT_PX = 24, 48
 #: Score thresholds of the first two networks. That of the third is the pipeline's.
 PROPOSAL_THRESHOLD, REFINEMENT_THRESHOLD = 0.6, 0.7
 #: IoU from which the weaker box is dropped: within a level of the pyramid, and later.
 LEVEL_IOU, NMS_IOU = 0.5, 0.7
-#: At most this many candidates, the best, go on to the next network: a bound on the work for a hostile picture.
+#: At most this many candidates, the best, go on to the next network, to limit the work for a hostile image.
 MAX_CANDIDATES = 2000
 
 
@@ -65,7 +65,7 @@ class Mtcnn:
         return Detections(boxes[whole], scores[whole])
 
     def _proposals(self, scaled: NDArray[np.uint8]) -> Boxes:
-        """What the first network takes for faces, at all levels of the pyramid."""
+        """The boxes that the first network proposes, at all levels of the pyramid."""
         levels = []
         for scale in pyramid(*scaled.shape[:2]):
             level, scale_xyxy = resize(scaled, scale)
@@ -82,8 +82,8 @@ class Mtcnn:
     def _look(
         self, session: Session, scaled: NDArray[np.uint8], boxes: Boxes, side: int, threshold: float
     ) -> tuple[Boxes, NDArray[np.float32], NDArray[np.float32]]:
-        """What a network says of boxes: those that reach its threshold, their scores (n,) and shifts (n, 4)."""
-        # What lies wholly outside the picture, or is thinner than a pixel, can't be looked at.
+        """Run a network on boxes: those that reach its threshold, their scores (n,) and shifts (n, 4)."""
+        # Boxes wholly outside the image, or thinner than a pixel, have no pixels to run on.
         boxes = boxes[has_area(clip(boxes.round(), scaled.shape[1], scaled.shape[0]))]
         if not len(boxes):
             return boxes, np.zeros(0, np.float32), np.zeros((0, 4), np.float32)
@@ -140,7 +140,7 @@ def _exported(model: ModelRef, name: str) -> bytes:
 
 
 def pyramid(height: int, width: int) -> list[float]:
-    """The scales at which the first network looks at a picture: the first makes `MIN_FACE_PX` fill its window."""
+    """The scales of an image for the first network: the first makes `MIN_FACE_PX` fill its window."""
     scale, scales = WINDOW_PX / MIN_FACE_PX, []
     while min(height, width) * scale >= WINDOW_PX:
         scales.append(scale)
@@ -170,7 +170,7 @@ def windows(
 
 
 def moved(boxes: Boxes, shifts: NDArray[np.float32]) -> Boxes:
-    """Boxes (n, 4) with each edge moved by its shift (n, 4), in parts of the box's width or height."""
+    """Boxes (n, 4) with each edge moved by its shift (n, 4), a fraction of the box's width or height."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return boxes + shifts * np.tile(sides, 2)
 
@@ -183,7 +183,7 @@ def squares(boxes: Boxes) -> Boxes:
 
 
 def cut(image_rgb: NDArray[np.uint8], box: NDArray[np.float32], side: int) -> NDArray[np.uint8]:
-    """The picture inside a box, (side, side, 3). The box meets the picture; what lies outside of it is black."""
+    """The image inside a box, (side, side, 3). The box must overlap the image; pixels outside of it are black."""
     height, width = image_rgb.shape[:2]
     x1, y1, x2, y2 = (int(edge) for edge in box.round())
     inner = image_rgb[max(0, y1) : min(height, y2), max(0, x1) : min(width, x2)]

@@ -1,4 +1,4 @@
-"""The three networks of MTCNN in torch: one proposes faces, one sorts them out, one looks closely.
+"""The three networks of MTCNN in torch: one proposes faces, one filters them, one refines them.
 
 Zhang et al., "Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks" (arXiv 1604.02878),
 with the names of github.com/timesler/facenet-pytorch (MIT), so that its files load. Needs torch alone. The cascade

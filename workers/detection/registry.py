@@ -1,4 +1,4 @@
-"""Loads the detector that a pipeline names, and says which there are."""
+"""Loads the detector that a pipeline names, and lists the known ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOADERS: dict[str, Callable[[PipelineSpec, Runtime], FaceDetector]] = {
 
 
 def detector_names() -> tuple[str, ...]:
-    """All detectors, ours first, whether their weights are here or not."""
+    """All detectors, ours first, even if their weights are not on this machine."""
     return tuple(_LOADERS)
 
 

@@ -1,9 +1,8 @@
-"""RetinaFace: the notebook's detector (ResNet50) and its small sister (MobileNet), under ONNX Runtime or torch.
+"""RetinaFace: the notebook's detector (ResNet50) and a smaller one (MobileNet), under ONNX Runtime or torch.
 
-What the network is stands in `retinaface_network`, which needs torch; this module doesn't, once the ONNX file has
-been made from the weights. Pre- and post-processing are those of fdet 0.2.1 and github.com/biubug6/Pytorch_Retinaface,
-so the same weights find the same faces, save that pictures are scaled as the pipeline says and boxes end at the
-picture's edge.
+The network is defined in `retinaface_network`, which needs torch; this module doesn't, once the ONNX file has been made
+from the weights. Pre- and post-processing are those of fdet 0.2.1 and github.com/biubug6/Pytorch_Retinaface, so the
+same weights find the same faces, except that images are scaled as the pipeline says and boxes end at the image's edge.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ EXPORT_VERSION = "retinaface-1"
 MEAN_BGR = (104, 117, 123)
 #: The IoU from which the weaker of two boxes is dropped; the authors' own value.
 NMS_IOU = 0.4
-#: At most this many candidates, the best, enter the suppression: a bound on the work for a hostile picture.
+#: At most this many candidates, the best, enter the suppression, to limit the work for a hostile image.
 MAX_CANDIDATES = 5000
 
 
@@ -92,8 +91,8 @@ def find(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Boxes (n, 4) xyxy in pixels of the input, best first, and their scores (n,); neither clipped nor scaled.
 
-    locations (p, 4), scores (p,): the network's outputs for one picture; priors_px (p, 3): its prior boxes. Only
-    what reaches the threshold is decoded: a few hundred of tens of thousands.
+    locations (p, 4), scores (p,): the network's outputs for one image; priors_px (p, 3): its prior boxes. Only
+    locations that reach the threshold are decoded: a few hundred of tens of thousands.
     """
     candidates = np.flatnonzero(scores >= threshold)
     if candidates.size > MAX_CANDIDATES:

@@ -83,7 +83,7 @@ class ResNet50(nn.Module):  # type: ignore[misc]
 
 
 class Bottleneck(nn.Module):  # type: ignore[misc]
-    """Narrow, look, widen by four, and add what came in."""
+    """A 1×1 convolution to fewer channels, a 3×3, a 1×1 to four times as many, and the residual added."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class FeaturePyramid(nn.Module):  # type: ignore[misc]
 
 
 class ContextModule(nn.Module):  # type: ignore[misc]
-    """Looks at a map with 3×3, 5×5 and 7×7 windows, the larger ones made of 3×3 (Najibi et al., "SSH", arXiv
+    """Convolves a map with 3×3, 5×5 and 7×7 windows, the larger ones made of 3×3 (Najibi et al., "SSH", arXiv
     1708.03979)."""
 
     def __init__(self, width: int) -> None:
@@ -224,7 +224,7 @@ def _normalised(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, 
 
 
 def _separable(inputs: int, outputs: int, stride: int = 1) -> Any:
-    """A 3×3 convolution of each channel alone, and a 1×1 across them."""
+    """A 3×3 convolution of each channel by itself, and a 1×1 across channels."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, stride=stride, padding=1, groups=inputs, bias=False),
         nn.BatchNorm2d(inputs),

@@ -1,6 +1,6 @@
-"""What only the networks know of weights: whether they fit, found by loading them strictly, and what derives from them.
+"""Checks that weights fit their network, by loading them strictly, and makes the networks that derive from them.
 
-The networks themselves, and how their files are read without executing anything, are the detectors' business.
+The networks themselves, and reading their files without executing anything, are left to the detectors.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from common.settings import PipelineSettings
 
 
 def check_fits(model: Model, contents: Sequence[bytes]) -> None:
-    """Raises `MaskwatchError`, naming the keys that differ, where a model's files are weights of another network.
+    """Raises `MaskwatchError`, naming the keys that differ, if a model's files are weights of another network.
 
-    contents: of each file of the model, in its order. Files with a known hash fit by that, so a machine without
-    torch takes them without a look; it can't take others.
+    contents: of each file of the model, in its order. A machine without torch accepts only files with a known hash,
+    without this check.
     """
     check = _CHECKS.get(model.name)
     if model.sha256 is not None and (check is None or importlib.util.find_spec("torch") is None):
         return
     if check is None:
         raise MaskwatchError(
-            f"nobody has published a hash for {model.name}, nor is there a way to look into its files: "
-            f"say which hash you trust, as `maskwatch models pull {model.name} --url URL --sha256 HEX`"
+            f"nobody has published a hash for {model.name}, and its files can't be checked in another way: "
+            f"give the hash that you trust: `maskwatch models pull {model.name} --url URL --sha256 HEX`"
         )
     check(model, contents)
 
 
 def derive(model: Model) -> None:
-    """Have what ONNX Runtime needs of a torch model made in the cache, where torch is installed; nothing elsewhere."""
+    """Make the ONNX file of a torch model in the cache, if torch is installed; else do nothing."""
     derives = model.kind is ModelKind.DETECTOR and model.requirement is None
     if not derives or any(importlib.util.find_spec(name) is None for name in ("torch", "onnxruntime")):
         return
-    # Imported here, as below: whoever only lists models loads no model runtime.
+    # Imported here, as below, so that listing models loads no model runtime.
     from workers.detection.registry import load_detector
     from workers.inference import Runtime
     from workers.weights.files import cache_folder

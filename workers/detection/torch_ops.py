@@ -12,7 +12,7 @@ import torch
 
 from workers.detection import _anchors
 
-#: Rounds of the suppression between two looks at whether it has settled: each look waits for the device.
+#: Rounds of the suppression between two checks whether it has settled: each check waits for the device.
 ROUNDS = 4
 
 

@@ -1,7 +1,7 @@
-"""Runs networks: which engine, on which device, with how many threads. The only package that knows ONNX Runtime,
-CUDA and how a framework is told to leave cores alone.
+"""Runs networks with an engine, on a device, with a number of threads. The only package that knows ONNX Runtime, CUDA
+and how to limit a framework's threads.
 
-What goes in and what comes out of a network is the business of the detectors and classifiers.
+The meaning of a network's inputs and outputs is left to the detectors and classifiers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.settings import Settings
 
 
 class Engine(StrEnum):
-    """What runs a network: ONNX Runtime, or the framework it was made with (torch, TensorFlow)."""
+    """The software that runs a network: ONNX Runtime, or the framework it was made with (torch, TensorFlow)."""
 
     ONNX = "onnx"
     NATIVE = "native"
@@ -42,7 +42,7 @@ class Runtime:
 
     @property
     def device_number(self) -> int:
-        """Which of the GPUs; 0 where none is named."""
+        """The number of the GPU; 0 if none is named."""
         return int(self.device.partition(":")[2] or "0")
 
 
@@ -56,7 +56,7 @@ class Session(Protocol):
 
     @property
     def device(self) -> str:
-        """`cpu` or `cuda`: where the network really runs."""
+        """`cpu` or `cuda`: where the network actually runs."""
         ...
 
     def run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
@@ -65,9 +65,9 @@ class Session(Protocol):
 
 
 def runtime_of(settings: Settings, processes: int | None = None) -> Runtime:
-    """The runtime the settings describe, for one of `processes` processes (a worker's, where none are named).
+    """The runtime of the settings, for one of `processes` processes (None: a worker's number).
 
-    Raises `MaskwatchError` for a GPU that isn't there: every command that runs models comes by here.
+    Raises `MaskwatchError` for a missing GPU: all commands that run models call this.
     """
     worker = settings.worker
     require_device(worker.device)
@@ -76,7 +76,7 @@ def runtime_of(settings: Settings, processes: int | None = None) -> Runtime:
 
 
 def limit_opencv_threads(threads: int) -> None:
-    """Holds OpenCV, which resizes crops, to the same number of threads as the models. Per process."""
+    """Limits OpenCV, which resizes crops, to the same number of threads as the models. For the whole process."""
     import cv2
 
     cv2.setNumThreads(threads)

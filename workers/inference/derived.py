@@ -1,7 +1,7 @@
-"""ONNX files that are made from a model's weights, once per machine, and kept beside the cache of models.
+"""ONNX files that are made from a model's weights, once per machine, and kept in the cache of models.
 
-A pipeline pins the weights; what is made of them carries their SHA-256 in its name and its own beside it. Making it
-is the business of whoever knows the network.
+A pipeline pins the weights; a derived file has their SHA-256 in its name, and its own SHA-256 in a file beside it.
+Making the file is left to the module of the network.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ log = structlog.get_logger(__name__)
 
 
 def derived_path(model: ModelRef, version: str) -> Path:
-    """Where the file made from a model lies, or would lie. version: changes when the making does."""
+    """Where the file made from a model lies, or would lie. version: changes when it is made in another way."""
     return cache_folder() / FOLDER / f"{model.sha256}-{version}.onnx"
 
 
 def derived_onnx(model: ModelRef, version: str, make: Callable[[], bytes]) -> bytes:
-    """The ONNX file made from a model's weights: the one that lies here, or else a new one, which is kept.
+    """The ONNX file made from a model's weights: from the cache, or else a new one, which is kept there.
 
-    A file that isn't the one its SHA-256 beside it tells of is made anew. make: gives the file's bytes; needs torch,
-    and the weights.
+    A file that differs from the SHA-256 beside it is made again. make: returns the file's bytes; needs torch and the
+    weights.
 
-    Raises `MaskwatchError` where the file isn't there and torch isn't either, else errors as `make`.
+    Raises `MaskwatchError` if the file and torch are both missing, else errors as `make`.
     """
     path = derived_path(model, version)
     content = _intact(path)
@@ -49,11 +49,11 @@ def derived_onnx(model: ModelRef, version: str, make: Callable[[], bytes]) -> by
     content = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # For everybody to read: workers may run as another user than whoever pulled.
+        # Readable by all users: workers may run as another user than the one that pulled the model.
         write_atomically(path, content, mode=0o644)
         write_atomically(_sidecar(path), hashlib.sha256(content).hexdigest(), mode=0o644)
     except OSError as error:
-        # A cache that can't be written to, read-only in a container say, costs time at each start and nothing else.
+        # A cache that can't be written to, e.g. read-only in a container, only costs time at each start.
         log.warning("derived model not kept", path=str(path), error=str(error))
     return content
 

@@ -1,8 +1,8 @@
-"""What runtimes raise when memory runs out or a device breaks, in words of ours.
+"""Turns the errors of all runtimes for exhausted memory and for a broken device into two exceptions of our own.
 
-After a lack of memory the next, smaller call may succeed. After most errors of CUDA none does: the process's context
+After a lack of memory a smaller call may succeed. After most errors of CUDA no call does: the process's context
 with the device is gone ("sticky" errors, CUDA Runtime API, section "Error Handling"), and only a new process gets
-another. Runtimes are told apart by the words they use, so that none has to be loaded for it.
+another. Errors are recognised by their words, so that no runtime has to be loaded for it.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ _BROKEN_WORDS = re.compile(
 
 
 class OutOfModelMemoryError(MaskwatchError):
-    """The models need more memory than is free for what they were given at once."""
+    """The models need more memory for one call than is free."""
 
 
 class BrokenDeviceError(Exception):
-    """Nothing runs on the device any more in this process; in a new one it may."""
+    """This process can no longer use the device; a new process may."""
 
 
 class _Process:
-    """What is true of this process until it ends."""
+    """State of this process, until it ends."""
 
     device_broken = False
 
 
 def device_is_broken() -> bool:
-    """Whether a call in this process has raised `BrokenDeviceError`: all that come later would fail, too."""
+    """Whether a call in this process has raised `BrokenDeviceError`: all later calls would fail, too."""
     return _Process.device_broken
 
 
 def told(run: Callable[[], T]) -> T:
-    """What `run` returns; what it raises, in our words where it concerns memory or the device.
+    """Call `run`, and translate its errors about memory or the device.
 
-    Raises `OutOfModelMemoryError` and `BrokenDeviceError`, else whatever `run` raises.
+    Raises `OutOfModelMemoryError` and `BrokenDeviceError`, else the error of `run`.
     """
     try:
         return run()
@@ -59,15 +59,15 @@ def told(run: Callable[[], T]) -> T:
         fault = _fault(error)
         if fault is None:
             raise
-    # Outside of the handler, whose error keeps alive all that the failed pass had made.
+    # Raised outside of the handler, because the original error keeps the tensors of the failed pass in memory.
     if isinstance(fault, BrokenDeviceError):
         _Process.device_broken = True
     raise fault
 
 
 def in_parts(run: Callable[[slice], T], count: int, at_most: int) -> Iterator[T]:
-    """What `run` returns for one slice of `count` items after the other, `at_most` in each. When the memory runs out,
-    half as many from there on.
+    """The results of `run` for consecutive slices of `count` items, `at_most` in each. When the memory runs out, slices
+    are half as long from there on.
 
     Raises as `told`, out of memory only for a single item.
     """

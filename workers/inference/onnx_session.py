@@ -64,14 +64,14 @@ def make_session(content: bytes, runtime: Runtime) -> OnnxSession:
     options.log_severity_level = 3  # errors only: warnings about unused initialisers help nobody
     # Waiting threads sleep instead of spinning: on a full machine a spinning one takes a core from a sibling.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # A memory pattern is planned and kept per picture size, of which there are many. The arena stays on:
+    # A memory pattern would be planned and kept for each image size, and there are many sizes. The arena stays on:
     # without it CenterFace takes a third more time, in page faults.
     options.enable_mem_pattern = False
 
     session = onnxruntime.InferenceSession(content, options, providers=_providers(runtime))
     loaded = OnnxSession(session)
     if not runtime.device.startswith(loaded.device):
-        # ONNX Runtime falls back to the CPU in silence, for instance when a CUDA library is missing.
+        # ONNX Runtime silently falls back to the CPU, for instance when a CUDA library is missing.
         raise MaskwatchError(f"device {runtime.device} can't be used by ONNX Runtime here; check the CUDA installation")
     return loaded
 
@@ -87,16 +87,16 @@ def _providers(runtime: Runtime) -> list[Any]:
         )
     cuda = {
         "device_id": runtime.device_number,
-        # The default tries every algorithm for every new picture size, which takes seconds each.
+        # The default tries every algorithm for every new image size, which takes seconds each.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # Grow by what is asked for, not to the next power of two: several processes share a GPU.
+        # Grow by the requested size, not to the next power of two: several processes share a GPU.
         "arena_extend_strategy": "kSameAsRequested",
     }
     return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
 
 def with_free_size(content: bytes, outputs: tuple[str, ...]) -> bytes:
-    """The same network for pictures of any size, with these outputs only."""
+    """The same network for images of any size, with these outputs only."""
     import onnx
 
     model = onnx.load_from_string(content)

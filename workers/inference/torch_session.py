@@ -1,6 +1,6 @@
 """Networks under torch itself, on the CPU or a GPU.
 
-Which module it is, and that it is ready to be run, is the business of whoever made it.
+Making the module and preparing it for inference is left to the caller.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TorchSession:
 
         self._device = torch_device(runtime)
         self._input_shape = tuple(input_shape)
-        # Of the whole process: torch knows no other way.
+        # For the whole process: torch has no other setting.
         torch.set_num_threads(runtime.threads)
         self.module = module.to(self._device).eval()
 

@@ -1,6 +1,6 @@
 """Reads files of torch weights without executing anything in them, and puts them into a network that they must fit.
 
-Whether a file is the pinned one is the business of `workers.weights.files`.
+Checking that a file is the pinned one is left to `workers.weights.files`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from common.domain import MaskwatchError, first_line
 
-#: How many names of each kind an error lists before it only counts.
+#: How many names of each kind an error lists; the rest are only counted.
 NAMES_LISTED = 3
 
 
@@ -20,7 +20,7 @@ def read_state(content: bytes, what: str) -> dict[str, Any]:
     Takes a plain state dict, one inside a dict under `state_dict`, and names that all begin with `module.`, as
     `torch.nn.DataParallel` writes them. what: names the file in errors.
 
-    Raises `MaskwatchError` if the file is damaged, or holds anything but weights: nothing of it is run.
+    Raises `MaskwatchError` if the file is damaged, or holds anything but weights; no code in it is run.
     """
     import pickle
 
@@ -31,7 +31,7 @@ def read_state(content: bytes, what: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise MaskwatchError(
             f"{what} holds something else than weights, or is damaged, and was not run ({_first_sentence(error)}); "
-            "get it again, or save the network's state_dict() alone"
+            "get it again, or save only the network's state_dict()"
         ) from error
     except Exception as error:  # torch has no error of its own for a file that ends early
         raise MaskwatchError(
@@ -53,8 +53,7 @@ def read_state(content: bytes, what: str) -> dict[str, Any]:
 def fill(module: Any, state: dict[str, Any], what: str) -> None:
     """Puts the tensors into the module, each to the name it has. Afterwards the module is in eval mode.
 
-    How many batches a normalisation has seen is neither asked for nor minded: older files lack it, and only
-    training uses it.
+    The number of batches that a normalisation has seen is ignored: older files lack it, and only training uses it.
 
     Raises `MaskwatchError` naming tensors that are missing, left over or of another shape; the module is then as
     it was.

@@ -1,8 +1,8 @@
-"""Opens a video file: the one place that decides what FFmpeg may do with a stranger's bytes.
+"""Opens a video file: the only module that decides what FFmpeg may do with untrusted bytes.
 
-The content decides what a file is, never its name. Only the containers and codecs listed here are tried, with the
-demuxer named, so that nothing is guessed: a playlist in a video's clothes is no video. Every way in which a demuxer
-could open another file or address is closed.
+The content decides what a file is, never its name. Only the containers and codecs listed here are tried, and the
+demuxer is named, so that FFmpeg guesses nothing: a playlist named like a video is refused. A demuxer can't open any
+other file or address.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from workers.media.sniffing import (
 CODECS = frozenset(
     {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "mjpeg", "mpeg4", "mpeg2video", "gif"}
 )
-#: What a person may be told to convert to.
+#: Valid containers, for messages.
 CONTAINERS = "MP4, MOV, Matroska, WebM, AVI, MPEG-TS or GIF"
 
-#: What says nothing of a file: no memory, no more open files.
+#: Errors that are the machine's and not the file's fault: no memory, too many open files.
 _MACHINE_FAULTS = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE})
-#: Packets that are tried until one gives the first frame.
+#: How many packets are tried at most to get the first frame.
 _FIRST_PACKETS = 1000
 
 
 class NoMemoryError(TransientJobError):
-    """FFmpeg did not get the memory it asked for: this machine is short of it, or the file claims what none has."""
+    """FFmpeg did not get the memory it asked for: this machine is short of it, or the file claims too much."""
 
 
 class VideoFile:
     """An opened video. Times are seconds from the start of its video stream, exact."""
 
     def __init__(self, reader: Reader, *, max_pixels: int, threads: int) -> None:
-        """Raises `PermanentJobError` for what is no video, has no picture in it, or can't or may not be decoded;
-        whatever `reader` raises comes through."""
+        """Raises `PermanentJobError` for a file that isn't a video, has no video stream, or can't or may not be
+        decoded; errors of `reader` are passed on."""
         self._reader = reader
         self._max_pixels = max_pixels
         self._threads = threads
@@ -63,7 +63,7 @@ class VideoFile:
         self._container.close()
 
     def restart(self) -> None:
-        """Go back to the first packet, also where a container can't seek."""
+        """Go back to the first packet, even if the container can't seek."""
         if not self._untouched:
             self._container.close()
             self._open()
@@ -75,8 +75,8 @@ class VideoFile:
                 self._reader,
                 format=self.format,
                 io_open=_deny,
-                # FFmpeg decodes the first frames to complete the header: these limits hold there, too. (Of an
-                # MPEG-TS it doesn't take the first.)
+                # FFmpeg decodes the first frames to complete the header: these limits hold there, too. (For an
+                # MPEG-TS it ignores the first one.)
                 options={"max_pixels": str(self._max_pixels)},
                 container_options={"codec_whitelist": ",".join(sorted(CODECS)), "protocol_whitelist": "none"},
                 metadata_errors="replace",
@@ -119,7 +119,7 @@ class VideoFile:
                 f"the video's frames have {width} × {height} pixels, the limit is {self._max_pixels} in all; scale it "
                 "down or raise MASKWATCH_WORKER__MAX_FRAME_PIXELS",
             )
-        # For sizes that the header doesn't tell, or that change in the middle.
+        # For sizes that are missing in the header, or that change in the middle.
         codec.options = {**codec.options, "max_pixels": str(self._max_pixels)}
         codec.thread_count = self._threads
         codec.thread_type = "AUTO"
@@ -131,9 +131,9 @@ class VideoFile:
         return int(self.stream.start_time or 0)
 
     def shown(self, part: Any) -> Fraction | None:
-        """When a packet or frame is shown; None if it doesn't tell. What comes before the start is shown at it.
+        """When a packet or frame is shown; None if it has no time. Times before the start are set to the start.
 
-        Of an AVI it is when a packet is decoded (see `tells_when_shown`).
+        For an AVI it is when a packet is decoded (see `tells_when_shown`).
         """
         pts = part.pts if part.pts is not None and self.tells_when_shown else part.dts
         if pts is None:
@@ -146,18 +146,19 @@ class VideoFile:
 
     @property
     def tells_when_shown(self) -> bool:
-        """Whether time stamps tell when a frame is shown. AVI's tell when it is decoded, which B-frames make differ."""
+        """Whether time stamps tell when a frame is shown. In an AVI they tell when it is decoded, which differs with
+        B-frames."""
         return self.format != "avi"
 
     @property
     def enterable(self) -> bool:
-        """Whether decoding can begin at any keyframe. Not in a GIF, whose frames build on all before, nor in an AVI
-        with B-frames, where only counting from the first one tells when a frame is shown."""
+        """Whether decoding can begin at any keyframe. Not in a GIF, whose frames build on all earlier ones, nor in an
+        AVI with B-frames, where only counting from the first frame tells when a frame is shown."""
         return self.format != "gif" and (self.tells_when_shown or not self.stream.codec_context.has_b_frames)
 
     @property
     def end(self) -> Fraction | None:
-        """Where the video stream ends by its own account; None where only the file as a whole says so."""
+        """Where the video stream ends, by its own header; None if only the whole file has a length."""
         if self.format == "avi" and (length := length_of_cut_avi(self._head, self._reader.size)):
             return length
         if self.stream.duration:
@@ -177,7 +178,7 @@ class VideoFile:
         return self._without_start(Fraction(length, av.time_base)) if length and length > 0 else None
 
     def _without_start(self, length: Fraction) -> Fraction | None:
-        """Matroska counts its length from 0, and not from where the video begins."""
+        """Corrects Matroska's length, which counts from 0, and not from where the video begins."""
         if self.format == "matroska":
             length -= self.start_pts * Fraction(self.stream.time_base)
         return length if length > 0 else None
@@ -185,16 +186,16 @@ class VideoFile:
     # --- the header ---
 
     def info(self) -> VideoInfo:
-        """What the header says; for the rotation and a size that it leaves out, the first frame is decoded.
+        """The facts of the header; the first frame is decoded for the rotation and for a missing size.
 
-        Raises `PermanentJobError` with empty_video where there is no frame at all, and with broken_timestamps where
-        the clock of an MPEG-TS is set back: who seeks in it by time would find the wrong part, and not notice.
+        Raises `PermanentJobError` with empty_video if there is no frame at all, and with broken_timestamps if the clock
+        of an MPEG-TS is set back: seeking by time would find the wrong part, unnoticed.
         """
         if self.format == "mpegts" and is_set_back(self._reader):
             raise PermanentJobError(
                 Reason.BROKEN_TIMESTAMPS,
-                "its clock is set back in the middle, as in recordings that were joined byte by byte, so nobody can "
-                "tell when a frame was taken; upload the parts, or write it anew with continuous time stamps",
+                "its clock is set back in the middle, as in recordings that were joined byte by byte, so the time of a "
+                "frame is unknown; upload the parts, or write the video anew with continuous time stamps",
             )
         length = self.end or self._whole_length
         rate = self.stream.average_rate or self.stream.guessed_rate
@@ -221,10 +222,10 @@ class VideoFile:
         )
 
     def _first_frame(self) -> Any | None:
-        """The first frame; None where the first packets are damaged, which says nothing of the others."""
+        """The first frame; None if the first packets are damaged; later ones may still be intact."""
         packets, self._untouched = 0, False
         try:
-            # The last, empty packet asks the decoder for what it still holds.
+            # The last, empty packet makes the decoder give the frames that it still holds.
             for packet in self._container.demux(self.stream):
                 packets += packet.size > 0
                 for frame in self.decode(packet):
@@ -248,13 +249,13 @@ class VideoFile:
                 yield packet
 
     def decode(self, packet: Any | None) -> list[Any]:
-        """The frames that the decoder has after this packet; None: those that it still holds. Raises FFmpeg's errors,
-        and `PermanentJobError` for a packet that is made to keep the decoder busy."""
+        """The frames that the decoder gives after this packet; None: those that it still holds. Raises FFmpeg's errors,
+        and `PermanentJobError` for a packet that was made to keep the decoder busy."""
         codec = self.stream.codec_context
         if codec.name == "mjpeg" and packet is not None and has_too_many_scans(bytes(packet)):
             raise PermanentJobError(
                 Reason.FRAME_TOO_LARGE,
-                f"one of its frames is told in more than {MAX_JPEG_SCANS} passes over all of its pixels; write it anew",
+                f"one of its frames takes more than {MAX_JPEG_SCANS} passes over all of its pixels; write it anew",
             )
         return list(codec.decode(packet))
 
@@ -270,13 +271,13 @@ class VideoFile:
         return True
 
     def reraise(self, error: FFmpegError | None = None) -> None:
-        """Raise what is behind an error of FFmpeg's, or behind an end of the file, if that is not the file's fault:
-        what reading the object raised, or `TransientJobError` where this machine is out of something."""
+        """Raise the cause of an FFmpeg error or of an early end of the file, if the file is not at fault: the error of
+        reading the object, or `TransientJobError` if this machine lacks memory or file handles."""
         if self._reader.error is not None:
             raise self._reader.error
         if error is not None and error.errno in _MACHINE_FAULTS:
             kind = NoMemoryError if error.errno == errno.ENOMEM else TransientJobError
-            raise kind(Reason.UNEXPECTED_ERROR, f"this machine is short of something: {first_line(error)}")
+            raise kind(Reason.UNEXPECTED_ERROR, f"this machine lacks memory or file handles: {first_line(error)}")
 
     # --- recognition ---
 
@@ -286,7 +287,7 @@ class VideoFile:
             raise PermanentJobError(Reason.EMPTY_FILE, "the file is empty; upload it again")
         found = recognise(self._head)
         if found is None:
-            raise PermanentJobError(Reason.UNREADABLE_VIDEO, f"the content is no {CONTAINERS} video; convert it")
+            raise PermanentJobError(Reason.UNREADABLE_VIDEO, f"the content is not an {CONTAINERS} video; convert it")
         return found
 
     def _cannot_open(self, error: FFmpegError) -> PermanentJobError:
@@ -297,7 +298,7 @@ class VideoFile:
         )
 
     def _check_index(self) -> None:
-        """Nothing was found: say so if it is for want of an MP4's index."""
+        """Raise `PermanentJobError` if an MP4's index is missing, which explains that no stream or frame was found."""
         if self.format == "mp4" and not has_index(self._reader):
             raise PermanentJobError(
                 Reason.UNREADABLE_VIDEO,

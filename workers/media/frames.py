@@ -1,4 +1,4 @@
-"""From a decoded video frame to the picture that a player shows: colours and rotation."""
+"""Converts a decoded video frame into the image that a player shows: colours and rotation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
-#: Frames from this height on that don't name their colours are taken for HDTV's, as players do; others for SDTV's.
+#: Frames that don't name their colour space are taken for HDTV from this height on, as players do; else for SDTV.
 _HD_HEIGHT = 720
-#: Values of AVColorSpace (FFmpeg, libavutil/pixfmt.h) and what they mean to the scaler. Others, and those that name
-#: nothing, go by the height.
+#: Values of AVColorSpace (FFmpeg, libavutil/pixfmt.h) → the scaler's. For other values the height decides.
 _COLOURS = {
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -26,13 +25,13 @@ _COLOURS = {
 def to_picture(frame: Any) -> NDArray[np.uint8]:
     """The frame as RGB, uint8 (height, width, 3), upright. frame: PyAV's."""
     guess = Colorspace.ITU709 if frame.height >= _HD_HEIGHT else Colorspace.ITU601
-    source = _COLOURS.get(int(frame.colorspace), guess)  # means nothing to frames that are RGB
-    # One thread: by default each frame starts as many as there are cores, whatever else they do.
+    source = _COLOURS.get(int(frame.colorspace), guess)  # ignored for frames that are RGB
+    # One thread: by default each frame starts as many threads as there are cores.
     converted = frame.reformat(
         format="rgb24", src_colorspace=source, dst_color_range=ColorRange.JPEG, threads=1
     )  # fmt: skip
     rgb = converted.to_ndarray()
-    # PyAV tells how far a player turns it counter-clockwise.
+    # PyAV's rotation is counter-clockwise.
     turns = round(frame.rotation / 90) % 4
-    # Rows of a frame may have padding behind them.
+    # Rows of a frame may end with padding.
     return np.ascontiguousarray(np.rot90(rgb, turns))

@@ -1,4 +1,4 @@
-"""From the bytes of an object to pixels: the one place where a worker meets what strangers wrote.
+"""Decodes the untrusted bytes of an image file to pixels.
 
 The content decides what a file is, never its name. Only the formats listed here are tried; the size in the
 header is checked before anything is decoded.
@@ -32,8 +32,8 @@ from PIL import (
 from common.domain import PermanentJobError, Reason, first_line
 from workers.media.sniffing import MAX_JPEG_SCANS, has_too_many_scans
 
-#: What Pillow may open. JPEG includes MPO: a JPEG with further pictures behind it, as some phones write.
-#: Named by their plugins, which this imports: Pillow would import all of its formats to look for one.
+#: The formats that Pillow may open. JPEG includes MPO: a JPEG followed by further images, as some phones write.
+#: Named by their plugins, which this imports; otherwise Pillow would import all of its formats to find one.
 FORMATS = tuple(
     plugin.format
     for plugin in (
@@ -45,8 +45,8 @@ FORMATS = tuple(
     )
 )
 
-#: What Pillow raises for damaged files: nearly anything. Neither MemoryError nor what stops a worker in the
-#: middle of its work (which its time limit raises as an Exception) says anything about the picture.
+#: What Pillow raises for damaged files: nearly anything. Not included: MemoryError and the exception of a worker's time
+#: limit, which don't mean that the image is damaged.
 _DAMAGE = (
     OSError,
     EOFError,
@@ -61,7 +61,7 @@ _DAMAGE = (
     zlib.error,
 )
 
-#: Rows that are turned into RGB at a time: transparency on white takes four copies of what it is done with.
+#: How many rows are converted to RGB at a time: putting transparency on white takes four copies of them.
 _ROWS = 256
 
 # Numbers of EXIF tags: EXIF 2.32, section 4.6.
@@ -71,7 +71,7 @@ _DATETIME_ORIGINAL = 0x9003
 _OFFSET_TIME_ORIGINAL = 0x9011
 _SUBSEC_TIME_ORIGINAL = 0x9291
 
-#: What brings a picture of each EXIF orientation upright (EXIF 2.32, section 4.6.4, tag 274).
+#: EXIF orientation → what turns the image upright (EXIF 2.32, section 4.6.4, tag 274).
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,7 +82,7 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's own limit is for the whole process and doesn't know ours, which every picture is checked against.
+# Pillow's own limit is for the whole process. It is off, because every image is checked against `max_pixels`.
 Image.MAX_IMAGE_PIXELS = None
 
 #: Filters of warnings belong to the process, so only one thread at a time may change them.
@@ -91,11 +91,11 @@ _WARNINGS_LOCK = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A picture, upright.
+    """An image, upright.
 
     rgb: uint8 (height, width, 3).
-    exif_time: when the camera says it was taken. Aware if the picture names its offset from UTC; naive, the
-    local time of the place it was taken at, if not (the caller knows the place); None if it doesn't say.
+    exif_time: when it was taken, by the camera. Aware if the file names its offset from UTC; else naive, the local time
+    of the place (which the caller knows); None if the file has no time.
     """
 
     rgb: NDArray[np.uint8]
@@ -105,15 +105,15 @@ class DecodedImage:
 def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
     """Decodes the first frame of a JPEG, PNG, WebP, BMP or TIFF file.
 
-    The EXIF orientation is applied, transparency lies on white, 16-bit grey becomes 8-bit. Metadata that
-    make no sense never fail a picture.
+    The EXIF orientation is applied, transparency is put on white, 16-bit grey becomes 8-bit. Invalid metadata are
+    ignored.
 
     Raises `PermanentJobError` with empty_file, unreadable_image, truncated_image or image_too_large; its
     sentence doesn't name the file, the caller does.
     """
     if not data:
         raise PermanentJobError(Reason.EMPTY_FILE, "the file is empty; upload it again")
-    # Pillow warns of damaged metadata, which is no reason to fail.
+    # Pillow warns of damaged metadata, which are ignored.
     with _WARNINGS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -125,7 +125,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
             if image.format in ("JPEG", "MPO") and has_too_many_scans(data):
                 raise PermanentJobError(
                     Reason.IMAGE_TOO_LARGE,
-                    f"the picture is told in more than {MAX_JPEG_SCANS} passes over all of its pixels; save it anew",
+                    f"the picture takes more than {MAX_JPEG_SCANS} passes over all of its pixels; save it anew",
                 )
             # A TIFF's metadata are gone once its pixels are read; a PNG's may come after its pixels.
             early = _time_taken(_exif(image)) if image.format == "TIFF" else None
@@ -155,14 +155,14 @@ def _cannot_read(data: bytes, error: Exception) -> PermanentJobError:
             Reason.TRUNCATED_IMAGE, f"the picture is cut off after {len(data)} bytes; upload it again, whole"
         )
     if isinstance(error, UnidentifiedImageError):
-        detail = "the content is no JPEG, PNG, WebP, BMP or TIFF picture; convert it to one of these"
+        detail = "the content is not a JPEG, PNG, WebP, BMP or TIFF picture; convert it to one of these"
     else:
         detail = f"the picture is damaged and can't be decoded ({first_line(error)}); upload it again"
     return PermanentJobError(Reason.UNREADABLE_IMAGE, detail)
 
 
 def _is_cut_off(data: bytes, message: str) -> bool:
-    """Whether a file that can't be decoded ends too early, by its own account."""
+    """Whether a file that can't be decoded ends earlier than its own header or markers say."""
     if data.startswith(b"\xff\xd8\xff"):
         # The end marker after the last scan; a thumbnail before it has one of its own.
         return data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda")
@@ -182,7 +182,7 @@ def _is_cut_off(data: bytes, message: str) -> bool:
 
 
 def _to_array(image: Image.Image) -> NDArray[np.uint8]:
-    """The picture as RGB, uint8 (height, width, 3), a few rows at a time."""
+    """The image as RGB, uint8 (height, width, 3), converted a few rows at a time."""
     width, height = image.size
     rgb = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, _ROWS):
@@ -192,7 +192,7 @@ def _to_array(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB. Raises `ValueError` for pixels that have no obvious meaning as such."""
+    """The image as 8-bit RGB. Raises `ValueError` for pixels of unknown range."""
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no known range, save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
@@ -205,14 +205,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     if image.format == "TIFF":
-        return image  # Pillow turns these by itself while it loads them
+        return image  # Pillow turns TIFF images while it loads them
     orientation = _exif(image).get(_ORIENTATION)
     transposition = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
     return image if transposition is None else image.transpose(transposition)
 
 
 def _exif(image: Image.Image) -> Image.Exif:
-    """The EXIF tags of a picture; none if they are damaged."""
+    """The EXIF tags of an image; none if they are damaged."""
     with suppress(*_DAMAGE):
         return image.getexif()
     return Image.Exif()
@@ -236,7 +236,7 @@ def _parse_time(moment: str, fraction: str, offset: str) -> datetime | None:
         return None
     year, month, day, hour, minute, second = (int(part) for part in found.groups())
     if not 1 < year < 9999:
-        return None  # next to what a datetime can hold, where the step to UTC would leave it
+        return None  # at the limits of datetime, where a conversion to UTC would overflow
     micros = int(fraction[:6].ljust(6, "0")) if re.fullmatch(r"\d+", fraction, re.ASCII) else 0
     return datetime(year, month, day, hour, minute, second, micros, tzinfo=_parse_offset(offset))
 
@@ -246,7 +246,7 @@ def _parse_offset(offset: str) -> timezone | None:
     if found is None:
         return None
     sign, hours, minutes = found.groups()
-    # Real offsets lie between -12:00 and +14:00; others are garbage, and the place's own zone is better.
+    # Real offsets lie between -12:00 and +14:00; others are invalid, and the location's zone is used instead.
     delta = timedelta(hours=int(hours), minutes=int(minutes)) * (-1 if sign == "-" else 1)
     return timezone(delta) if timedelta(hours=-12) <= delta <= timedelta(hours=14) else None
 

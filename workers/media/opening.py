@@ -17,8 +17,8 @@ from workers.media.containers import VideoFile
 
 @contextmanager
 def opened(info: ObjectInfo, settings: Settings) -> Iterator[VideoFile]:
-    """A video to read from, pinned to its ETag. Errors as `workers.media.containers.VideoFile`, and those of
-    reading."""
+    """Open a video, pinned to its ETag. Errors as `workers.media.containers.VideoFile`, and those of reading the
+    object."""
     if info.size_bytes > settings.storage.max_video_bytes:
         raise PermanentJobError(
             Reason.OBJECT_TOO_LARGE,
@@ -26,7 +26,7 @@ def opened(info: ObjectInfo, settings: Settings) -> Iterator[VideoFile]:
             "split it or raise MASKWATCH_STORAGE__MAX_VIDEO_BYTES",
         )
     with block_reader(info, settings.storage) as reader:
-        # Half of the threads: the models take all of theirs at the same time.
+        # Half of the threads, because the models use all of theirs at the same time.
         threads = max(1, runtime_of(settings).threads // 2)
         video = VideoFile(reader, max_pixels=settings.worker.max_frame_pixels, threads=threads)
         try:

@@ -1,4 +1,4 @@
-"""One step of the work ahead of the next: a thread fills a bounded queue, its consumer empties it in groups."""
+"""Prefetches items: a thread fills a bounded queue, and the consumer empties it in groups."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def ahead(
     max_size: int,
     max_items: int,
 ) -> Generator[list[T], None, None]:
-    """The items in their order, in groups of those that wait and are `alike`, `max_items` at most.
+    """The items in their order, in groups of waiting items that are `alike`, `max_items` at most.
 
-    `items` is iterated in a thread of its own. It stops while what waits and what the consumer has in hand add up to
-    more than `max_size`, so that at least one item is always on its way. When the consumer leaves, the thread ends
-    behind the item at hand, and a generator is closed: nothing of it runs later, when what it reads from may be gone.
-    What `items` raises is raised behind the items that came before it. A group belongs to the consumer until it asks
-    for the next one, and is emptied then.
+    `items` is iterated in a thread of its own. The thread pauses while the waiting items and the consumer's group add
+    up to `max_size` or more; it always fetches at least one item. When the consumer leaves, the thread ends after its
+    current item, and closes a generator, so that no code of it runs later, when its source may be gone. An error of
+    `items` is raised after the items before it. A group belongs to the consumer until it asks for the next one, and is
+    emptied then.
     """
     changed = threading.Condition()
     waiting: deque[T] = deque()
@@ -41,7 +41,7 @@ def ahead(
                     changed.wait_for(lambda: state.held < max_size or state.left)
                     if state.left:
                         return
-        except BaseException as error:  # handed over, whatever it is
+        except BaseException as error:  # any error is passed to the consumer
             state.error = error
         finally:
             try:
@@ -52,7 +52,7 @@ def ahead(
                     state.ended = True
                     changed.notify_all()
 
-    # In a copy of our context: what is logged there names the job, too.
+    # In a copy of this thread's context, so that log lines there name the job, too.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(fill,), name="ahead", daemon=True)
     thread.start()
     try:
@@ -80,10 +80,10 @@ def ahead(
 
 
 class _State:
-    """What both threads know; changed under the condition's lock alone."""
+    """State shared by both threads; changed only under the condition's lock."""
 
     def __init__(self) -> None:
-        #: The size of what waits and of what the consumer has in hand.
+        #: The size of the waiting items and of the consumer's group.
         self.held = 0
         self.ended = False
         self.left = False

@@ -1,8 +1,8 @@
-"""Which frames of a video are looked at, and how they are reached without decoding more than they need.
+"""Samples the frames of a video that are analysed, without decoding more packets than they need.
 
-The rule. A grid of R cells per second lies over the file's own time: cell k is [k/R, (k+1)/R) seconds. Of each cell
+The rule. A grid of R cells per second lies over the file's own time: cell k is [k/R, (k+1)/R) seconds. From each cell
 the first frame that is shown in it is taken, or, for keyframes, the first keyframe in it. A cell belongs to the chunk
-that contains its start. So the frames that are taken do not depend on how a file is cut into chunks.
+that contains its start. So the sampled frames do not depend on how a file is cut into chunks.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from av.error import FFmpegError
 from common.domain import PermanentJobError, PipelineSpec, Reason, SampleMode, first_line
 from workers.media.containers import VideoFile
 
-#: Seconds before the wanted time at which a keyframe is looked for, one after the other: an index may go by decoding
-#: times, and a container without one lands in the middle of a group of pictures.
+#: Seconds before the wanted time from which a keyframe is searched, one after the other: an index may use decoding
+#: times, and seeking in a container without an index may end between two keyframes.
 _MARGINS = (0, 1, 4, 16, 64, 256)
 #: Decoding times that step back by more than this are broken; smaller steps are rounding.
 _BACKWARD_SECONDS = 1
-#: A video that ends this much before its header says is cut off.
+#: A video that ends this much earlier than its header says is cut off.
 _SHORT_SECONDS = 1
-#: Packets that wait for a decision whether they must be decoded, in bytes.
+#: Limit of the packets that wait for the decision whether they must be decoded, in bytes.
 _HELD_BYTES = 16 * 2**20
 
 
@@ -56,7 +56,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A frame that was taken. frame: PyAV's; at: when it is shown, in seconds; cell: the one it stands for."""
+    """A sampled frame. frame: PyAV's; at: when it is shown, in seconds; cell: the number of its cell."""
 
     frame: Any
     at: Fraction
@@ -66,9 +66,8 @@ class Sample:
 class Sampler:
     """Takes the frames of the cells [first, stop) of a video; stop None: to the end of the file.
 
-    After the iteration `cut_off_at` says where the video ended before it should have, in seconds, or is None; what was
-    decoded until then has been given. `undecodable` counts the cells that the file has frames for, and none of them
-    could be decoded.
+    After the iteration `cut_off_at` says where the video ended too early, in seconds, or is None; frames decoded until
+    then have been given. `undecodable` counts the cells with frames in the file of which none could be decoded.
     """
 
     def __init__(
@@ -80,8 +79,8 @@ class Sampler:
         stop: int | None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """tick: called for each packet, so that somebody knows that there is progress where no frame is wanted for
-        long; what it raises ends the iteration."""
+        """tick: called for each packet, to report progress even if no frame is wanted for long; an error that it raises
+        ends the iteration."""
         self.cut_off_at: Fraction | None = None
         self._tick = tick
         self._video = video
@@ -106,7 +105,7 @@ class Sampler:
         try:
             yield from self._keyframes() if self._mode is SampleMode.KEYFRAMES else self._frames()
         except FFmpegError as error:
-            # The demuxer gives up: what came before it counts, and what the decoder still has.
+            # The demuxer gives up: earlier frames count, and those that the decoder still holds.
             self._video.reraise(error)
             broken_off = True
             if self._mode is SampleMode.FRAMES:
@@ -136,7 +135,7 @@ class Sampler:
         return self._reached if self._reached < expected - _SHORT_SECONDS else None
 
     def _see(self, packet: Any) -> Fraction | None:
-        """When a packet is shown, which is kept as the time that was reached."""
+        """When a packet is shown; also records how far the video was read."""
         self._tick()
         shown = self._video.shown(packet)
         if shown is not None:
@@ -170,14 +169,14 @@ class Sampler:
         yield from self._take(self._decode(None))
 
     def _is_behind(self, packet: Any) -> bool:
-        """Whether all packets of the chunk have come: they come in the order of decoding, and are decoded before they
-        are shown."""
+        """Whether all packets of the chunk have been read: packets come in decoding order, and a packet is decoded
+        before it is shown."""
         if self._stop is None or packet.dts is None or not self._video.tells_when_shown:
             return False
         return self._video.seconds_of(packet.dts - self._video.start_pts) >= self._grid.start(self._stop)
 
     def _take(self, frames: list[Any]) -> Generator[Sample, None, bool]:
-        """Gives those of the decoded frames that are the first of their cells; returns whether there was one."""
+        """Yields the decoded frames that are the first of their cells; returns whether there was one."""
         taken = False
         for frame in frames:
             at = self._shown(frame)
@@ -205,7 +204,7 @@ class Sampler:
         except FFmpegError as error:
             self._video.reraise(error)
             self._damage = first_line(error)
-            if shown is not None:  # it gives no frame, so its time is nobody's
+            if shown is not None:  # the packet gives no frame, so its time belongs to none
                 self._fed.remove(shown)
                 heapq.heapify(self._fed)
             return []
@@ -214,7 +213,7 @@ class Sampler:
         """When a frame is shown; frames come from the decoder in the order of showing."""
         if self._video.tells_when_shown:
             return self._video.shown(frame)
-        # The packets' times say when they are decoded. In their order they are the times of showing.
+        # The packets' times say when they are decoded. Sorted, they are the times of showing.
         return heapq.heappop(self._fed) if self._fed else None
 
     def _packets(self) -> Iterator[Any]:
@@ -251,7 +250,7 @@ class Sampler:
 
     def _keyframes(self) -> Iterator[Sample]:
         video = self._video
-        # Not by FFmpeg's `discard`, which would leave the others unread, too: it gives keyframes wrong times.
+        # Not with FFmpeg's `discard`, which would also skip reading the other packets: it gives keyframes wrong times.
         for packet in self._packets():
             at = self._see(packet)
             if at is None or not packet.is_keyframe:
@@ -273,18 +272,18 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """Packets to decode now. fresh: they begin with a keyframe, and what the decoder still knows is not needed."""
+    """Packets to decode now. fresh: they begin with a keyframe, and the decoder must be flushed before them."""
 
     packets: list[Any]
     fresh: bool = False
 
 
 class _Gate:
-    """Holds packets back that may turn out not to be needed.
+    """Holds back packets that may turn out not to be needed.
 
-    Once a cell has its frame, nothing is needed until the next cell begins. If a keyframe comes that is shown before
-    that, or just then, decoding can begin with it and everything held is dropped. If a packet comes that is shown in
-    the wanted cell, all that is held must be decoded for it.
+    Once a cell has its frame, nothing is needed until the next cell begins. If a keyframe is shown before or at that
+    time, decoding can begin with it, and all held packets are dropped. If a packet is shown in the wanted cell, all
+    held packets must be decoded for it.
     """
 
     def __init__(self) -> None:
@@ -293,11 +292,11 @@ class _Gate:
         self._fresh = False
 
     def close(self) -> None:
-        """The wanted cell has its frame: hold back what comes."""
+        """The wanted cell has its frame: hold back the next packets."""
         self._held, self._held_bytes, self._fresh = [], 0, False
 
     def admit(self, packet: Any, shown: Fraction | None, wanted_from: Fraction) -> _Ready:
-        """The packets to decode after this one came."""
+        """The packets to decode, now that this one was read."""
         if self._held is None:
             return _Ready([packet])
         if packet.is_keyframe and shown is not None and shown <= wanted_from:
@@ -312,7 +311,7 @@ class _Gate:
 
 
 def _forward(packets: Iterator[Any], first: Any | None, time_base: Fraction) -> Iterator[Any]:
-    """The packets, `first` before the others. Raises `PermanentJobError` where their time runs backwards."""
+    """The packets, `first` before the others. Raises `PermanentJobError` if their time runs backwards."""
     latest: int | None = None
     if first is not None:
         yield first
@@ -323,8 +322,8 @@ def _forward(packets: Iterator[Any], first: Any | None, time_base: Fraction) -> 
                 seconds = float((latest - packet.dts) * time_base)
                 raise PermanentJobError(
                     Reason.BROKEN_TIMESTAMPS,
-                    f"its time stamps run backwards by {seconds:.1f} s, so nobody can tell when a frame was taken; "
-                    "write it anew with continuous time stamps",
+                    f"its time stamps run backwards by {seconds:.1f} s, so the time of a frame is unknown; "
+                    "write the video anew with continuous time stamps",
                 )
             latest = packet.dts if latest is None else max(latest, packet.dts)
         yield packet

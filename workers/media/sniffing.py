@@ -1,5 +1,5 @@
-"""What the bytes of a video file say by themselves, before FFmpeg reads them: which container it is, and what is wrong
-with it that FFmpeg would not say."""
+"""Examines the bytes of a video file before FFmpeg reads them: recognises the container, and finds damage that FFmpeg
+would not report."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Protocol
 
 #: The first boxes of an MP4 or QuickTime file.
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")
-#: Boxes at the top of an MP4 that are looked through for its index.
+#: How many boxes at the top level of an MP4 are searched for its index.
 _MAX_BOXES = 1000
 #: Lengths of MPEG-TS packets: plain, with a time code (M2TS), with parity.
 _TS_PACKETS = (188, 192, 204)
 #: This many sync bytes in their places make an MPEG-TS.
 _TS_SYNCS = 5
-#: Places of an MPEG-TS whose clocks are compared, and how far behind each one a clock is looked for, in bytes.
+#: Places of an MPEG-TS whose clocks are compared, and how many bytes after each one are searched for a clock.
 _TS_PLACES = 16
 _TS_WINDOW_BYTES = 64 * 1024
 #: The clock of an MPEG-TS begins anew after so many ticks (ISO/IEC 13818-1, section 2.4.3.5).
 _TS_TICKS = 2**33
 
-#: A JPEG that tells its picture in more passes than this is made to keep its reader busy: each pass goes over all
-#: pixels, however few bytes it has. Encoders make about ten. (libtiff, too, stops at 100 of them.)
+#: A JPEG with more passes (scans) than this was made to keep its reader busy: each pass goes over all pixels, however
+#: few bytes it has. Encoders write about ten. (libtiff's limit is 100, too.)
 MAX_JPEG_SCANS = 100
-#: A marker of a JPEG but for those that stand alone (ITU-T T.81, section B.1.1.3).
+#: A marker of a JPEG, except those without a length (ITU-T T.81, section B.1.1.3).
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 
 
 class Reader(Protocol):
-    """A binary file: what `common.storage.blocks.BlockReader` is. `error` is what reading raised, if it did."""
+    """A binary file, as `common.storage.blocks.BlockReader`. `error`: the error of reading, or None."""
 
     size: int
     error: Exception | None
@@ -54,26 +54,26 @@ def recognise(head: bytes) -> str | None:
         return "avi"
     if head[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
-    # Text that repeats itself may have a G, the sync byte, in the right places; but a NUL it hasn't.
+    # Repetitive text may have a G, the sync byte, in the right places, but it has no NUL.
     return "mpegts" if 0 in head and _ts_layout(head) is not None else None
 
 
 def has_too_many_scans(jpeg: bytes) -> bool:
-    """Whether a JPEG has more than `MAX_JPEG_SCANS` passes over its pixels; what is behind its end doesn't count."""
+    """Whether a JPEG has more than `MAX_JPEG_SCANS` passes over its pixels; bytes after its end don't count."""
     scans = position = 0
     while scans <= MAX_JPEG_SCANS:
         marker = _JPEG_MARKER.search(jpeg, position)
         if marker is None or marker[1][0] == _JPEG_END:
             return False
         scans += marker[1][0] == _JPEG_SCAN
-        # What belongs to a marker says its length, and may hold anything: a thumbnail, for one.
+        # Skip the marker's segment, which begins with its length and may hold any bytes, e.g. a thumbnail.
         length = jpeg[marker.end() : marker.end() + 2]
         position = marker.end() + max(2, int.from_bytes(length))
     return True
 
 
 def _ts_layout(data: bytes) -> tuple[int, int] | None:
-    """(length of a packet, offset of the first) of a piece of MPEG-TS; None if it is none."""
+    """(length of a packet, offset of the first) of a piece of MPEG-TS; None for other data."""
     for length in _TS_PACKETS:
         for offset in range(length):
             syncs = data[offset::length][:_TS_SYNCS]
@@ -93,7 +93,7 @@ def _ts_clock(data: bytes, of: int | None) -> tuple[int, int] | None:
     length, offset = layout
     for start in range(offset, len(data) - 188, length):
         packet = data[start : start + 12]
-        # Sync byte; an adaptation field is there, is long enough, and holds a clock.
+        # Sync byte; the adaptation field exists, is long enough, and holds a clock.
         if packet[0] == 0x47 and packet[3] & 0x20 and packet[4] >= 7 and packet[5] & 0x10:
             found = int.from_bytes(packet[1:3]) & 0x1FFF
             if of in (None, found):
@@ -131,8 +131,8 @@ def has_index(reader: Reader) -> bool:
 
 
 def length_of_cut_avi(head: bytes, size: int) -> Fraction | None:
-    """How long an AVI was, in seconds, by its main header (RIFF size, microseconds per frame, frames), if its end is
-    missing: FFmpeg then goes by what is left of it. None for a whole one. head: how it begins; size: its bytes."""
+    """How long an AVI without its end was, in seconds, by its main header (RIFF size, microseconds per frame, frames);
+    FFmpeg would report only the rest's length. None for a whole one. head: its first bytes; size: of the file."""
     if head[24:28] != b"avih" or len(head) < 52:
         return None
     (riff,) = struct.unpack("<I", head[4:8])
@@ -143,12 +143,12 @@ def length_of_cut_avi(head: bytes, size: int) -> Fraction | None:
 
 
 def is_set_back(reader: Reader) -> bool:
-    """Whether the clock of an MPEG-TS is set back somewhere, by the clocks at some places of it.
+    """Whether the clock of an MPEG-TS is set back somewhere, judged by its clocks at some places.
 
-    A part may be missing between them, but none comes twice. A step back between two of the places, that is made up
-    for before the second, is not seen.
+    Gaps are allowed, repeated times are not. A step back is missed if the clock has caught up again before the next
+    place.
     """
-    # FFmpeg reads the same file, and knows where it is.
+    # FFmpeg reads the same file, so its position is restored.
     position = reader.tell()
     clocks, of = [], None
     for place in range(_TS_PLACES):
@@ -157,5 +157,5 @@ def is_set_back(reader: Reader) -> bool:
             of, clock = found
             clocks.append(clock)
     reader.seek(position)
-    # What is just below the largest number of ticks is followed by what is just above 0.
+    # The clock wraps around: after the largest number of ticks comes 0.
     return any((later - clock) % _TS_TICKS > _TS_TICKS // 2 for clock, later in pairwise(clocks))

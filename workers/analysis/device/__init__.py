@@ -1,1 +1,1 @@
-"""The way of a frame that never leaves the device: upload, resize, detect, cut, classify; only faces come back."""
+"""Analyses frames in a GPU's memory: upload, resize, detect, cut, classify; only the faces are downloaded."""

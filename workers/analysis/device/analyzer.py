@@ -1,8 +1,7 @@
-"""From frames to their faces on a GPU: what `workers.analysis.analyzer.Analyzer` does, for batches that never come
-back.
+"""Finds and classifies the faces of frames on a GPU, as `workers.analysis.analyzer.Analyzer` does, in batches.
 
-Frames go up once and faces come down once; in between everything lies on the device. What fits one batch is found
-out by trying: a batch that exceeds the memory is halved.
+Frames are uploaded once and faces downloaded once; in between all data stay on the device. The size of a batch is found
+by trying: a batch that exceeds the memory is halved.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from workers.inference.onnx_in_torch import to_torch
 from workers.inference.torch_session import torch_device
 from workers.weights.files import read_model
 
-#: Frames of one batch at most, however many fit: beyond this nothing gets faster, and everybody waits longer.
+#: Most frames of one batch, even if more fit: larger batches aren't faster, and each frame waits longer.
 MAX_FRAMES = 32
-#: Faces classified at once at most, so that a crowd takes no more memory than this many crops.
+#: Most faces classified at once, so that a crowd takes no more memory than this many crops.
 MAX_CROPS = 512
 
 
@@ -44,7 +43,7 @@ class DeviceAnalyzer:
         self.classifier = classifier
         self._side = side
         self._device = device
-        #: Frames (height, width) → how many of them fit, once that was fewer than asked for.
+        #: Size of frames (height, width) → how many fit in a batch, for sizes of which `MAX_FRAMES` didn't fit.
         self._fitting: dict[tuple[int, int], int] = {}
 
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
@@ -106,7 +105,7 @@ class DeviceAnalyzer:
             with metrics.stage(Stage.DETECT):
                 on_device = self._upload(frames)
                 boxes, scores, kept = self.detector.detect(on_device)
-                # Waits for the device, which has to say how many there are: so this is the detector's own time.
+                # Waits for the device, which must tell the number of faces, so the stage measures the detector's time.
                 which, where = kept.nonzero(as_tuple=True)
             with metrics.stage(Stage.CLASSIFY):
                 boxes, scores = boxes[which, where], scores[which, where]
@@ -116,7 +115,7 @@ class DeviceAnalyzer:
 
     def _upload(self, frames: list[NDArray[np.uint8]]) -> Any:
         """uint8 (n, h, w, 3) on the device."""
-        # From pinned memory the copy runs beside what the device does; torch keeps such memory for the next batch.
+        # From pinned memory the copy runs while the device computes; torch keeps such memory for the next batch.
         pinned = self._device.type == "cuda"
         staged = torch.empty((len(frames), *frames[0].shape), dtype=torch.uint8, pin_memory=pinned)
         np.stack(frames, out=staged.numpy())
@@ -138,8 +137,9 @@ class DeviceAnalyzer:
 def load_device_analyzer(spec: PipelineSpec, runtime: Runtime) -> DeviceAnalyzer:
     """The pipeline with its pinned models on the runtime's device: in half precision, on a CPU in single.
 
-    Whichever engine the runtime names, the networks run in torch: another engine's results would have to leave the
-    device. Errors as `workers.analysis.load.load_analyzer`, and `MaskwatchError` for a model that can't be run so.
+    The networks always run in torch, whichever engine the runtime names: with another engine, intermediate results
+    would leave the device. Errors as `workers.analysis.load.load_analyzer`, and `MaskwatchError` for a model
+    that torch can't run.
     """
     device = torch_device(runtime)
     precision = torch.float32 if device.type == "cpu" else torch.float16

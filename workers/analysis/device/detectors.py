@@ -1,6 +1,6 @@
-"""Detectors over a batch of frames that lie on the device: the same faces as `workers.detection` finds one by one.
+"""Detectors for batches of frames on the device, which find the same faces as `workers.detection` finds one by one.
 
-Which networks they are, their constants and the meaning of their outputs stand there; here the frames stay tensors.
+The networks, their constants and the meaning of their outputs are described there; here frames are tensors.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class DeviceRetinaFace:
 def load_device_detector(spec: PipelineSpec, device: Any, precision: Any) -> DeviceDetector:
     """The detector of a pipeline with the weights it pins, on a `torch.device`, in a torch float type.
 
-    Raises `MaskwatchError` for a detector that has no way on the device, else errors as
+    Raises `MaskwatchError` for a detector that can't run on the device, else errors as
     `workers.weights.files.read_files`.
     """
     name = spec.detector.name
@@ -105,14 +105,14 @@ def load_device_detector(spec: PipelineSpec, device: Any, precision: Any) -> Dev
 
 
 def ready(network: Any, device: Any, precision: Any) -> Any:
-    """The network on the device, in the precision and the memory layout that GPUs convolve fastest in."""
+    """The network on the device, in this precision and in the memory layout in which GPUs convolve fastest."""
     return network.eval().requires_grad_(False).to(device, precision).to(memory_format=torch.channels_last)
 
 
 def folded(network: Any) -> Any:
-    """The network with each normalisation taken into the convolution before it: less to read and write.
+    """The network with each normalisation folded into the convolution before it, which saves memory traffic.
 
-    In place. Takes it that a normalisation follows the convolution it is defined after.
+    In place. Assumes that a normalisation follows the convolution that is defined before it.
     """
     for module in network.modules():
         before = None
@@ -126,7 +126,7 @@ def folded(network: Any) -> Any:
 
 
 def _scaled(frames_rgb: Any, spec: PipelineSpec) -> tuple[Any, Any]:
-    """The frames as large as the pipeline wants them, float32 (n, 3, h, w), and what leads back: float32 (4,)."""
+    """The frames scaled as the pipeline says, float32 (n, 3, h, w), and the factors back to the frame: float32 (4,)."""
     height, width = frames_rgb.shape[1:3]
     scale = scale_for(width, height, spec)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))

@@ -1,7 +1,7 @@
-"""Resizes frames and cuts faces out of them where they lie: what OpenCV and `classification._ops` do on the CPU, for
-whole batches, over torch tensors.
+"""Resizes frames and cuts faces out of them on the device: what OpenCV and `classification._ops` do on the CPU, for
+whole batches of torch tensors.
 
-Results are rounded to whole levels, as OpenCV's are, so both ways see the same picture to within a level or two.
+Results are rounded to whole levels, as OpenCV's are, so they differ from the CPU's by a level or two at most.
 Nothing here copies a tensor to the host.
 """
 
@@ -49,7 +49,7 @@ def face_crops(frames_rgb: Any, which: Any, boxes_xyxy: Any, below_px: float, fa
 
 
 def _averaged(pictures: Any, axis: int, size: int) -> Any:
-    """Each new pixel along the axis is the mean of the old ones it covers, in parts where it covers parts."""
+    """Each new pixel along the axis is the mean of the old pixels it covers, weighted by the covered share."""
     indices, weights = _area_weights(pictures.shape[axis], size, pictures.device)
     shape = [1] * pictures.ndim
     shape[axis] = size
@@ -91,8 +91,8 @@ def _taps(start: Any, length: Any, averaged: Any, side: int) -> tuple[Any, Any, 
     be averaged but is shorter than `side` along one axis, with INTER_AREA's rule for such a crop.
     """
     new = torch.arange(side, device=start.device, dtype=torch.float64)
-    # Two true divisions, as OpenCV has it, for INTER_AREA's rule jumps where a product is whole. torch makes a number
-    # divided by a tensor a product with the tensor's inverse, which rounds twice.
+    # Two true divisions, as in OpenCV, because INTER_AREA's rule jumps where a product is whole. torch computes a
+    # number divided by a tensor as a product with the tensor's inverse, which rounds twice.
     one = torch.ones((), device=start.device, dtype=torch.float64)
     growth = (one * side) / length[:, None]
     scale = one / growth
@@ -125,7 +125,7 @@ def _at(frames: Any, which: Any, y: Any, x: Any) -> Any:
 
 def _sums(frames: Any) -> Any:
     """The sum of all pixels above and left of each corner of pixels: float64 (n, h + 1, w + 1, 3), exact."""
-    # In place where possible: these are the largest tensors of the whole way.
+    # In place where possible: these are the largest tensors of the analysis.
     sums = torch.zeros(
         (frames.shape[0], frames.shape[1] + 1, frames.shape[2] + 1, 3), dtype=torch.float64, device=frames.device
     )

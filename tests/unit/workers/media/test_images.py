@@ -169,7 +169,7 @@ def test_an_empty_file_says_so() -> None:
 def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
     error = failure(data)
     assert error.reason is Reason.UNREADABLE_IMAGE
-    assert error.detail == "the content is no JPEG, PNG, WebP, BMP or TIFF picture; convert it to one of these"
+    assert error.detail == "the content is not a JPEG, PNG, WebP, BMP or TIFF picture; convert it to one of these"
 
 
 @pytest.mark.parametrize("name", sorted(ENCODED.keys() - {"mpo"}))  # an MPO cut in its second picture is whole

@@ -322,7 +322,7 @@ def test_a_camera_is_changed_disabled_and_removed_and_keeps_its_history(session:
         done = maskwatch("cameras", action, "cam", "--location", "lobby", *options)
         return done.stderr if done.returncode == 0 else f"refused: {done.stderr}"
 
-    assert "looked at every 1 s" in do("change", "--every", "1s")
+    assert "is polled every 1 s" in do("change", "--every", "1s")
     assert "is disabled" in do("disable") and "disabled already" in do("disable")
     assert tick(get_settings()) == []
     assert "is enabled" in do("enable") and "enabled already" in do("enable")

@@ -176,7 +176,7 @@ def test_a_program_that_is_too_old_says_one_line_and_waits(engine: Engine, part:
     migrate_on(engine, **{part.value: NEWER})
     log = tmp_path / "log"
     with running(part.value, log=log) as process:
-        wait_until(lambda: "waiting" in log.read_text(), what="the line")
+        wait_until(lambda: "install Maskwatch" in log.read_text(), what="the line")
         assert process.poll() is None
     (line,) = log.read_text().splitlines()
     assert f"install Maskwatch {NEWER} or newer" in line and "db upgrade" not in line

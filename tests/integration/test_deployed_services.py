@@ -161,7 +161,7 @@ def test_panels_show_what_was_summarized(deployed: Deployed) -> None:
     assert answers["compliance: Where"] == [("lobby", 10, 6, 2, 2, 0.75, 10)]
     assert answers["compliance: Compliance by hour"] == [(NOON, "lobby", 0.75)]
     assert answers["compliance: By hour of the day"] == [(12, "lobby", 0.75, 10)]
-    ((_, day, faces, rate, low, high),) = answers["compliance: The same with its 95 % interval"]
+    ((_, day, faces, rate, low, high),) = answers["compliance: Compliance by day with its 95 % interval"]
     assert (day, faces, rate) == (NOON.date(), 10, 0.75) and low < rate < high
     assert answers["compliance: $location"] == [("lobby",)]
     empty = [name for name, rows in answers.items() if name.startswith("compliance") and not rows]

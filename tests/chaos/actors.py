@@ -177,15 +177,15 @@ def _can_end(machine: LedgerMachine) -> bool:
 def _is_news(machine: LedgerMachine) -> bool:
     """The bucket holds what nobody has registered."""
     return _can_begin(machine) and any(
-        machine.invariants.newest.get(key) != seen
+        machine.checks.newest.get(key) != seen
         for key, seen in machine.bucket.items()
-        if key not in machine.invariants.erased
+        if key not in machine.checks.erased
     )
 
 
 def _some_job(*states: str) -> Callable[[LedgerMachine], bool]:
     """There is a job in one of these states, and a hand: so that few turns are spent on nothing."""
-    return lambda machine: _can_begin(machine) and any(job.state in states for job in machine.invariants.jobs.values())
+    return lambda machine: _can_begin(machine) and any(job.state in states for job in machine.checks.jobs.values())
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -199,11 +199,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.stage.counts["examples"] += 1
         self.hands.look.execute(RESET)
         self.story: list[str] = []
-        self.invariants = Invariants(
+        self.checks = Invariants(
             self.hands.look, self.story, self.stage.counts, self.stage.broken, by_harm=self.mutant.by_harm
         )
         self.over = False
-        self.hands.committed = self.invariants.judge
+        self.hands.committed = self.checks.judge
         # The world.
         self.now = datetime(2026, 3, 3, tzinfo=UTC)
         self.bucket: dict[str, Listed] = {}
@@ -252,9 +252,7 @@ class LedgerMachine(RuleBasedStateMachine):
         def work(session: Session) -> Registered:
             return self._register(session, planned, self.stage.pipelines[pipeline % 2], lane, newest=False)
 
-        self._act(
-            Task("register", work, done=lambda _: self.invariants.registered(listed)), stop, f"{listed} {placing}"
-        )
+        self._act(Task("register", work, done=lambda _: self.checks.registered(listed)), stop, f"{listed} {placing}")
 
     def _register(
         self, session: Session, planned: Sequence[PlannedObject], pipeline: Pipeline, lane: Lane, *, newest: bool
@@ -328,7 +326,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return ledger.claim(session, refs, worker=worker, lease_seconds=LONG)
 
         def done(jobs: list[ClaimedJob]) -> None:
-            self.invariants.claims.update(job.ref.id for job in jobs)
+            self.checks.claims.update(job.ref.id for job in jobs)
             self.held += [Held(job, worker) for job in jobs]
             self.stage.counts["jobs of outdated messages dropped"] += len(refs) - len(jobs)
 
@@ -432,7 +430,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self._register(session, [replace(found, observed_at=job.key_time)], pipeline, job.lane, newest=True)
 
         self._end(
-            "source changed", held, work, stop, others=True, done=lambda: self.invariants.registered({job.key: there})
+            "source changed", held, work, stop, others=True, done=lambda: self.checks.registered({job.key: there})
         )
 
     def _end(
@@ -455,7 +453,7 @@ class LedgerMachine(RuleBasedStateMachine):
         def committed(_: Any) -> None:
             drop()
             if name == "release":
-                self.invariants.refunds[job] += 1
+                self.checks.refunds[job] += 1
             done()
 
         jobs = None if others else frozenset({job})
@@ -531,7 +529,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )
 
     def _choose(self, which: Iterable[int] | None) -> list[int] | None:
-        return None if which is None else sorted({_pick(sorted(self.invariants.jobs), index) for index in which})
+        return None if which is None else sorted({_pick(sorted(self.checks.jobs), index) for index in which})
 
     @turn(4, _some_job(*ACTIVE_STATES), which=_ids_drawn, stop=_stop)
     def cancel(self, which: list[int], stop: int | None) -> None:
@@ -551,18 +549,18 @@ class LedgerMachine(RuleBasedStateMachine):
         def work(session: Session) -> int:
             return ledger.erase(session, BUCKET, name, by="me")
 
-        self._act(Task("operator's erase", work, lambda _: self.invariants.erase(name)), stop, name)
+        self._act(Task("operator's erase", work, lambda _: self.checks.erase(name)), stop, name)
 
     # --- aggregators ---
 
-    @turn(10, lambda self: self.invariants.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]), stop=_stop)
+    @turn(10, lambda self: self.checks.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]), stop=_stop)
     def summarize(self, limit: int, stop: int | None) -> None:
         self._act(Task("summarize", lambda session: self._summarize_batch(session, limit)), stop)
 
     def _summarize_batch(self, session: Session, limit: int) -> tuple[int, int]:
         return (self.mutant.summarize or aggregation.summarize_batch)(session, limit)
 
-    @turn(2, lambda self: self.invariants.marks and _can_begin(self), stop=_stop)
+    @turn(2, lambda self: self.checks.marks and _can_begin(self), stop=_stop)
     def summarize_outdated(self, stop: int | None) -> None:
         """An aggregator of a version that may not go on. It knows nothing of faces without a mask."""
 
@@ -574,7 +572,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
         self._act(Task("summarize", work), stop, "by an outdated version")
 
-    @turn(5, lambda self: self.invariants.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]))
+    @turn(5, lambda self: self.checks.marks and _can_begin(self), limit=st.sampled_from([1, 2, 50]))
     def summarize_slowly(self, limit: int) -> None:
         """An aggregator whose recompute takes long after it has seen what to count."""
         hand = self.hands.idle()
@@ -633,9 +631,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 # Not what was planted, or planted in a way that does not run: a fault must be found by what it does.
                 self.stage.counts["examples that ended in an error"] += 1
             elif isinstance(error, DeadlockError):
-                self.invariants.breaks("nobody waits in a circle", str(error))
+                self.checks.breaks("nobody waits in a circle", str(error))
             else:
-                self.invariants.breaks("no error but a refusal", f"{type(error).__name__}: {error}")
+                self.checks.breaks("no error but a refusal", f"{type(error).__name__}: {error}")
 
     # --- the end of an example ---
 
@@ -658,15 +656,15 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         for _ in range(30):
             self._one_round()
-            if not any(job.state in ACTIVE_STATES for job in self.invariants.jobs.values()):
+            if not any(job.state in ACTIVE_STATES for job in self.checks.jobs.values()):
                 break
         else:
-            stuck = [job for job in self.invariants.jobs.values() if job.state in ACTIVE_STATES]
-            self.invariants.breaks("no job is stuck", f"{stuck}")
-        while self.invariants.marks:
+            stuck = [job for job in self.checks.jobs.values() if job.state in ACTIVE_STATES]
+            self.checks.breaks("no job is stuck", f"{stuck}")
+        while self.checks.marks:
             self.summarize(50, None)
-        self.invariants.judge_summaries()
-        self.invariants.judge_end()
+        self.checks.judge_summaries()
+        self.checks.judge_end()
 
     def _one_round(self) -> None:
         while self.held:

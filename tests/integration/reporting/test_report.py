@@ -93,7 +93,14 @@ def test_shows_figures_days_plot_and_reasons(archive: Archive, tmp_path: Path) -
     text, page = read(tmp_path / "deep" / "report.html")
     words = " ".join("".join(page.words).split())
     assert page.tags.count("svg") == 1
-    for shown in ("75.0 %", "2026-03-28 Sat", "2026-03-29 Sun", "empty_file", "1 quarantined", "the pattern of their key"):
+    for shown in (
+        "75.0 %",
+        "2026-03-28 Sat",
+        "2026-03-29 Sun",
+        "empty_file",
+        "1 quarantined",
+        "the pattern of their key",
+    ):
         assert shown in words
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
     assert "currentColor" in text

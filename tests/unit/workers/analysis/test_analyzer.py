@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from common.domain import MaskStatus, ModelRef
 from common.sample.source_images import astronaut
-from common.settings import PipelineSettings
 from tests.pipelines import default_spec
 from workers.analysis.analyzer import Analyzer
 from workers.analysis.load import load_analyzer
@@ -99,8 +98,6 @@ def test_probabilities_are_floats_in_range_and_add_up(values: list[float]) -> No
 def test_the_loaded_pipeline_finds_and_judges_a_real_face(ship_brightness: Callable[..., ModelRef]) -> None:
     ship_brightness()
     analyzer = load_analyzer(default_spec(classifier="bright"), Runtime())
-    photograph = np.asarray(astronaut(), np.uint8)
-    analyzer = load_analyzer(PipelineSettings(classifier="bright").spec(), Runtime())
     photograph = astronaut()
     (bright,) = analyzer.analyze(photograph)
     (dark,) = analyzer.analyze(photograph // 3)

@@ -246,7 +246,7 @@ def test_a_server_that_falls_silent_is_given_up(
         (("pair", "--url", "file:///etc/"), "can't be used to pull one.pt; valid: https://"),
         (("pair", "--url", "nonsense/"), "can't be used to pull one.pt"),
         (("pair", "--url", "https://me:s3cret@mirror.invalid/"), "the URL contains a password"),
-        (("pair", "--sha256", "0" * 64), "--sha256 is the hash of one file, and pair has 2"),
+        (("pair", "--sha256", "0" * 64), "--sha256 is the hash of one file, but pair has 2 files"),
         (("pair", "--sha256", "abc"), "64 characters"),
         (("centerface", "--sha256", "0" * 64), "centerface.onnx is pinned to SHA-256 09189dea"),
         (("retinaface-resnet50", "--url", "http://mirror.invalid/r50.pt"), "http:// needs a known hash: add --sha256"),
@@ -454,7 +454,7 @@ def test_of_a_folder_the_known_files_are_taken(cache: Path, pair: Model, tmp_pat
 def test_of_several_files_all_are_taken_or_none(cache: Path, pair: Model, tmp_path: Path) -> None:
     (tmp_path / "one.pt").write_bytes(ONE)
     (tmp_path / "two.pt").write_bytes(b"wrong")
-    assert "is not the two.pt" in refused(cache, "import", tmp_path / "one.pt", tmp_path / "two.pt")
+    assert "is not the expected two.pt" in refused(cache, "import", tmp_path / "one.pt", tmp_path / "two.pt")
     assert "files of pair: one.pt, two.pt" in refused(cache, "import", _named(tmp_path, "x", b"x"), "--as", "pair")
 
 

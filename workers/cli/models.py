@@ -15,7 +15,6 @@ import click
 from common.cli.parts import console
 from common.domain import MaskwatchError
 from common.models.pins import is_sha256
-from workers.detection.structure import check_fits, derive
 from workers.weights import download
 from workers.weights.bundles import MANIFEST, export_bundle, import_bundle
 from workers.weights.download import Placed, import_files, known_files
@@ -120,6 +119,8 @@ def pull(names: tuple[str, ...], everything: bool, url: str | None, sha256: str 
       maskwatch models pull --all --url https://mirror.example/models/
       maskwatch models pull retinaface-resnet50 --url http://mirror/r50.pt --sha256 5f3a…
     """
+    from workers.detection.structure import check_fits  # needs the worker layer, which looking does not
+
     if bool(names) == everything:
         raise MaskwatchError("name the models to pull, or give --all")
     sha256 = sha256 and sha256.lower()
@@ -199,6 +200,8 @@ def export(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
       maskwatch models export /media/usb/models
       maskwatch models export bundle/ retinaface-mobilenet mtcnn
     """
+    from workers.detection.structure import derive  # needs the worker layer, which looking does not
+
     statuses = export_bundle(folder, names, derive)
     if as_json:
         console.print_json({"folder": str(folder), "models": [_as_dict(status) for status in statuses]})
@@ -227,6 +230,8 @@ def import_models(paths: tuple[Path, ...], as_name: str | None, as_json: bool) -
       maskwatch models import pnet.pt rnet.pt onet.pt
       maskwatch models import Resnet50_Final.pth --as retinaface-resnet50
     """
+    from workers.detection.structure import check_fits  # needs the worker layer, which looking does not
+
     folders = [path for path in paths if path.is_dir()]
     if folders and (len(paths) > 1 or as_name is not None):
         raise MaskwatchError("give one folder without --as, or files")

@@ -30,7 +30,7 @@ format: $(VENV)/.test  ## Put the sources into the project's format
 
 bench: $(VENV)/.test  ## Measure end to end, video, and every model in every runtime (half an hour to an hour); figures go into docs/performance.md
 	$(BIN)/python -m pytest -m bench
-	$(BIN)/python -m benchmarks.road
+	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.models

@@ -2,7 +2,7 @@
 
 The claims: jobs and rows within 10 %, time within 30 %. Other footage of the same kind was analysed before.
 
-    python -m benchmarks.estimate [--pictures 400] [--videos 3] [--workers 2] [--json]
+    python -m benchmarks.estimate [--images 400] [--videos 3] [--workers 2] [--json]
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ ROWS = "SELECT count(*) FROM faces f JOIN jobs j ON j.id = f.job_id WHERE j.back
 
 
 @click.command()
-@click.option("--pictures", default=400, show_default=True, help="Half as many were analysed before.")
+@click.option("--images", default=400, show_default=True, help="Half as many were analysed before.")
 @click.option("--videos", default=3, show_default=True, help="Copies of each sample video; one was analysed before.")
 @click.option("--workers", default=2, show_default=True, help="Worker processes; they share the cores.")
 @click.option("--json", "as_json", is_flag=True)
-def main(pictures: int, videos: int, workers: int, as_json: bool) -> None:
+def main(images: int, videos: int, workers: int, as_json: bool) -> None:
     """Estimate a backfill, then run it."""
     folder = Path(tempfile.mkdtemp(prefix="maskwatch-bench-"))
     os.environ["MASKWATCH_STATE_DIR"] = str(folder / "state")
     for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
         del os.environ[name]
     try:
-        result = measure(folder, pictures, videos, workers)
+        result = measure(folder, images, videos, workers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if as_json:
@@ -47,23 +47,23 @@ def main(pictures: int, videos: int, workers: int, as_json: bool) -> None:
         )
 
 
-def measure(folder: Path, pictures: int, videos: int, workers: int) -> dict[str, float]:
+def measure(folder: Path, images: int, videos: int, workers: int) -> dict[str, float]:
     from sqlalchemy import text
 
     from common.catalog import places
     from common.cli.parts.deployment import deployment
     from common.cli.parts.waiting import wait_for
-    from common.cli.processes import crew
+    from common.cli.processes import work_processes
     from common.database.sessions import session_scope
     from producer.cli.listing import nudge
     from producer.estimate import estimate
     from producer.submit import submit
 
     with deployment() as settings:
-        upload(folder, settings.storage.endpoint_url, pictures, videos)
+        upload(folder, settings.storage.endpoint_url, images, videos)
         with session_scope() as session:
             places.add_location(session, "benchmark", "UTC")
-        with crew(workers, state_dir=settings.state_dir):
+        with work_processes(workers, state_dir=settings.state_dir):
             submit(settings, f"s3://{BUCKET}/known/", location_name="benchmark")
             nudge()
             wait_for(settings)
@@ -86,7 +86,7 @@ def measure(folder: Path, pictures: int, videos: int, workers: int) -> dict[str,
     }
 
 
-def upload(folder: Path, endpoint_url: str | None, pictures: int, videos: int) -> None:
+def upload(folder: Path, endpoint_url: str | None, images: int, videos: int) -> None:
     """Sample footage: what is known before, and what is new."""
     import boto3
 
@@ -98,7 +98,7 @@ def upload(folder: Path, endpoint_url: str | None, pictures: int, videos: int) -
     whole = [content for content in whole if content.endswith(b"\xff\xd9")]
     client = boto3.client("s3", endpoint_url=endpoint_url)
     client.create_bucket(Bucket=BUCKET)
-    for prefix, count, copies in (("known/", pictures // 2, 1), ("new/", pictures, videos)):
+    for prefix, count, copies in (("known/", images // 2, 1), ("new/", images, videos)):
         for number in range(count):
             client.put_object(Bucket=BUCKET, Key=f"{prefix}{number:05}.jpg", Body=whole[number % len(whole)])
         for path in files:

@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 
-from benchmarks.models import CANDIDATES, FDET_NAMES, pictures, write_weights
+from benchmarks.models import CANDIDATES, FDET_NAMES, images, write_weights
 from common.models.pipeline import spec_of
 
 DETECTORS = ("retinaface-resnet50", "retinaface-mobilenet", "centerface")
@@ -112,15 +112,15 @@ def figures(
 ) -> dict[str, Any]:
     """One detector at one size of frames, in the batch that is fastest."""
     width, height = size
-    detector = load(folder, name, pictures(1, width, height), device)
+    detector = load(folder, name, images(1, width, height), device)
     per_s = {}
     for batch in batches:
-        rate = frames_per_second(detector, pictures(batch, width, height), device, seconds)
+        rate = frames_per_second(detector, images(batch, width, height), device, seconds)
         if rate is None:  # does not fit the memory
             break
         per_s[batch] = rate
     best = max(per_s, key=per_s.__getitem__)
-    gflop = flops(detector, pictures(1, width, height), device) / 1e9
+    gflop = flops(detector, images(1, width, height), device) / 1e9
     return {
         "name": name,
         "width": width,
@@ -128,10 +128,10 @@ def figures(
         "batch": best,
         "per_s": per_s[best],
         "per_s_by_batch": per_s,
-        **shares(detector, pictures(best, width, height), device),
+        **shares(detector, images(best, width, height), device),
         "gflop": gflop,
         "share_of_matrix_rate": gflop * 1e9 * per_s[best] / matrix_flops,
-        "fdet_per_s": fdet_per_second(folder, name, detector, pictures(1, width, height)[0], device, seconds),
+        "fdet_per_s": fdet_per_second(folder, name, detector, images(1, width, height)[0], device, seconds),
     }
 
 

@@ -42,11 +42,11 @@ GROUP BY b.id
 @click.option("--workers", default=2, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(backlog: int, live: int, small: int, workers: int, as_json: bool) -> None:
-    """Begin a backfill, then let a picture a second arrive at a camera that is looked at every second; then begin a
+    """Begin a backfill, then let a picture a second arrive at a camera that is polled every second; then begin a
     small backfill, while pictures go on arriving."""
     folder = Path(tempfile.mkdtemp(prefix="maskwatch-bench-"))
     os.environ["MASKWATCH_STATE_DIR"] = str(folder / "state")
-    os.environ["MASKWATCH_DISPATCH__LOOK_SECONDS"] = "1"
+    os.environ["MASKWATCH_DISPATCH__POLL_SECONDS"] = "1"
     for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
         del os.environ[name]
     try:
@@ -70,10 +70,10 @@ def measure(folder: Path, backlog: int, live: int, small: int, workers: int) -> 
     import boto3
     from sqlalchemy import text
 
-    from benchmarks.road import BUCKET, enqueue_and_wait, upload
+    from benchmarks.end_to_end import BUCKET, enqueue_and_wait, upload
     from common.catalog import places
     from common.cli.parts.deployment import deployment
-    from common.cli.processes import crew
+    from common.cli.processes import work_processes
     from common.database.sessions import session_scope
 
     with deployment() as settings:
@@ -81,7 +81,7 @@ def measure(folder: Path, backlog: int, live: int, small: int, workers: int) -> 
         client = boto3.client("s3", endpoint_url=settings.storage.endpoint_url)
         copy(client, prefix, ("alone/", "behind/"), small)
         camera_puts = Camera(client, client.get_object(Bucket=BUCKET, Key=f"{prefix}00000.jpg")["Body"].read())
-        with crew(workers, state_dir=settings.state_dir):
+        with work_processes(workers, state_dir=settings.state_dir):
             # Afterwards the workers have loaded their models.
             enqueue_and_wait("warm-up/")
             with session_scope() as session:
@@ -135,7 +135,7 @@ class Camera:
 
     def one(self) -> None:
         """Put the next picture, and wait for a second."""
-        from benchmarks.road import BUCKET
+        from benchmarks.end_to_end import BUCKET
 
         body = self._body + str(self._number).encode()
         self._client.put_object(Bucket=BUCKET, Key=f"live/{self._number:05}.jpg", Body=body)
@@ -143,11 +143,11 @@ class Camera:
         time.sleep(1)
 
 
-def copy(client: Any, prefix: str, to: tuple[str, ...], pictures: int) -> None:
+def copy(client: Any, prefix: str, to: tuple[str, ...], images: int) -> None:
     """The first so many pictures below `prefix`, to each of the others."""
-    from benchmarks.road import BUCKET
+    from benchmarks.end_to_end import BUCKET
 
-    for number in range(pictures):
+    for number in range(images):
         body = client.get_object(Bucket=BUCKET, Key=f"{prefix}{number:05}.jpg")["Body"].read()
         for other in to:
             client.put_object(Bucket=BUCKET, Key=f"{other}{number:05}.jpg", Body=body)
@@ -155,7 +155,7 @@ def copy(client: Any, prefix: str, to: tuple[str, ...], pictures: int) -> None:
 
 def begin(prefix: str) -> int:
     """Begin a backfill of what lies below `prefix`; returns its number."""
-    from benchmarks.road import BUCKET
+    from benchmarks.end_to_end import BUCKET
     from common.settings import get_settings
     from producer.submit import submit
 
@@ -181,7 +181,7 @@ def wait_for(condition: Any) -> None:
         if holds(condition):
             return
         time.sleep(0.2)
-    raise AssertionError("the road does not move")
+    raise AssertionError("nothing has moved for ten minutes")
 
 
 if __name__ == "__main__":

@@ -142,10 +142,10 @@ def detectors(folder: Path, backbone: str, threads: int, rounds: int) -> list[di
 
     path = folder / MODELS[FDET_NAMES[backbone]].files[0].name
     write_weights(backbone, path)
-    return [detector(backbone, path, pictures(1, width, height)[0], threads, rounds) for width, height in SIZES]
+    return [detector(backbone, path, images(1, width, height)[0], threads, rounds) for width, height in SIZES]
 
 
-def detector(backbone: str, path: Path, picture: Any, threads: int, rounds: int) -> dict[str, Any]:
+def detector(backbone: str, path: Path, image: Any, threads: int, rounds: int) -> dict[str, Any]:
     """RetinaFace under both engines and in fdet, one picture per call as it is, for fdet knows no scaling."""
     from common.domain import ModelRef
     from common.models.manifest import MODELS
@@ -156,7 +156,7 @@ def detector(backbone: str, path: Path, picture: Any, threads: int, rounds: int)
 
     runtime = Runtime(threads=threads)
     sessions = {engine: session(engine, backbone, path, runtime) for engine in ("onnx", "native")}
-    score = threshold(sessions["onnx"], picture)
+    score = threshold(sessions["onnx"], image)
     spec = replace(spec_of(PipelineSettings(), get_settings().models_dir), enlarge_below_px=0, detector_threshold=score)
     model = MODELS[FDET_NAMES[backbone]]
     pinned = ModelRef(model.name, str(model.sha256_with([hashlib.sha256(path.read_bytes()).hexdigest()])))
@@ -165,19 +165,19 @@ def detector(backbone: str, path: Path, picture: Any, threads: int, rounds: int)
     best = best_of(
         rounds,
         {
-            "onnx": lambda: ours["onnx"].detect(picture),
-            "native": lambda: ours["native"].detect(picture),
-            "fdet": lambda: fdet.detect(picture),
-            "post": after(sessions["onnx"], picture, score),
+            "onnx": lambda: ours["onnx"].detect(image),
+            "native": lambda: ours["native"].detect(image),
+            "fdet": lambda: fdet.detect(image),
+            "post": after(sessions["onnx"], image, score),
         },
     )
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     return {
         "backbone": backbone,
         "width": width,
         "height": height,
         "candidates": CANDIDATES,
-        "faces": len(ours["onnx"].detect(picture)),
+        "faces": len(ours["onnx"].detect(image)),
         **{f"{name}_ms": 1000 * seconds for name, seconds in best.items()},
         "faster_than_fdet": best["fdet"] / best["onnx"],
         "bar": FASTER_THAN_FDET[backbone, width],
@@ -210,30 +210,30 @@ def session(engine: str, backbone: str, weights: Path, runtime: Any) -> Any:
     return make_session(exported.read_bytes(), runtime)
 
 
-def pictures(count: int, width: int, height: int) -> Any:
+def images(count: int, width: int, height: int) -> Any:
     import numpy as np
 
     return np.random.default_rng(2).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def threshold(loaded: Any, picture: Any) -> float:
+def threshold(loaded: Any, image: Any) -> float:
     """The score that `CANDIDATES` of the prior boxes reach."""
     import numpy as np
 
     from workers.detection.retinaface import to_input
 
-    scores = loaded.run(to_input(picture))[1][0]
+    scores = loaded.run(to_input(image))[1][0]
     return float(np.sort(scores)[-CANDIDATES])
 
 
-def after(loaded: Any, picture: Any, score: float) -> Timed:
+def after(loaded: Any, image: Any, score: float) -> Timed:
     """What follows the forward pass: priors, decoding, suppression, clipping."""
     from workers.detection._anchors import priors
     from workers.detection._ops import MIN_SIDE_PX, clip, has_area
     from workers.detection.retinaface import find, to_input
 
-    locations, scores, _ = loaded.run(to_input(picture))
-    height, width = picture.shape[:2]
+    locations, scores, _ = loaded.run(to_input(image))
+    height, width = image.shape[:2]
 
     def post() -> object:
         boxes, found = find(locations[0], scores[0], priors(height, width), score)
@@ -267,7 +267,7 @@ def pass_of_four(engine: str, weights: str, threads: int) -> None:
         loaded: Any = make_session(path.with_suffix(".onnx").read_bytes(), runtime)
     else:
         loaded = session("native", "resnet50", path, runtime)
-    batch = pictures(4, 1000, 562).transpose(0, 3, 1, 2).astype(np.float32)
+    batch = images(4, 1000, 562).transpose(0, 3, 1, 2).astype(np.float32)
     # Loading may have needed more than running does: forget that peak. And no `ru_maxrss`, for a child begins with
     # its parent's.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -318,7 +318,7 @@ def classifier(name: str, content: bytes, threads: int, rounds: int) -> dict[str
     network = to_keras(content, name)
     native = KerasSession(network, "/CPU:0")
     side = network.input_shape[1]
-    crops = (pictures(CROPS, side, side) / 127.5 - 1).astype(np.float32)
+    crops = (images(CROPS, side, side) / 127.5 - 1).astype(np.float32)
     # Eight of them one by one say as much as all.
     best = best_of(
         rounds,

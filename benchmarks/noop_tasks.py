@@ -9,7 +9,7 @@ from common.messaging.celery_app import app
 from common.messaging.queues import TaskName, decode_refs
 from common.settings import get_settings
 from workers.jobs import attempts
-from workers.jobs.recording import Picture, record_images
+from workers.jobs.recording import AnalysedImage, record_images
 
 
 @app.task(name=TaskName.ANALYZE.value)
@@ -17,4 +17,4 @@ def analyze(message: Any) -> None:
     """Claim, record and finish the jobs that a message names, together, as shipped."""
     jobs = attempts.claim(decode_refs(message), "noop/1", get_settings())
     with session_scope() as session:
-        record_images(session, [Picture(job, [], job.observed_at) for job in jobs if job.observed_at])
+        record_images(session, [AnalysedImage(job, [], job.observed_at) for job in jobs if job.observed_at])

@@ -15,7 +15,7 @@ import migrations
 from common.database.partitions import ensure_partitions
 from common.local.stack import LocalStack
 
-FACES, PICTURES = 300_000, 100_000
+FACES, IMAGES = 300_000, 100_000
 
 _FILL = (
     "INSERT INTO locations (name, time_zone) VALUES ('lobby', 'UTC')",
@@ -59,7 +59,7 @@ def main() -> None:
         ensure_partitions(engine, [datetime(2026, 3, 5, tzinfo=UTC)])
         with engine.begin() as connection:
             for statement in _FILL:
-                connection.execute(text(statement), {"pictures": PICTURES, "faces": FACES})
+                connection.execute(text(statement), {"pictures": IMAGES, "faces": FACES})
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE"))
             print("| table | bytes a row |\n|---|---|")
@@ -68,7 +68,7 @@ def main() -> None:
                 # As it is after a while: the room of older versions of rows is used again.
                 if table == "jobs":
                     connection.execute(text("VACUUM FULL jobs"))
-                print(f"| {table} | {size(connection, table) / PICTURES:.0f} |")
+                print(f"| {table} | {size(connection, table) / IMAGES:.0f} |")
         engine.dispose()
 
 

@@ -189,9 +189,9 @@ def pipeline(folder: Path, rounds: int, limit: int) -> dict[str, Any]:
     """CPU time of a video's way from its file to faces, every frame of it, against a loop of decoding and models."""
     from common.settings import get_settings
     from workers.analysis.load import load_analyzer
-    from workers.analysis.video import Picture, analyze_frames
+    from workers.analysis.video import SampledFrame, analyze_frames
     from workers.inference import Runtime
-    from workers.media.frames import to_picture
+    from workers.media.frames import to_rgb
     from workers.media.sampling import Grid, Sampler
 
     path = sample_video(folder)
@@ -204,7 +204,7 @@ def pipeline(folder: Path, rounds: int, limit: int) -> dict[str, Any]:
             for packet in video.packets():
                 for frame in packet.decode():
                     if frames < limit:
-                        faces += len(analyzer.analyze(to_picture(frame)))
+                        faces += len(analyzer.analyze(to_rgb(frame)))
                         frames += 1
                 if frames == limit:
                     return faces
@@ -215,7 +215,8 @@ def pipeline(folder: Path, rounds: int, limit: int) -> dict[str, Any]:
             rate = float(video.stream.average_rate)
             grid = Grid(Fraction(str(rate)))
             taken = (
-                Picture(to_picture(s.frame), s.at, Fraction(1)) for s in Sampler(video, grid, _mode("frames"), 0, limit)
+                SampledFrame(to_rgb(s.frame), s.at, Fraction(1))
+                for s in Sampler(video, grid, _mode("frames"), 0, limit)
             )
             buffer = {"buffer_bytes": worker.frame_buffer_bytes, "batch": worker.batch_frames}
             return sum(len(frame.faces) for frame in analyze_frames(taken, analyzer, rate, **buffer))
@@ -271,7 +272,7 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
             found[name] = through_ours(path, analyzer, limit)
             rates[name] = len(found[name]) / (time.perf_counter() - started)
         same = Agreement()
-        for image, faces in zip(pictures_of(path, limit), found["twin"], strict=True):
+        for image, faces in zip(rgb_images_of(path, limit), found["twin"], strict=True):
             same.add(loops["mirrored"].frame(image), faces)
     return {
         "frames": limit,
@@ -287,30 +288,30 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
 def through_ours(path: Path, analyzer: Any, limit: int) -> list[Any]:
     """The faces of the first frames of a video, every one of them, by our pipeline."""
     from common.settings import get_settings
-    from workers.analysis.video import Picture, analyze_frames
-    from workers.media.frames import to_picture
+    from workers.analysis.video import SampledFrame, analyze_frames
+    from workers.media.frames import to_rgb
     from workers.media.sampling import Grid, Sampler
 
     worker = get_settings().worker
     with opened(path) as video:
         rate = video.stream.average_rate
         taken = (
-            Picture(to_picture(s.frame), s.at, Fraction(1))
+            SampledFrame(to_rgb(s.frame), s.at, Fraction(1))
             for s in Sampler(video, Grid(Fraction(rate)), _mode("frames"), 0, limit)
         )
         buffer = {"buffer_bytes": worker.frame_buffer_bytes, "batch": worker.batch_frames}
         return [frame.faces for frame in analyze_frames(taken, analyzer, float(rate), **buffer)]
 
 
-def pictures_of(path: Path, limit: int) -> Iterator[Any]:
-    from workers.media.frames import to_picture
+def rgb_images_of(path: Path, limit: int) -> Iterator[Any]:
+    from workers.media.frames import to_rgb
 
     with opened(path) as video:
         count = 0
         for packet in video.packets():
             for frame in packet.decode():
                 if count < limit:
-                    yield to_picture(frame)
+                    yield to_rgb(frame)
                 count += 1
 
 

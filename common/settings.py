@@ -8,11 +8,13 @@ the folder MASKWATCH_SECRETS_DIR (named like the variables), and print as asteri
 from __future__ import annotations
 
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, FilePath, SecretStr, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     NestedSecretsSettingsSource,
@@ -22,6 +24,14 @@ from pydantic_settings import (
 )
 
 from common.domain import MaskwatchError, PausePolicy, SampleMode
+
+#: Variables renamed in this version, by the spelling that still works until the next one: the section and the field.
+_EARLIER_NAMES = {
+    "MASKWATCH_DISPATCH__LOOK_SECONDS": ("dispatch", "poll_seconds"),
+    "MASKWATCH_DISPATCH__LOOK_LEASE_SECONDS": ("dispatch", "poll_lease_seconds"),
+    "MASKWATCH_WORKER__READ_AHEAD": ("worker", "prefetch_objects"),
+    "MASKWATCH_WORKER__READ_AHEAD_BYTES": ("worker", "prefetch_bytes"),
+}
 
 _MODELS_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maskwatch" / "models"
 
@@ -136,8 +146,8 @@ class WorkerSettings(BaseModel):
     batch_frames: int = Field(16, ge=1, description="most video frames of one size analysed together")
     group_size: int = Field(16, ge=1, le=256, description="image jobs per message")
     record_seconds: float = Field(1.0, ge=0, description="how often the results of analysed images are stored")
-    read_ahead: int = Field(4, ge=0, description="objects to prefetch while one is analysed")
-    read_ahead_bytes: int = Field(64 * 2**20, ge=0, description="limit for the sizes of prefetched objects together")
+    prefetch_objects: int = Field(4, ge=0, description="objects to prefetch while one is analysed")
+    prefetch_bytes: int = Field(64 * 2**20, ge=0, description="limit for the sizes of prefetched objects together")
     soft_time_limit_seconds: int = Field(
         900, ge=1, description="per message; then images not begun are released, and a chunk is tried once more"
     )
@@ -186,10 +196,10 @@ class DispatchSettings(BaseModel):
     interval_seconds: float = Field(1.0, gt=0)
     reconcile_seconds: float = Field(5.0, gt=0)
     summarize_seconds: float = Field(5.0, gt=0)
-    look_lease_seconds: float = Field(
+    poll_lease_seconds: float = Field(
         120.0, gt=0, description="another producer takes over a camera's poll that registers nothing for this long"
     )
-    look_seconds: float = Field(5.0, gt=0, description="how often to check whether a camera is due for a poll")
+    poll_seconds: float = Field(5.0, gt=0, description="how often to check whether a camera is due for a poll")
 
 
 class MetricsSettings(BaseModel):
@@ -200,6 +210,22 @@ class MetricsSettings(BaseModel):
         description="port where a producer, worker or aggregator serves its metrics; unset or 0: no metrics",
     )
     host: str = Field("127.0.0.1", description="address the metrics port listens on; 0.0.0.0: all addresses")
+
+
+class _EarlierNames(PydanticBaseSettingsSource):
+    """Reads the variables that are set under their earlier names, with a warning for each."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False  # a part of the base class's interface; `__call__` below does not need it
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, dict[str, str]] = {}
+        for earlier, (section, field) in _EARLIER_NAMES.items():
+            if earlier in os.environ:
+                found.setdefault(section, {})[field] = os.environ[earlier]
+                renamed = f"MASKWATCH_{section}__{field}".upper()
+                print(f"warning: {earlier} is now {renamed}; the next version ignores {earlier}", file=sys.stderr)
+        return found
 
 
 class Settings(BaseSettings):
@@ -238,11 +264,12 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read the environment first, then MASKWATCH_SECRETS_DIR: one file per setting, named like its variable."""
+        earlier = _EarlierNames(settings_cls)
         folder = os.environ.get("MASKWATCH_SECRETS_DIR")
         if not folder:
-            return init_settings, env_settings
+            return init_settings, env_settings, earlier
         secrets = NestedSecretsSettingsSource(file_secret_settings, secrets_dir=folder, secrets_dir_missing="error")
-        return init_settings, env_settings, secrets
+        return init_settings, env_settings, secrets, earlier
 
 
 @lru_cache(maxsize=1)

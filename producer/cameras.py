@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from common import ledger
 from common.catalog import schedule
-from common.catalog.schedule import Look, LookLostError
+from common.catalog.schedule import Poll, PollLostError
 from common.database.partitions import ensure_partitions
 from common.database.sessions import engine, session_scope, transact
 from common.database.tables import Camera, Location, Pipeline
@@ -34,64 +34,64 @@ def tick(settings: Settings) -> list[int]:
     """Record the slots that have come due; returns the cameras to poll."""
     with session_scope() as session:
         noted = schedule.note_slots(session)
-        waiting = schedule.to_look_at(session)
+        waiting = schedule.due_cameras(session)
     if noted:
         log.info("slots are due", slots=noted)
     return waiting
 
 
-class Watcher:
+class Poller:
     """Polls cameras in threads of its own, so that dispatching does not wait for a listing."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="look")
-        self._looking: set[int] = set()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="poll")
+        self._polling: set[int] = set()
         self._lock = threading.Lock()
 
-    def look_at(self, camera_ids: list[int], settings: Settings) -> None:
+    def poll(self, camera_ids: list[int], settings: Settings) -> None:
         """Start polling those of the cameras that no thread here is polling, as far as threads are free."""
         for camera_id in camera_ids:
             with self._lock:
-                if camera_id in self._looking or len(self._looking) >= THREADS:
+                if camera_id in self._polling or len(self._polling) >= THREADS:
                     continue
-                self._looking.add(camera_id)
-            self._threads.submit(self._look, camera_id, settings)
+                self._polling.add(camera_id)
+            self._threads.submit(self._run, camera_id, settings)
 
-    def _look(self, camera_id: int, settings: Settings) -> None:
+    def _run(self, camera_id: int, settings: Settings) -> None:
         try:
-            look_at(camera_id, settings)
+            poll_camera(camera_id, settings)
         except Exception:
             # The camera's slots stay due, and the lease of this poll runs out.
             log.exception("a camera's poll ended with an error", camera=camera_id)
         finally:
             with self._lock:
-                self._looking.discard(camera_id)
+                self._polling.discard(camera_id)
 
 
-def look_at(camera_id: int, settings: Settings) -> int | None:
+def poll_camera(camera_id: int, settings: Settings) -> int | None:
     """Enqueue the new objects of a camera, and end its slots; returns how many objects are new. None if no slot is due,
     another producer polls the camera, or the poll failed."""
     with session_scope() as session:
-        look = schedule.begin_look(session, camera_id, lease_seconds=settings.dispatch.look_lease_seconds)
-    if look is None:
+        poll = schedule.begin_poll(session, camera_id, lease_seconds=settings.dispatch.poll_lease_seconds)
+    if poll is None:
         return None
     try:
-        return _look(look, settings)
-    except LookLostError as error:
+        return _enqueue_new(poll, settings)
+    except PollLostError as error:
         log.warning(str(error))
     except MaskwatchError as error:
         log.error("a camera's poll failed, and is tried again", camera=camera_id, detail=str(error))
         try:
             with session_scope() as session:
-                schedule.fail_look(session, look, str(error))
-        except LookLostError:
+                schedule.fail_poll(session, poll, str(error))
+        except PollLostError:
             pass
     return None
 
 
-def _look(look: Look, settings: Settings) -> int:
+def _enqueue_new(poll: Poll, settings: Settings) -> int:
     with session_scope() as session:
-        camera = session.get_one(Camera, look.camera_id)
+        camera = session.get_one(Camera, poll.camera_id)
         location = session.get_one(Location, camera.location_id)
         pipeline = session.get_one(Pipeline, camera.pipeline_id)
     assert camera.source is not None, "a camera on a schedule has a source"
@@ -101,28 +101,28 @@ def _look(look: Look, settings: Settings) -> int:
     rules = Rules(pattern, zone(location.time_zone), TimeRange())
 
     def register(page: Page, session: Session) -> ledger.Registered:
-        schedule.advance_look(session, look, page.last_key or look.cursor or "")
+        schedule.advance_poll(session, poll, page.last_key or poll.cursor or "")
         return ledger.register(
             session, page.planned, location=location, camera=camera, pipeline=pipeline, lane=Lane.LIVE
         )
 
-    for page in plan_pages(_new_objects(look, camera, location, pattern, store, prefix), rules):
+    for page in plan_pages(_new_objects(poll, camera, location, pattern, store, prefix), rules):
         ensure_partitions(engine(), (item.best_known_time for item in page.planned))
         new += transact(partial(register, page)).new
         listed += len(page)
     with session_scope() as session:
-        ended = schedule.end_look(session, look)
-    log.info("polled a camera", camera=camera.name, sweep=look.is_sweep, listed=listed, new=new, slots=ended)
+        ended = schedule.end_poll(session, poll)
+    log.info("polled a camera", camera=camera.name, full_scan=poll.is_full_scan, listed=listed, new=new, slots=ended)
     return new
 
 
 def _new_objects(
-    look: Look, camera: Camera, location: Location, pattern: TimePattern | None, store: ObjectStore, prefix: str
+    poll: Poll, camera: Camera, location: Location, pattern: TimePattern | None, store: ObjectStore, prefix: str
 ) -> Iterator[ObjectInfo]:
     """The objects that can be new: in a full scan all of them. Else, if keys sort by time, those that are at most
     `look_back_seconds` older than the newest known object."""
-    after = look.cursor or ""
-    if not look.is_sweep and pattern is not None:
+    after = poll.cursor or ""
+    if not poll.is_full_scan and pattern is not None:
         with session_scope() as session:
             newest = schedule.newest_known(session, camera.id, store.bucket)
         if newest is not None:

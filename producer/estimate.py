@@ -17,13 +17,13 @@ from common.database.sessions import session_scope
 from common.database.tables import Pipeline
 from common.domain import MediaKind, ObjectInfo, SampleMode
 from common.models.pipeline import pipeline_spec
-from common.reporting.cost_model import Origin, Rate, Throughput, measured
+from common.reporting.cost_model import CostModel, Origin, Rate, measured
 from common.settings import Settings
 from common.storage.opening import open_source
 from common.timestamps import TimePattern, zone
 from producer.inventory import open_inventory
 from producer.listing import Page, Rules, list_range, plan_pages
-from producer.submit import first_look, range_of
+from producer.submit import check_time_pattern, range_of
 
 #: AWS's prices for restoring archived data: US dollars per GB and per 1,000 requests, by class and tier. List
 #: prices of us-east-1 (aws.amazon.com/s3/pricing; its knowledge center, "s3-manage-data-retrieval"), without the
@@ -68,7 +68,7 @@ class Estimate:
     inventory: str | None
     location: str
     found: Found
-    throughput: Throughput
+    cost_model: CostModel
     footage_hours: float | None
     jobs: int | None
     face_rows: int | None
@@ -81,7 +81,7 @@ class Estimate:
     restore_cost: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        found, rates = self.found, self.throughput
+        found, rates = self.found, self.cost_model
         return {
             "source": self.source,
             "inventory": self.inventory,
@@ -97,7 +97,7 @@ class Estimate:
             },
             "throughput": {
                 name: {"value": getattr(rates, name).value, "origin": getattr(rates, name).origin}
-                for name in Throughput.__slots__
+                for name in CostModel.__slots__
             },
         }  # fmt: skip
 
@@ -130,7 +130,7 @@ def estimate(
     def objects() -> Iterator[ObjectInfo | None]:
         return inventory.objects(prefix) if inventory else list_range(store, prefix)
 
-    first_look(plan_pages(objects(), rules, batch=settings.storage.list_page_size), time_pattern, source)
+    check_time_pattern(plan_pages(objects(), rules, batch=settings.storage.list_page_size), time_pattern, source)
     found = Found()
     for page in plan_pages(objects(), rules):
         with session_scope() as session:
@@ -175,7 +175,7 @@ def _estimated(
     inventory: str | None,
     location: str,
     found: Found,
-    rates: Throughput,
+    rates: CostModel,
     restore_tier: str | None,
     workers: int,
     price_per_hour: float | None,
@@ -218,7 +218,7 @@ def _known(rate: Rate) -> float:
     return rate.value
 
 
-def _footage_cost(settings: Settings, rates: Throughput) -> float:
+def _footage_cost(settings: Settings, rates: CostModel) -> float:
     rate = rates.seconds_per_footage_second
     # The benchmark's rate is per frame. A video's number of keyframes is unknown; at most one per cell is used.
     per_second = settings.pipeline.sample_fps if rate.origin is Origin.BENCHMARK else 1

@@ -131,7 +131,7 @@ def submit(
     # The first images are listed before anything is written: a missing bucket leaves no trace, and a pattern that fits
     # nothing is noticed.
     objects = inventory.objects(prefix) if inventory else list_range(store, prefix)
-    first_look(plan_pages(objects, rules, batch=settings.storage.list_page_size), time_pattern, source)
+    check_time_pattern(plan_pages(objects, rules, batch=settings.storage.list_page_size), time_pattern, source)
     wanted = Backfill(
         source=source,
         inventory=inventory.uri if inventory else None,
@@ -195,7 +195,7 @@ def take_up(
     return report
 
 
-def first_look(pages: Iterator[Page], time_pattern: str | None, source: str) -> None:
+def check_time_pattern(pages: Iterator[Page], time_pattern: str | None, source: str) -> None:
     """List up to the first page with images or videos. Raises `MaskwatchError` if the pattern fits none of them."""
     page = next((page for page in pages if page.planned), None)
     if time_pattern is None or page is None or not all(item.reason in ledger.UNPLACED for item in page.planned):

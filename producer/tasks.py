@@ -49,15 +49,15 @@ def request_summary() -> None:
         dispatch.request_summary()
 
 
-_watcher = cameras.Watcher()
+_poller = cameras.Poller()
 
 
-@app.task(name=TaskName.LOOK_AT_CAMERAS.value)
-def look_at_cameras() -> None:
+@app.task(name=TaskName.POLL_CAMERAS.value)
+def poll_cameras() -> None:
     """Poll the cameras whose slot is due for new footage."""
     settings = get_settings()
     with _ticking("look_at_cameras"):
-        _watcher.look_at(cameras.tick(settings), settings)
+        _poller.poll(cameras.tick(settings), settings)
 
 
 def schedule() -> None:
@@ -67,7 +67,7 @@ def schedule() -> None:
         (TaskName.DISPATCH, settings.interval_seconds),
         (TaskName.RECONCILE, settings.reconcile_seconds),
         (TaskName.REQUEST_SUMMARY, settings.summarize_seconds),
-        (TaskName.LOOK_AT_CAMERAS, settings.look_seconds),
+        (TaskName.POLL_CAMERAS, settings.poll_seconds),
     ):
         app.add_periodic_task(
             seconds, app.signature(task.value), name=task.value, queue=ROUTES[task].value, expires=seconds

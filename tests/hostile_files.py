@@ -133,15 +133,15 @@ def scan_bomb(scans: int, size: tuple[int, int] = (64, 48)) -> bytes:
     return whole[:end] + whole[last:end] * (scans - whole.count(b"\xff\xda")) + whole[end:]
 
 
-def mjpeg(*pictures: bytes, size: tuple[int, int] = (64, 48)) -> bytes:
+def mjpeg(*images: bytes, size: tuple[int, int] = (64, 48)) -> bytes:
     """An AVI of these JPEGs as they are, one a second."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="avi") as file:
         stream = file.add_stream("mjpeg", rate=1)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p"
-        for number, picture in enumerate(pictures):
-            packet = av.Packet(picture)
+        for number, image in enumerate(images):
+            packet = av.Packet(image)
             packet.pts = packet.dts = number
             packet.time_base, packet.stream, packet.is_keyframe = Fraction(1), stream, True
             file.mux(packet)

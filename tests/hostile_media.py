@@ -59,13 +59,13 @@ def good(number: int) -> bytes:
 
 
 @lru_cache
-def pictures() -> dict[str, bytes]:
+def images() -> dict[str, bytes]:
     """One good picture in each format, by the suffix of its key, with what comes before the dot to tell them apart."""
     photo = portrait(128)
 
-    def saved(kind: str, picture: Image.Image = photo, **options: object) -> bytes:
+    def saved(kind: str, image: Image.Image = photo, **options: object) -> bytes:
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
+        image.save(buffer, kind, **options)
         return buffer.getvalue()
 
     return {
@@ -106,7 +106,7 @@ def videos() -> dict[str, bytes]:
 
 def damaged(chance: random.Random, cuts: int, flips: int) -> Iterator[tuple[str, bytes]]:
     """Every format cut off `cuts` times, and with some of its bits turned `flips` times."""
-    for name, whole in {**pictures(), **videos()}.items():
+    for name, whole in {**images(), **videos()}.items():
         for number in range(cuts):
             yield f"cut/{number}-{name}", whole[: chance.randrange(1, len(whole))]
         for number in range(flips):
@@ -163,10 +163,10 @@ def exif(body: bytes) -> bytes:
     return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 8) + b"Exif\0\0" + body + whole[2:]
 
 
-def claiming_pictures() -> dict[str, bytes]:
+def claiming_images() -> dict[str, bytes]:
     """Small pictures of enormous claims."""
     whole, size = good(0), struct.pack(">HH", 128, 128)
-    bmp, webp = pictures()["plain.bmp"], pictures()["lossless.webp"]
+    bmp, webp = images()["plain.bmp"], images()["lossless.webp"]
     jumbo = struct.pack("<ii", 60_000, 60_000)
     # A canvas of 24 bits a side (RFC 9649, section 2.7), and no picture for it.
     canvas = b"VP8X" + struct.pack("<I", 10) + bytes(4) + b"\xff\xff\xff" * 2
@@ -189,7 +189,7 @@ def claiming_pictures() -> dict[str, bytes]:
     }
 
 
-def greedy_pictures() -> dict[str, bytes]:
+def greedy_images() -> dict[str, bytes]:
     """Pictures that are small, with much beside them, or little that takes long."""
     whole = good(0)
     comment = b"\xff\xfe" + struct.pack(">H", 65_535) + bytes(65_533)

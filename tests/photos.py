@@ -16,18 +16,18 @@ def portrait(width: int = 256) -> Image.Image:
     return Image.fromarray(astronaut()).resize((width, width), Image.Resampling.LANCZOS)
 
 
-def jpeg(picture: Image.Image, **options: object) -> bytes:
+def jpeg(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90, **options)
+    image.save(buffer, "JPEG", quality=90, **options)
     return buffer.getvalue()
 
 
 @lru_cache
 def face_jpeg(number: int = 0) -> bytes:
     """A JPEG with one face; different bytes for different numbers."""
-    picture = portrait().copy()
-    ImageDraw.Draw(picture).rectangle((0, 0, 8, 8), fill=(number % 256, number // 256 % 256, 99))
-    return jpeg(picture)
+    image = portrait().copy()
+    ImageDraw.Draw(image).rectangle((0, 0, 8, 8), fill=(number % 256, number // 256 % 256, 99))
+    return jpeg(image)
 
 
 @lru_cache

@@ -99,7 +99,7 @@ def make_video(
     rotation: int = 0,
     audio: bool = False,
     video: bool = True,
-    picture: Callable[[int], NDArray[np.uint8]] | None = None,
+    image: Callable[[int], NDArray[np.uint8]] | None = None,
     pixels: str | None = None,
     colours: Colours | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -145,7 +145,7 @@ def make_video(
             if stream is not None:
                 seconds = times if times is not None else [Fraction(number) / Fraction(fps) for number in range(frames)]
                 for number, at in enumerate(seconds):
-                    rgb = picture(number) if picture is not None else numbered(number, size)
+                    rgb = image(number) if image is not None else numbered(number, size)
                     frame = _converted(av.VideoFrame.from_ndarray(rgb, format="rgb24"), stream.pix_fmt, colours)
                     frame.pts = round((Fraction(at) + Fraction(start)) / encoder.time_base)
                     frame.time_base = encoder.time_base

@@ -17,7 +17,7 @@ from sqlalchemy import Row, select, text
 from sqlalchemy.orm import Session
 
 from common import ledger
-from common.catalog.schedule import interrupt_looks
+from common.catalog.schedule import interrupt_poll
 from common.database.tables import Backfill, Camera, Location
 from common.domain import MaskwatchError, MediaKind, ObjectInfo, ObservedAt, ObservedAtSource, Reason
 from common.ledger import audit
@@ -140,7 +140,7 @@ def _lock_cameras(session: Session, which: Any) -> list[Camera]:
     query = select(Camera).where(which).order_by(Camera.id).with_for_update(key_share=True)
     cameras = list(session.scalars(query.execution_options(populate_existing=True)))
     for camera in cameras:
-        interrupt_looks(session, camera.id)
+        interrupt_poll(session, camera.id)
     return cameras
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from common.catalog.schedule import check_schedule, interrupt_looks
+from common.catalog.schedule import check_schedule, interrupt_poll
 from common.database.tables import Camera, CameraSlot, ComplianceHour, Location, Pipeline
 from common.domain import MaskwatchError, PipelineSpec
 from common.models.pipeline import pipeline_spec
@@ -83,14 +83,14 @@ def configure_camera(session: Session, camera: Camera, settings: Settings, optio
         camera.every_seconds = seconds(text_of["every"], "--every") if "every" in text_of else None
         camera.cron = text_of.get("cron")
         check_schedule(camera.every_seconds, camera.cron)
-    for option, column in (
+    for option, attribute in (
         ("look_back", "look_back_seconds"),
-        ("sweep", "sweep_seconds"),
-        ("picture_every", "picture_seconds"),
+        ("full_scan", "full_scan_seconds"),
+        ("picture_every", "image_seconds"),
         ("expects", "expected_seconds"),
     ):
         if option in text_of:
-            setattr(camera, column, seconds(text_of[option], f"--{option.replace('_', '-')}"))
+            setattr(camera, attribute, seconds(text_of[option], f"--{option.replace('_', '-')}"))
     if camera.expected_seconds is not None and camera.expected_seconds > 3600:
         raise MaskwatchError("--expects must be at most 1h: a camera can't deliver more than an hour per hour")
     scheduled = camera.every_seconds is not None or camera.cron is not None
@@ -114,7 +114,7 @@ def configure_camera(session: Session, camera: Camera, settings: Settings, optio
         if location.promoted_pipeline_id is None:
             promote(session, location, pipeline)
     session.flush()
-    interrupt_looks(session, camera.id)
+    interrupt_poll(session, camera.id)
 
 
 def _checked_source(session: Session, camera: Camera, settings: Settings, source: str) -> str:
@@ -147,7 +147,7 @@ def switch_camera(session: Session, camera: Camera, action: str) -> None:
     else:
         camera.removed_at = camera.expected_until = now
     session.flush()
-    interrupt_looks(session, camera.id)
+    interrupt_poll(session, camera.id)
 
 
 def list_cameras(session: Session) -> list[dict[str, Any]]:
@@ -171,14 +171,14 @@ def list_cameras(session: Session) -> list[dict[str, Any]]:
             "time_pattern": camera.time_pattern,
             "schedule": f"every {camera.every_seconds:g} s" if camera.every_seconds else camera.cron,
             "look_back_seconds": camera.look_back_seconds,
-            "sweep_seconds": camera.sweep_seconds,
-            "picture_seconds": camera.picture_seconds,
+            "sweep_seconds": camera.full_scan_seconds,
+            "picture_seconds": camera.image_seconds,
             "expected_seconds": camera.expected_seconds,
-            "last_look": looked,
+            "last_look": last_poll,
             "slots_due": due,
             "problem": camera.problem,
         }
-        for camera, location, looked, due in session.execute(query.order_by(Location.name, Camera.name)).tuples()
+        for camera, location, last_poll, due in session.execute(query.order_by(Location.name, Camera.name)).tuples()
     ]
 
 

@@ -1,8 +1,8 @@
 """Cameras on a schedule: the slots that are due, and the polls that look for footage.
 
 A slot is a row with a unique key, so that two schedulers, or one that was restarted, neither miss nor double it. A poll
-(`Look` in the code) lists what can be new, and ends all slots that were due when it began; it holds a lease and a
-token, as a job does. When its process is killed, the poll is continued from its cursor.
+lists what can be new, and ends all slots that were due when it began; it holds a lease and a token, as a job does. When
+its process is killed, the poll is continued from its cursor.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ PRUNED_AT_ONCE = 5000
 TRY_AGAIN = 60.0
 
 
-class LookLostError(Exception):
+class PollLostError(Exception):
     """Another process has taken over the poll, or the camera was changed: this process may write nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Poll:
     """A poll of a camera's source that this process holds."""
 
     camera_id: int
     token: uuid.UUID
     began: datetime
     cursor: str | None
-    is_sweep: bool
+    is_full_scan: bool
     #: How long a batch may take before another process takes over.
     lease_seconds: float
 
@@ -173,7 +173,7 @@ def prune_slots(session: Session) -> int:
     return deleted.rowcount
 
 
-def to_look_at(session: Session) -> list[int]:
+def due_cameras(session: Session) -> list[int]:
     """Cameras with a slot that is due, and that no process is polling."""
     found = session.execute(
         text(
@@ -185,7 +185,7 @@ def to_look_at(session: Session) -> list[int]:
     return list(found.scalars())
 
 
-def begin_look(session: Session, camera_id: int, *, lease_seconds: float) -> Look | None:
+def begin_poll(session: Session, camera_id: int, *, lease_seconds: float) -> Poll | None:
     """Begin a poll, or take over one whose lease has run out; None if nothing is due, or another process holds it."""
     row = session.execute(
         text(
@@ -203,26 +203,26 @@ def begin_look(session: Session, camera_id: int, *, lease_seconds: float) -> Loo
     ).first()
     if row is None:
         return None
-    return Look(camera_id, row.look_token, row.look_began, row.look_cursor, row.look_is_sweep, lease_seconds)
+    return Poll(camera_id, row.look_token, row.look_began, row.look_cursor, row.look_is_sweep, lease_seconds)
 
 
-def advance_look(session: Session, look: Look, cursor: str) -> None:
-    """Store that everything up to the cursor is registered, and renew the lease. Raises `LookLostError` if this process
+def advance_poll(session: Session, poll: Poll, cursor: str) -> None:
+    """Store that everything up to the cursor is registered, and renew the lease. Raises `PollLostError` if this process
     no longer holds the poll."""
     _held(
         session,
-        look,
+        poll,
         "look_cursor = :cursor, look_until = clock_timestamp() + make_interval(secs => :lease)",
-        {"cursor": cursor, "lease": look.lease_seconds},
+        {"cursor": cursor, "lease": poll.lease_seconds},
     )
 
 
-def end_look(session: Session, look: Look) -> int:
-    """End a poll and the slots that were due when it began; returns how many slots. Raises as `advance_look`."""
+def end_poll(session: Session, poll: Poll) -> int:
+    """End a poll and the slots that were due when it began; returns how many slots. Raises as `advance_poll`."""
     _held(
         session,
-        look,
-        f"{_NOBODY_LOOKS}, problem = NULL, swept_at = CASE WHEN look_is_sweep THEN look_began ELSE swept_at END",
+        poll,
+        f"{_NO_POLL}, problem = NULL, swept_at = CASE WHEN look_is_sweep THEN look_began ELSE swept_at END",
         {},
     )
     ended = session.execute(
@@ -230,37 +230,37 @@ def end_look(session: Session, look: Look) -> int:
             "UPDATE camera_slots SET looks = looks + 1, finished_at = clock_timestamp()"
             " WHERE camera_id = :id AND finished_at IS NULL AND slot <= :began RETURNING slot"
         ),
-        {"id": look.camera_id, "began": look.began},
+        {"id": poll.camera_id, "began": poll.began},
     )
     return len(ended.all())
 
 
-def fail_look(session: Session, look: Look, problem: str) -> None:
-    """Store that a poll failed: its slots stay due, and it is continued later. Raises as `advance_look`."""
+def fail_poll(session: Session, poll: Poll, problem: str) -> None:
+    """Store that a poll failed: its slots stay due, and it is continued later. Raises as `advance_poll`."""
     _held(
         session,
-        look,
+        poll,
         "problem = :problem, look_token = NULL, look_until = clock_timestamp() + make_interval(secs => :wait)",
         {"problem": problem, "wait": TRY_AGAIN},
     )
 
 
 #: After this, the next poll begins from the start.
-_NOBODY_LOOKS = "look_token = NULL, look_until = NULL, look_began = NULL, look_cursor = NULL, look_is_sweep = NULL"
+_NO_POLL = "look_token = NULL, look_until = NULL, look_began = NULL, look_cursor = NULL, look_is_sweep = NULL"
 
 
-def interrupt_looks(session: Session, camera_id: int) -> None:
+def interrupt_poll(session: Session, camera_id: int) -> None:
     """End a running poll of this camera, whose settings have changed: its process is refused at the next batch."""
-    session.execute(text(f"UPDATE cameras SET {_NOBODY_LOOKS} WHERE id = :id"), {"id": camera_id})  # noqa: S608
+    session.execute(text(f"UPDATE cameras SET {_NO_POLL} WHERE id = :id"), {"id": camera_id})  # noqa: S608
 
 
-def _held(session: Session, look: Look, assignments: str, parameters: dict[str, Any]) -> None:
+def _held(session: Session, poll: Poll, assignments: str, parameters: dict[str, Any]) -> None:
     row = session.execute(
         text(f"UPDATE cameras SET {assignments} WHERE id = :id AND look_token = :token RETURNING id"),  # noqa: S608
-        {"id": look.camera_id, "token": look.token, **parameters},
+        {"id": poll.camera_id, "token": poll.token, **parameters},
     ).first()
     if row is None:
-        raise LookLostError(f"this process no longer holds the poll of camera {look.camera_id}")
+        raise PollLostError(f"this process no longer holds the poll of camera {poll.camera_id}")
 
 
 def newest_known(session: Session, camera_id: int, bucket: str) -> tuple[str, datetime] | None:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from common.catalog import corrections, places
 from common.cli.corrections import dry_run_option, tell_correction
 from common.cli.parts.console import json_option, note, print_json, print_table
+from common.cli.parts.options import renamed_option
 from common.cli.parts.sessions import Say, with_session
 from common.database.tables import Camera
 from common.domain import MaskwatchError
@@ -42,14 +43,14 @@ def _camera_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--look-back", metavar="TIME", help="How late footage may arrive for a poll to find it (default: 2h)."
             ),
             click.option(
-                "--sweep", metavar="TIME", help="How often to list everything, to find later footage (default: 1d)."
+                "--full-scan", metavar="TIME", help="How often to list everything, to find later footage (default: 1d)."
             ),
             click.option("--picture-every", metavar="TIME", help="How much time each of its pictures covers, e.g. 5m."),
             click.option("--expects", metavar="TIME", help="How much footage it should deliver per hour, e.g. 20m."),
         ]
     ):
         command = option(command)
-    return command
+    return renamed_option("--sweep", "--full-scan")(command)
 
 
 @cameras.command("add")
@@ -60,8 +61,8 @@ def _camera_options(command: Callable[..., None]) -> Callable[..., None]:
 def add_camera(session: Session, /, name: str, location: str, **options: str | None) -> Say:
     """Register a camera of a location. With --source, and --every or --cron, a producer polls it for new footage.
 
-    Where the keys sort by time (--time-pattern), a poll lists only what can be new; once per --sweep it lists
-    everything.
+    Where the keys sort by time (--time-pattern), a poll lists only what can be new; once per --full-scan it
+    lists everything.
 
     \b
     Examples:
@@ -72,10 +73,10 @@ def add_camera(session: Session, /, name: str, location: str, **options: str | N
     camera = places.add_camera(session, places.get_location(session, location), name)
     if any(value is not None for value in options.values()):
         places.configure_camera(session, camera, get_settings(), options)
-    return lambda: note(f"camera {name} of {location} is registered{_looked_at(camera)}")
+    return lambda: note(f"camera {name} of {location} is registered{_polled(camera)}")
 
 
-def _looked_at(camera: Camera) -> str:
+def _polled(camera: Camera) -> str:
     if camera.source is None or camera.scheduled_since is None:
         return ""
     how = f"every {camera.every_seconds:g} s" if camera.every_seconds else f"at {camera.cron!r}"
@@ -104,7 +105,7 @@ def _change(session: Session, name: str, location: str, options: Mapping[str, st
     places.configure_camera(session, camera, get_settings(), options)
     changed = ", ".join(sorted(name for name, value in options.items() if value is not None))
     audit.record(session, "change camera", audit.operator(), detail=f"{location}/{name}: {changed}")
-    return lambda: note(f"camera {name} of {location} is changed{_looked_at(camera)}")
+    return lambda: note(f"camera {name} of {location} is changed{_polled(camera)}")
 
 
 @cameras.command("correct")

@@ -23,7 +23,7 @@ from common.cli.parts import console
 from common.cli.parts.console import json_option, note, print_json, print_table
 from common.cli.parts.deployment import deployment
 from common.cli.parts.waiting import wait_for
-from common.cli.processes import call, crew
+from common.cli.processes import call, work_processes
 from common.cli.summary import print_compliance
 from common.database.sessions import session_scope
 from common.domain import MaskwatchError
@@ -134,13 +134,13 @@ class _Results:
 
 def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     note("1/5  making sample footage with known ground truth")
-    truth = make_footage(out_dir / "footage")
+    ground_truth = make_footage(out_dir / "footage")
     note("2/5  starting Postgres, Redis and an S3 server; uploading the footage")
     with deployment() as settings:
-        _analyse(out_dir, state_dir, workers, truth, settings)
+        _analyse(out_dir, state_dir, workers, ground_truth, settings)
         note("4/5  drawing the pictures and the video, writing the report")
-        _annotate(out_dir, truth)
-        results = _results(out_dir, truth)
+        _annotate(out_dir, ground_truth)
+        results = _results(out_dir, ground_truth)
     note("5/5  done\n")
     print_compliance(results.rows, "day")
     print_table("Compared with the ground truth", ["", ""], results.report.table())
@@ -148,12 +148,12 @@ def _run(out_dir: Path, state_dir: Path, workers: int) -> dict[str, Any]:
     return results.as_dict()
 
 
-def _analyse(out_dir: Path, state_dir: Path, workers: int, truth: GroundTruth, settings: Settings) -> None:
+def _analyse(out_dir: Path, state_dir: Path, workers: int, ground_truth: GroundTruth, settings: Settings) -> None:
     uploaded = _upload(out_dir / "footage" / "bucket", settings.storage.endpoint_url)
-    _register(truth)
-    with crew(workers, state_dir=state_dir):
+    _register(ground_truth)
+    with work_processes(workers, state_dir=state_dir):
         note(f"3/5  enqueueing {uploaded} objects; {workers} workers analyse them")
-        for camera in truth.cameras:
+        for camera in ground_truth.cameras:
             call(
                 "backfill", f"s3://{BUCKET}/{camera.prefix}", "--location", camera.location,
                 "--camera", camera.name, "--time-pattern", camera.time_pattern,
@@ -161,26 +161,26 @@ def _analyse(out_dir: Path, state_dir: Path, workers: int, truth: GroundTruth, s
         wait_for(settings)
 
 
-def _annotate(out_dir: Path, truth: GroundTruth) -> None:
+def _annotate(out_dir: Path, ground_truth: GroundTruth) -> None:
     call("annotate", str(out_dir / "footage" / "bucket"), "--out", str(out_dir / "annotated"))
-    for video in truth.videos:
+    for video in ground_truth.videos:
         # Two frames a second: to analyse all of them would take a minute.
         name = f"{video.key.split('/')[1]}.mp4"
         source, drawn = out_dir / "footage" / "bucket" / video.key, out_dir / "annotated" / name
         call("annotate", str(source), "--sample-fps", "2", "--out", str(drawn))
 
 
-def _results(out_dir: Path, truth: GroundTruth) -> _Results:
+def _results(out_dir: Path, ground_truth: GroundTruth) -> _Results:
     with session_scope() as session:
         base = f"s3://{BUCKET}"
         visits = stored_visits(session, base)
         results = _Results(
-            compare_with_ground_truth(stored_faces(session, base), truth, counted_visits=visits),
+            compare_with_ground_truth(stored_faces(session, base), ground_truth, counted_visits=visits),
             queries.compliance(session, None, "day"),
             queries.quarantined(session, 100),
             {state.value: count for state, count in ledger.counts_by_state(session).items() if count},
         )
-        write_report(session, out_dir / "report.html", pictures=sorted((out_dir / "annotated").glob("*.jpg")))
+        write_report(session, out_dir / "report.html", images=sorted((out_dir / "annotated").glob("*.jpg")))
     return results
 
 
@@ -193,9 +193,9 @@ def _upload(folder: Path, endpoint_url: str | None) -> int:
     return len(files)
 
 
-def _register(truth: GroundTruth) -> None:
+def _register(ground_truth: GroundTruth) -> None:
     with session_scope() as session:
-        for camera in truth.cameras:
+        for camera in ground_truth.cameras:
             location = places.add_location(session, camera.location, camera.time_zone)
             places.add_camera(session, location, camera.name)
 

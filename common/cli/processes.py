@@ -22,7 +22,7 @@ STOP_SECONDS = 30
 
 
 @contextmanager
-def crew(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
+def work_processes(workers: int, *, state_dir: Path | None) -> Iterator[list[int]]:
     """Run a producer, an aggregator and `workers` workers against the deployment in the environment.
 
     With `state_dir` they belong to the embedded stack there, which also stops the processes that a killed command

@@ -18,11 +18,11 @@ from common.reporting.report import write_report
     help="The HTML file to write.",
 )  # fmt: skip
 @click.option(
-    "--picture", "pictures", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
+    "--picture", "images", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
     help="An example picture to include (from `maskwatch annotate`); may be repeated.",
 )  # fmt: skip
 @with_session
-def report(session: Session, out: Path, pictures: tuple[Path, ...]) -> Say:
+def report(session: Session, out: Path, images: tuple[Path, ...]) -> Say:
     """Write a report of all locations: one HTML file that needs no other file and no network.
 
     \b
@@ -30,5 +30,5 @@ def report(session: Session, out: Path, pictures: tuple[Path, ...]) -> Say:
       maskwatch report --out report.html
       maskwatch report --picture annotated/09-15-00.jpg --picture annotated/09-40-00.jpg
     """
-    write_report(session, out, pictures=pictures)
+    write_report(session, out, images=images)
     return lambda: note(f"wrote {out}")

@@ -18,7 +18,7 @@ from common.catalog import places
 from common.cli.parts.console import json_option, note, print_json
 from common.cli.parts.deployment import deployment, uses_embedded_stack
 from common.cli.parts.options import parse_bounds, runtime_options, source_options
-from common.cli.processes import crew, maskwatch
+from common.cli.processes import maskwatch, work_processes
 from common.cli.summary import print_compliance
 from common.database.sessions import session_scope
 from common.database.tables import Location
@@ -74,7 +74,7 @@ def run(
         _register(location, time_zone, camera)
         options = {"--location": location, "--camera": camera, "--time-pattern": time_pattern}
         options |= {"--since": since, "--until": until}
-        with crew(workers, state_dir=state_dir):
+        with work_processes(workers, state_dir=state_dir):
             report = _backfill(source, options)
         with session_scope() as session:
             rows = queries.compliance(session, location, by)

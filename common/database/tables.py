@@ -108,23 +108,23 @@ class Camera(Base):
     #: How late footage may come and still be found by the next poll; later footage is found by a full scan.
     look_back_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("7200"))
     #: How often a poll is a full scan, which lists everything.
-    sweep_seconds: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default=text("86400"))
+    full_scan_seconds: Mapped[float] = mapped_column("sweep_seconds", DOUBLE_PRECISION, server_default=text("86400"))
     #: The instant that slots are counted from.
     scheduled_since: Mapped[datetime | None]
     disabled_at: Mapped[datetime | None]
     removed_at: Mapped[datetime | None]
     #: The token and the lease of the process that polls the camera now.
-    look_token: Mapped[uuid.UUID | None]
-    look_until: Mapped[datetime | None]
+    poll_token: Mapped[uuid.UUID | None] = mapped_column("look_token")
+    poll_until: Mapped[datetime | None] = mapped_column("look_until")
     #: When the current poll began, and how far it is.
-    look_began: Mapped[datetime | None]
-    look_cursor: Mapped[str | None]
-    look_is_sweep: Mapped[bool | None]
-    swept_at: Mapped[datetime | None]
+    poll_began: Mapped[datetime | None] = mapped_column("look_began")
+    poll_cursor: Mapped[str | None] = mapped_column("look_cursor")
+    poll_is_full_scan: Mapped[bool | None] = mapped_column("look_is_sweep")
+    fully_scanned_at: Mapped[datetime | None] = mapped_column("swept_at")
     #: Why the last poll failed.
     problem: Mapped[str | None]
     #: How much of an hour an image stands for, in coverage.
-    picture_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
+    image_seconds: Mapped[float | None] = mapped_column("picture_seconds", DOUBLE_PRECISION)
     #: Footage per hour that the camera should deliver, from when, until when; NULL: not known.
     expected_seconds: Mapped[float | None] = mapped_column(DOUBLE_PRECISION)
     expected_since: Mapped[datetime | None]
@@ -143,7 +143,7 @@ class CameraSlot(Base):
     camera_id: Mapped[int] = mapped_column(ForeignKey("cameras.id"))
     slot: Mapped[datetime]
     #: How many polls ended it: one.
-    looks: Mapped[int] = mapped_column(server_default=text("0"))
+    polls: Mapped[int] = mapped_column("looks", server_default=text("0"))
     finished_at: Mapped[datetime | None]
 
 
@@ -326,7 +326,7 @@ class Job(Base):
     crashes: Mapped[int] = mapped_column(server_default=text("0"))
     lost_leases: Mapped[int] = mapped_column(server_default=text("0"))
     #: Isolated: sent in a message of its own, because a process died or a lease ran out while it ran.
-    alone: Mapped[bool] = mapped_column(server_default=text("false"))
+    isolated: Mapped[bool] = mapped_column("alone", server_default=text("false"))
     next_run_at: Mapped[datetime | None]
     queued_at: Mapped[datetime | None]
     #: The lane whose list in Redis holds its message. Differs from `lane` for an isolated job, and for a backfill's job

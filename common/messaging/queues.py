@@ -38,7 +38,7 @@ class TaskName(StrEnum):
     DISPATCH = "producer.dispatch"
     RECONCILE = "producer.reconcile"
     REQUEST_SUMMARY = "producer.request_summary"
-    LOOK_AT_CAMERAS = "producer.look_at_cameras"
+    POLL_CAMERAS = "producer.look_at_cameras"
     SUMMARIZE = "workers.summarize"
 
 
@@ -48,7 +48,7 @@ ROUTES: Mapping[TaskName, Queue] = {
     TaskName.DISPATCH: Queue.PRODUCER,
     TaskName.RECONCILE: Queue.PRODUCER,
     TaskName.REQUEST_SUMMARY: Queue.PRODUCER,
-    TaskName.LOOK_AT_CAMERAS: Queue.PRODUCER,
+    TaskName.POLL_CAMERAS: Queue.PRODUCER,
     TaskName.SUMMARIZE: Queue.AGGREGATION,
 }
 

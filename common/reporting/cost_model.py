@@ -38,7 +38,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Throughput:
+class CostModel:
     """The times and counts per image or second of video, for one worker process."""
 
     seconds_per_image: Rate
@@ -97,7 +97,7 @@ WHERE m.id > (SELECT max(id) FROM media_objects) - 200000 AND m.kind = 'video' A
 """
 
 
-def measured(session: Session, pipeline_id: int | None, location: str) -> Throughput:
+def measured(session: Session, pipeline_id: int | None, location: str) -> CostModel:
     """The figures for this pipeline. Those of faces and videos are the location's, or all locations' if it has none."""
     spans: dict[str, float] = {}
     if pipeline_id is not None:
@@ -114,7 +114,7 @@ def measured(session: Session, pipeline_id: int | None, location: str) -> Throug
                 return Rate(float(value), Origin.MEASURED)
         return Rate(None, Origin.UNKNOWN)
 
-    return Throughput(
+    return CostModel(
         span("image"),
         span("probe"),
         span("chunk"),

@@ -37,7 +37,7 @@ from common.reporting.queries import (
 from common.reporting.tables import percent
 
 #: A page with more pictures than this is slow to open and to send.
-MAX_PICTURES = 12
+MAX_IMAGES = 12
 PICTURE_WIDTH_PX = 900
 MAX_QUARANTINED = 200
 #: Per location; `maskwatch summary` shows the rest.
@@ -58,22 +58,22 @@ class LocationSection:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ExampleImage:
     """An example picture as a data URI."""
 
     name: str
     data_uri: str
 
 
-def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ()) -> None:
-    """Write the report of all locations to `path`, with at most 12 of `pictures` (annotated examples), evenly picked.
+def write_report(session: Session, path: Path, *, images: Sequence[Path] = ()) -> None:
+    """Write the report of all locations to `path`, with at most 12 of `images` (annotated examples), evenly picked.
 
     The file is replaced whole or not at all. Raises `MaskwatchError` for a path that can't be written and
     for a picture that can't be read.
     """
-    step = max(1.0, len(pictures) / MAX_PICTURES)
-    chosen = [pictures[int(index * step)] for index in range(min(len(pictures), MAX_PICTURES))]
-    page = render(session, [_picture(picture) for picture in chosen])
+    step = max(1.0, len(images) / MAX_IMAGES)
+    chosen = [images[int(index * step)] for index in range(min(len(images), MAX_IMAGES))]
+    page = render(session, [_example(path) for path in chosen])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A picture's file name may hold bytes that are no text.
@@ -82,7 +82,7 @@ def write_report(session: Session, path: Path, *, pictures: Sequence[Path] = ())
         raise MaskwatchError(f"can't write the report to {path}: {first_line(error)}") from error
 
 
-def render(session: Session, pictures: Sequence[Picture]) -> str:
+def render(session: Session, images: Sequence[ExampleImage]) -> str:
     """The page as text."""
     environment = Environment(
         loader=PackageLoader("common.reporting", "."),
@@ -95,7 +95,7 @@ def render(session: Session, pictures: Sequence[Picture]) -> str:
     environment.filters["interval"] = tables.interval
     return environment.get_template("report.html.j2").render(
         sections=_sections(session),
-        pictures=pictures,
+        images=images,
         hours_to_summarize=hours_to_summarize(session),
         max_quarantined=MAX_QUARANTINED,
         made_at=datetime.now(UTC),
@@ -126,7 +126,7 @@ def _section(
     return LocationSection(location, covered, plot, by.value, days[-MAX_DAYS:], max(0, len(days) - MAX_DAYS), broken)
 
 
-def _picture(path: Path) -> Picture:
+def _example(path: Path) -> ExampleImage:
     """A picture scaled down to the page's width, as JPEG."""
     try:
         with Image.open(path) as opened:
@@ -136,4 +136,4 @@ def _picture(path: Path) -> Picture:
     image.thumbnail((PICTURE_WIDTH_PX, PICTURE_WIDTH_PX))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
-    return Picture(path.name, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return ExampleImage(path.name, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")

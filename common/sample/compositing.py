@@ -23,14 +23,14 @@ BODY_BOX = (15.0, 145.0, 380.0, float(people.FIGURE_SIZE[1]))
 class Person:
     """A person in an image: the figure's top left corner, in pixels of the image, and its scale."""
 
-    look: people.Look
+    appearance: people.Appearance
     x: float
     y: float
     scale: float
 
     def placed(self, box: Box) -> Box:
         """A box of the figure as a box of the image."""
-        if self.look.flipped:
+        if self.appearance.flipped:
             box = people.flipped_box(box)
         return (
             self.x + box[0] * self.scale, self.y + box[1] * self.scale,
@@ -39,7 +39,7 @@ class Person:
 
     @property
     def face(self) -> TrueFace:
-        label = MaskStatus.WITHOUT_MASK if self.look.mask is None else MaskStatus.WITH_MASK
+        label = MaskStatus.WITHOUT_MASK if self.appearance.mask is None else MaskStatus.WITH_MASK
         box = self.placed(people.FACE_BOX)
         return TrueFace((round(box[0], 1), round(box[1], 1), round(box[2], 1), round(box[3], 1)), label)
 
@@ -66,7 +66,7 @@ def paste(image: Image.Image, person: Person) -> None:
     shift_x, shift_y = (person.x - left) * inverse, (person.y - top) * inverse
     box = (-shift_x, -shift_y, width * inverse - shift_x, height * inverse - shift_y)
     pad = math.ceil(inverse) + 2
-    figure = people.figure(person.look)
+    figure = people.figure(person.appearance)
     padded = Image.new("RGBA", (figure.width + 2 * pad, figure.height + 2 * pad))
     padded.paste(figure, (pad, pad))
     visible = (box[0] + pad, box[1] + pad, min(box[2] + pad, padded.width), min(box[3] + pad, padded.height))

@@ -21,7 +21,7 @@ from PIL import Image
 from common.domain import Reason
 from common.sample import people, walkers
 from common.sample.compositing import FACE_SIZE_NATIVE, Person, caption, hides, paste, vignette
-from common.sample.ground_truth import BadObject, GroundTruth, TrueCamera, TruePicture, TrueVideo
+from common.sample.ground_truth import BadObject, GroundTruth, TrueCamera, TrueImage, TrueVideo
 from common.sample.scenes import FILMED, SCENES, Scene
 
 #: A Saturday and a Sunday; Berlin's clocks go from 02:00 to 03:00 on the Sunday.
@@ -43,27 +43,27 @@ def make_footage(out: Path, *, seed: int = 7, images_per_camera: int = 22, video
     """Write images, a few bad objects, `truth.json` and, unless `video` is false, a video under the folder `out`.
 
     The same seed gives the same bytes. Keys are paths relative to `out/bucket`, for example
-    `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The ground truth has a `TruePicture` for every image, and
+    `lobby/door/2026/03/28/09-15-00.jpg`, in local time. The ground truth has a `TrueImage` for every image, and
     for every second of a video.
     """
     bucket = out / "bucket"
-    pictures = []
+    images = []
     for number, (location, camera) in enumerate(SCENES):
         # A generator per camera: more images of one camera leave the others as they are.
         rng = np.random.default_rng([seed, number])
         for local_time in schedule(rng, images_per_camera):
-            pictures.append(_make_picture(bucket, location, camera, local_time, rng))
-    bad_objects = _make_bad_objects(bucket, pictures[0])
+            images.append(_make_image(bucket, location, camera, local_time, rng))
+    bad_objects = _make_bad_objects(bucket, images[0])
     videos = []
     for number, (location, camera) in enumerate(FILMED if video else ()):
         rng = np.random.default_rng([seed, len(SCENES) + number])
         film, frames = _make_video(bucket, location, camera, rng)
         videos.append(film)
-        pictures += frames
+        images += frames
         bad_objects.append(_make_bad_video(bucket, film))
-    truth = GroundTruth(seed, tuple(cameras()), tuple(pictures), tuple(bad_objects), tuple(videos))
-    truth.save(out / "truth.json")
-    return truth
+    ground_truth = GroundTruth(seed, tuple(cameras()), tuple(images), tuple(bad_objects), tuple(videos))
+    ground_truth.save(out / "truth.json")
+    return ground_truth
 
 
 def cameras() -> list[TrueCamera]:
@@ -91,9 +91,7 @@ def schedule(rng: np.random.Generator, count: int) -> list[datetime]:
     return sorted(times)
 
 
-def _make_picture(
-    bucket: Path, location: str, camera: str, local_time: datetime, rng: np.random.Generator
-) -> TruePicture:
+def _make_image(bucket: Path, location: str, camera: str, local_time: datetime, rng: np.random.Generator) -> TrueImage:
     scene = SCENES[location, camera]
     persons = _crowd(scene, location, local_time, rng)
     image = _empty(location, camera).copy()
@@ -105,7 +103,7 @@ def _make_picture(
     path = bucket / key
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(_jpeg(image, quality=int(rng.integers(85, 93))))
-    return TruePicture(
+    return TrueImage(
         key=key,
         location=location,
         camera=camera,
@@ -117,7 +115,7 @@ def _make_picture(
 
 def _make_video(
     bucket: Path, location: str, camera: str, rng: np.random.Generator
-) -> tuple[TrueVideo, list[TruePicture]]:
+) -> tuple[TrueVideo, list[TrueImage]]:
     start = datetime.combine(DAYS[0], FILM_TIME)
     key = f"{location}/{camera}/{start:%Y/%m/%d/%H-%M-%S}.mp4"
     path = bucket / key
@@ -130,7 +128,7 @@ def _make_video(
     for shown in walkers.film(path, FILMED[location, camera], title, rng):
         local_time = start + timedelta(seconds=shown.offset_seconds)
         frames.append(
-            TruePicture(
+            TrueImage(
                 key=key,
                 location=location,
                 camera=camera,
@@ -179,7 +177,7 @@ def _someone(scene: Scene, mask_share: float, rng: np.random.Generator) -> Perso
     low, high = [(28, 110), (110, 200), (18, 24)][int(rng.choice(3, p=[0.87, 0.09, 0.04]))]
     scale = math.exp(rng.uniform(math.log(low), math.log(high))) / FACE_SIZE_NATIVE
     mask = people.MASK_STYLES[rng.integers(len(people.MASK_STYLES))] if rng.random() < mask_share else None
-    look = people.Look(
+    appearance = people.Appearance(
         mask=mask,
         coat=people.COAT_COLOURS[rng.integers(len(people.COAT_COLOURS))],
         trousers=people.TROUSER_COLOURS[rng.integers(len(people.TROUSER_COLOURS))],
@@ -192,7 +190,9 @@ def _someone(scene: Scene, mask_share: float, rng: np.random.Generator) -> Perso
     # The floor is narrow at its far end.
     reach = 0.14 + 0.36 * min(1.0, scale * FACE_SIZE_NATIVE / 75)
     x = (0.5 + rng.uniform(-reach, reach)) * scene.width - people.FIGURE_SIZE[0] / 2 * scale
-    return Person(look, x, scene.horizon * scene.height + 0.12 * people.FIGURE_SIZE[1] * scale - eyes + lift, scale)
+    return Person(
+        appearance, x, scene.horizon * scene.height + 0.12 * people.FIGURE_SIZE[1] * scale - eyes + lift, scale
+    )
 
 
 def _in_view(person: Person, scene: Scene) -> bool:
@@ -223,7 +223,7 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _make_bad_objects(bucket: Path, whole: TruePicture) -> list[BadObject]:
+def _make_bad_objects(bucket: Path, whole: TrueImage) -> list[BadObject]:
     """A few bad objects, as in every real bucket, so that a newcomer sees how Maskwatch treats them."""
     folder = f"{whole.location}/{whole.camera}/{DAYS[0]:%Y/%m/%d}"
     contents = {

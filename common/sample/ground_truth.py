@@ -40,7 +40,7 @@ class TrueFace:
 
 
 @dataclass(frozen=True, slots=True)
-class TruePicture:
+class TrueImage:
     """An image, by its key in the bucket, or a frame of a video, by its key and its time in the video.
 
     `local_time` is naive: the time on the location's wall clock. `faces` are in full view; `ignored` are boxes of faces
@@ -89,11 +89,11 @@ class BadObject:
 
 @dataclass(frozen=True, slots=True)
 class GroundTruth:
-    """The ground truth of one set of sample footage. `pictures` holds the frames of its videos, too."""
+    """The ground truth of one set of sample footage. `images` holds the frames of its videos, too."""
 
     seed: int
     cameras: tuple[TrueCamera, ...]
-    pictures: tuple[TruePicture, ...]
+    images: tuple[TrueImage, ...]
     bad_objects: tuple[BadObject, ...]
     videos: tuple[TrueVideo, ...] = ()
 
@@ -111,7 +111,7 @@ class GroundTruth:
         return cls(
             seed=values["seed"],
             cameras=tuple(TrueCamera(**camera) for camera in values["cameras"]),
-            pictures=tuple(_picture(picture) for picture in values["pictures"]),
+            images=tuple(_image(image) for image in values["images"]),
             bad_objects=tuple(
                 BadObject(bad["key"], Reason(bad["reason"]) if bad["reason"] else None, bad["note"])
                 for bad in values["bad_objects"]
@@ -120,9 +120,9 @@ class GroundTruth:
         )
 
 
-def _picture(values: dict[str, Any]) -> TruePicture:
+def _image(values: dict[str, Any]) -> TrueImage:
     faces = tuple(TrueFace(tuple(face["box"]), MaskStatus(face["label"])) for face in values["faces"])
-    return TruePicture(
+    return TrueImage(
         key=values["key"],
         location=values["location"],
         camera=values["camera"],
@@ -198,7 +198,7 @@ class Comparison:
     """
 
     min_size_px: float
-    pictures: int
+    images: int
     frames: int = 0
     visits: int = 0
     visits_counted: int | None = None
@@ -225,7 +225,8 @@ class Comparison:
         return self.labelled_right / self.found if self.found else None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "found_share": self.found_share, "labelled_right_share": self.labelled_right_share}
+        figures = {"pictures" if name == "images" else name: value for name, value in asdict(self).items()}
+        return {**figures, "found_share": self.found_share, "labelled_right_share": self.labelled_right_share}
 
     def table(self) -> list[tuple[str, str]]:
         """Rows (what, figure) for `console.print_table`."""
@@ -237,7 +238,7 @@ class Comparison:
         ]
         visits = f"{self.visits}" + ("" if self.visits_counted is None else f", counted {self.visits_counted}")
         return [
-            ("pictures", str(self.pictures)),
+            ("pictures", str(self.images)),
             ("frames of videos", str(self.frames)),
             (f"faces of {self.min_size_px:g} px and more", str(self.faces)),
             ("found (IoU ≥ 0.5)", _share(self.found, self.faces)),
@@ -255,7 +256,7 @@ def _share(part: int, whole: int) -> str:
 
 def compare_with_ground_truth(
     stored: Iterable[StoredFace],
-    truth: GroundTruth,
+    ground_truth: GroundTruth,
     min_size_px: float = MIN_SIZE_PX,
     counted_visits: Mapping[str, int] | None = None,
 ) -> Comparison:
@@ -267,21 +268,21 @@ def compare_with_ground_truth(
     found_at: dict[_Moment, list[StoredFace]] = {}
     for one in stored:
         found_at.setdefault(_moment(one), []).append(one)
-    videos = {video.key for video in truth.videos}
-    frames = sum(picture.key in videos for picture in truth.pictures)
+    videos = {video.key for video in ground_truth.videos}
+    frames = sum(image.key in videos for image in ground_truth.images)
     report = Comparison(
         min_size_px,
-        pictures=len(truth.pictures) - frames,
+        images=len(ground_truth.images) - frames,
         frames=frames,
-        visits=sum(video.visits for video in truth.videos),
+        visits=sum(video.visits for video in ground_truth.videos),
         visits_counted=None if counted_visits is None else sum(counted_visits.get(key, 0) for key in videos),
     )
-    for picture in truth.pictures:
-        found = found_at.pop(_moment(picture), [])
-        pairs = dict(match([face.box for face in picture.faces], [face.box for face in found]))
+    for image in ground_truth.images:
+        found = found_at.pop(_moment(image), [])
+        pairs = dict(match([face.box for face in image.faces], [face.box for face in found]))
         others = [face for index, face in enumerate(found) if index not in pairs.values()]
-        report.extra += sum(not any(_mostly_in(face.box, box) for box in picture.ignored) for face in others)
-        for index, face in enumerate(picture.faces):
+        report.extra += sum(not any(_mostly_in(face.box, box) for box in image.ignored) for face in others)
+        for index, face in enumerate(image.faces):
             _count_face(report, face, found[pairs[index]] if index in pairs else None)
     report.extra += sum(len(faces) for faces in found_at.values())
     return report
@@ -292,7 +293,7 @@ def compare_with_ground_truth(
 _Moment = tuple[str, int]
 
 
-def _moment(shown: StoredFace | TruePicture) -> _Moment:
+def _moment(shown: StoredFace | TrueImage) -> _Moment:
     return shown.key, round(shown.offset_seconds * 1000)
 
 

@@ -95,7 +95,7 @@ TROUSER_COLOURS: tuple[Colour, ...] = ((46, 50, 62), (60, 56, 52), (38, 38, 42),
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Appearance:
     """One person: mask (None: without), clothes, and how the light falls (gain around 1)."""
 
     mask: MaskStyle | None
@@ -110,13 +110,13 @@ def _photograph() -> Pixels:
     return astronaut().astype(np.float32)
 
 
-def figure(look: Look) -> Image.Image:
+def figure(appearance: Appearance) -> Image.Image:
     """A person from head to feet: RGBA of FIGURE_SIZE, transparent around."""
-    image = Image.alpha_composite(_legs(look.trousers), _suit(look.coat))
-    image.alpha_composite(_head(look.mask))
-    lit = [min(255, round(level * look.gain)) for level in range(256)]
+    image = Image.alpha_composite(_legs(appearance.trousers), _suit(appearance.coat))
+    image.alpha_composite(_head(appearance.mask))
+    lit = [min(255, round(level * appearance.gain)) for level in range(256)]
     image = image.point([*lit * 3, *range(256)])
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if look.flipped else image
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if appearance.flipped else image
 
 
 def flipped_box(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

@@ -57,7 +57,7 @@ class Stop:
 class Walker:
     """A walking person. lift: the height of their eyes above the camera, in pixels of the figure."""
 
-    look: people.Look
+    appearance: people.Appearance
     way: tuple[Stop, ...]
     lift: float
 
@@ -72,7 +72,7 @@ class Walker:
                 stride = math.pi * 1.7 * (seconds - self.way[0].seconds)
                 up = self.lift + 6 * abs(math.sin(stride))
                 return Person(
-                    self.look,
+                    self.appearance,
                     scene.width / 2 + (x + 4 * math.sin(stride) - MIDDLE) * scale,
                     scene.horizon * scene.height - (EYES + up) * scale,
                     scale,
@@ -95,23 +95,23 @@ def film(path: Path, scene: Scene, title: Callable[[float], str], rng: np.random
     title: the text that the camera writes into the frame at a time in the video.
     """
     walkers = cast(rng)
-    cut_outs = {walker.look: _CutOut.of(walker.look) for walker in walkers}
+    cut_outs = {walker.appearance: _CutOut.of(walker.appearance) for walker in walkers}
     empty = Image.fromarray((np.asarray(scene.empty()) * vignette(scene.width, scene.height)).astype(np.uint8))
     shown = []
 
-    def pictures() -> Iterator[Image.Image]:
+    def canvases() -> Iterator[Image.Image]:
         for number in range(SECONDS * FRAMES_PER_SECOND):
             seconds = number / FRAMES_PER_SECOND
             persons = _present(walkers, seconds, scene)
             if number % (FRAMES_PER_SECOND // TOLD_PER_SECOND) == 0:
                 shown.append(_told(seconds, persons, scene))
-            picture = empty.copy()
+            canvas = empty.copy()
             for person in persons:
-                cut_outs[person.look].paste(picture, person, _columns(person, scene))
-            caption(picture, title(seconds))
-            yield picture
+                cut_outs[person.appearance].paste(canvas, person, _columns(person, scene))
+            caption(canvas, title(seconds))
+            yield canvas
 
-    _encode(path, pictures(), rng)
+    _encode(path, canvases(), rng)
     return shown
 
 
@@ -123,7 +123,7 @@ def cast(rng: np.random.Generator) -> list[Walker]:
     ways = [_towards(start, side, float(rng.uniform(350, 410))) for start, side in TOWARDS] + [_across(ACROSS)]
     return [
         Walker(
-            people.Look(
+            people.Appearance(
                 mask=people.MASK_STYLES[styles[number]] if masked[number] else None,
                 coat=people.COAT_COLOURS[coats[number]],
                 trousers=people.TROUSER_COLOURS[rng.integers(len(people.TROUSER_COLOURS))],
@@ -194,35 +194,35 @@ class _CutOut:
     pad: int
 
     @classmethod
-    def of(cls, look: people.Look) -> _CutOut:
+    def of(cls, appearance: people.Appearance) -> _CutOut:
         pad = 24
         width, height = people.FIGURE_SIZE
         padded = Image.new("RGBA", (width + 2 * pad, height + 2 * pad))
-        padded.paste(people.figure(look), (pad, pad))
+        padded.paste(people.figure(appearance), (pad, pad))
         whole = padded.convert("RGBa")
         return cls(whole, whole.reduce(2), pad)
 
-    def paste(self, picture: Image.Image, person: Person, columns: tuple[int, int]) -> None:
+    def paste(self, canvas: Image.Image, person: Person, columns: tuple[int, int]) -> None:
         """Draw the part of the figure that lies in the frame and in these columns, [left, right)."""
         x, y = person.x - self.pad * person.scale, person.y - self.pad * person.scale
         image, scale = (self.whole, person.scale) if person.scale > 0.5 else (self.half, person.scale * 2)
         left, top = max(math.ceil(x), columns[0]), max(math.ceil(y), 0)
         right = min(math.floor(x + image.width * scale), columns[1])
-        bottom = min(math.floor(y + image.height * scale), picture.height)
+        bottom = min(math.floor(y + image.height * scale), canvas.height)
         if left >= right or top >= bottom:
             return
         inverse = 1 / scale
         # At the exact fraction of a pixel, so that the box of its face is exact too.
         box = ((left - x) * inverse, (top - y) * inverse, (right - x) * inverse, (bottom - y) * inverse)
         seen = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box).convert("RGBA")
-        picture.paste(seen, (left, top), seen)
+        canvas.paste(seen, (left, top), seen)
 
 
-def _encode(path: Path, pictures: Iterator[Image.Image], rng: np.random.Generator) -> None:
+def _encode(path: Path, canvases: Iterator[Image.Image], rng: np.random.Generator) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-    first = next(pictures)
+    first = next(canvases)
     with av.open(str(path), "w", format="mp4") as file:
         # With mbtree, which this preset turns off: without it, a view that hardly changes takes four times the bytes.
         # Without B-frames, because with them and mbtree the output of x264's AVX-512 code differs from run to run.
@@ -232,13 +232,13 @@ def _encode(path: Path, pictures: Iterator[Image.Image], rng: np.random.Generato
         stream.pix_fmt = "yuv420p"
         encoder = stream.codec_context
         encoder.gop_size = 2 * FRAMES_PER_SECOND
-        # With one thread the same pictures give the same bytes on any machine.
+        # With one thread the same images give the same bytes on any machine.
         encoder.thread_count = 1
         # BT.709, limited range: AVCOL_*_BT709 and AVCOL_RANGE_MPEG (FFmpeg, libavutil/pixfmt.h).
         encoder.colorspace = encoder.color_primaries = encoder.color_trc = encoder.color_range = 1
         noise = _noise(first.size, rng)
-        for number, picture in enumerate(chain([first], pictures)):
-            frame = av.VideoFrame.from_image(picture).reformat(
+        for number, canvas in enumerate(chain([first], canvases)):
+            frame = av.VideoFrame.from_image(canvas).reformat(
                 format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
             )
             _add_noise(frame, noise, rng)

@@ -139,7 +139,7 @@ def _fill_gaps(
 
 
 def _print_estimate(result: Estimate) -> None:
-    found, rates = result.found, result.throughput
+    found, rates = result.found, result.cost_model
 
     def known(value: float | None, form: str) -> str:
         return "unknown until some footage is analysed" if value is None else form.format(value)

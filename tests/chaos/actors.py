@@ -220,7 +220,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def take_a_turn(self, data: st.DataObject) -> None:
-        """One rule for all: Hypothesis leaves half of an example's rules out, and with it the road to the end."""
+        """One rule for all: Hypothesis leaves out half of the rules of an example, among them those that end it."""
         if self.over:
             return
         turns = sorted((each for each in TURNS if each.when(self)), key=lambda each: -each.weight)

@@ -60,18 +60,18 @@ def archive(lab: Lab, scale: Scale) -> Outcome:
     bucket = lab.bucket()
     lab.put(bucket, objects)
     locate()
-    with ExitStack() as crew:
-        crew.enter_context(lab.running("aggregator"))
-        producer = crew.enter_context(lab.running("producer"))
-        worker = crew.enter_context(lab.running("worker"))
-        crew.enter_context(lab.running("worker"))
+    with ExitStack() as exits:
+        exits.enter_context(lab.running("aggregator"))
+        producer = exits.enter_context(lab.running("producer"))
+        worker = exits.enter_context(lab.running("worker"))
+        exits.enter_context(lab.running("worker"))
         kill_in_the_middle(lab, bucket, SLOWLY.format(batch=batch), batch)
         resumed = lister(lab, bucket, SLOWLY.format(batch=batch))
         for victim, command, share in ((producer, "producer", 0.2), (worker, "worker", 0.5)):
             wanted = int(objects * share)
             wait_until(lambda: lab.states().get("succeeded", 0) >= wanted, seconds=1200, what=f"{wanted} done")  # noqa: B023
             kill_tree(victim)
-            crew.enter_context(lab.running(command))
+            exits.enter_context(lab.running(command))
         assert resumed.wait(300) == 0, "the listing that was taken up did not end"
         lab.wait_until_done(objects, seconds=2400)
     figures = {
@@ -146,21 +146,21 @@ cameras.tick = tick
 
 
 def schedule(lab: Lab, scale: Scale) -> Outcome:
-    """Two schedulers look at a camera every second, and one of them is killed again and again."""
+    """Two schedulers poll a camera every second, and one of them is killed again and again."""
     slots, control_slots = (200, 20) if scale is Scale.FULL else (15, 6)
-    os.environ["MASKWATCH_DISPATCH__LOOK_SECONDS"] = "0.3"
-    os.environ["MASKWATCH_DISPATCH__LOOK_LEASE_SECONDS"] = "3"
+    os.environ["MASKWATCH_DISPATCH__POLL_SECONDS"] = "0.3"
+    os.environ["MASKWATCH_DISPATCH__POLL_LEASE_SECONDS"] = "3"
     bucket = lab.bucket()
     locate()
     added = maskwatch(
         "cameras", "add", "cam", "--location", "lobby", "--source", f"{bucket.uri}/cam/", "--every", "1s",
-        "--time-pattern", "cam/%Y-%m-%dT%H%M%S*", "--look-back", "10m", "--sweep", "5s",
+        "--time-pattern", "cam/%Y-%m-%dT%H%M%S*", "--look-back", "10m", "--full-scan", "5s",
     )  # fmt: skip
     assert added.returncode == 0, added.stderr
     now = datetime.now(UTC)
     put = late = 0
-    with ExitStack() as crew:
-        producers = [crew.enter_context(lab.running("producer")) for _ in range(2)]
+    with ExitStack() as exits:
+        producers = [exits.enter_context(lab.running("producer")) for _ in range(2)]
         begin = lab.scalar("SELECT scheduled_since FROM cameras")
         kills = 0
         while lab.scalar("SELECT count(*) FROM camera_slots") < slots:
@@ -172,9 +172,9 @@ def schedule(lab: Lab, scale: Scale) -> Outcome:
             if lab.random.random() < 0.3:
                 victim = lab.random.randrange(2)
                 kill_tree(producers[victim])
-                producers[victim] = crew.enter_context(lab.running("producer"))
+                producers[victim] = exits.enter_context(lab.running("producer"))
                 kills += 1
-        # Leases of looks that were killed run out, and a sweep finds what came late.
+        # Leases of polls that were killed run out, and a full scan finds what came late.
         end = lab.scalar("SELECT clock_timestamp()")
         known = "SELECT count(*) FROM media_objects"
         # Noted down up to then, and ended.
@@ -219,7 +219,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "schedule",
-        "two schedulers, killed again and again, look at every slot of a camera once, and find what is late",
+        "two schedulers, killed again and again, poll a camera once for every slot, and find what is late",
         "schedulers that remember by themselves",
         schedule,
     ),

@@ -62,7 +62,7 @@ WITH looked AS (
            count(*) FILTER (WHERE status = 'without_mask') AS without_mask,
            count(*) FILTER (WHERE status = 'uncertain') AS uncertain
     FROM faces f JOIN locations l ON l.id = f.location_id GROUP BY 1, 2, 3
-), truth AS (
+), expected AS (
     SELECT location_id, pipeline_id, hour, frames, seconds, coalesce(faces, 0) AS faces,
            coalesce(with_mask, 0) AS with_mask, coalesce(without_mask, 0) AS without_mask,
            coalesce(uncertain, 0) AS uncertain
@@ -72,7 +72,7 @@ WITH looked AS (
            without_mask, uncertain
     FROM compliance_hourly
 )
-SELECT count(*) FROM ((TABLE truth EXCEPT TABLE stored) UNION ALL (TABLE stored EXCEPT TABLE truth)) AS different
+SELECT count(*) FROM ((TABLE expected EXCEPT TABLE stored) UNION ALL (TABLE stored EXCEPT TABLE expected)) AS different
 """
 
 ENDED = ("succeeded", "quarantined", "source_changed", "cancelled")
@@ -181,10 +181,10 @@ class Lab:
             yield process
 
     @contextmanager
-    def crew(self, *commands: str, env: Mapping[str, str] | None = None) -> Iterator[list[Any]]:
-        """Several of them, e.g. `crew("producer", "aggregator", "worker", "worker")`."""
-        with ExitStack() as crew:
-            yield [crew.enter_context(self.running(command, env=env)) for command in commands]
+    def processes(self, *commands: str, env: Mapping[str, str] | None = None) -> Iterator[list[Any]]:
+        """Several of them, e.g. `processes("producer", "aggregator", "worker", "worker")`."""
+        with ExitStack() as exits:
+            yield [exits.enter_context(self.running(command, env=env)) for command in commands]
 
     def injected(self, fault: str) -> dict[str, str]:
         """The environment of processes that run this Python code at their start, and so do their children: how a fault

@@ -101,14 +101,14 @@ def files(lab: Lab, canaries: Canaries, scale: Scale) -> dict[str, bytes]:
     if scale is Scale.SHORT:
         damaged = lab.random.sample(list(hostile_media.damaged(lab.random, 1, 1)), 12)
         others = [*hostile_media.pointers(canaries).items(), *hostile_media.something_else(canaries).items()]
-        picked = {**dict(damaged), **hostile_media.claiming_pictures(), **dict(lab.random.sample(others, 24))}
+        picked = {**dict(damaged), **hostile_media.claiming_images(), **dict(lab.random.sample(others, 24))}
         # Always with those files whose canaries a lax reader opens: the control needs them.
         picked |= {key: content for key, content in others if key in ("ffconcat-file.mkv", "hls-address.mp4")}
         return picked | {"passes.jpg": hostile_media.scan_bomb(5_000)}
     return {
         **dict(hostile_media.damaged(lab.random, 1, 3)),
-        **hostile_media.claiming_pictures(),
-        **hostile_media.greedy_pictures(),
+        **hostile_media.claiming_images(),
+        **hostile_media.greedy_images(),
         **{f"within/{key}": content for key, content in hostile_media.bombs_within_limits().items()},
         "within/references.mkv": hostile_media.many_references(),
         **{f"videos/{key}": content for key, content in hostile_media.greedy_videos().items()},
@@ -127,7 +127,7 @@ def hostile_files(lab: Lab, scale: Scale) -> Outcome:
         for key, content in {**hostile, **harmless}.items():
             bucket.put(key, content)
         with (
-            lab.crew("producer", "aggregator", env=FILES),
+            lab.processes("producer", "aggregator", env=FILES),
             lab.running("worker", env=FILES) as worker,
             watching(worker) as watch,
         ):
@@ -247,11 +247,11 @@ def forged_messages(lab: Lab, scale: Scale) -> Outcome:
     read: list[str] = []
     with (
         faulty_s3(lab.services.endpoints.s3_endpoint_url, _noting(read)) as url,
-        lab.crew("producer", "aggregator", "worker", env={"MASKWATCH_STORAGE__ENDPOINT_URL": url}) as crew,
+        lab.processes("producer", "aggregator", "worker", env={"MASKWATCH_STORAGE__ENDPOINT_URL": url}) as processes,
     ):
         lab.backfill(bucket)
         lab.wait_until_done(5)
-        before, children = ledger_of(lab), pids(crew[-1])
+        before, children = ledger_of(lab), pids(processes[-1])
         read.clear()
         count = 1000 if scale is Scale.FULL else 250
         megabytes = send_forged(lab, count, canary)
@@ -259,7 +259,7 @@ def forged_messages(lab: Lab, scale: Scale) -> Outcome:
         # What was taken last is worked off, too. The producer's own ticks go on meanwhile, and change nothing.
         time.sleep(2)
         changed = sum(now != then for now, then in zip(ledger_of(lab), before, strict=True))
-        lost = len(children - pids(crew[-1])) + sum(process.poll() is not None for process in crew)
+        lost = len(children - pids(processes[-1])) + sum(process.poll() is not None for process in processes)
         lab.put(bucket, 1, first=4)
         lab.backfill(bucket)
         lab.wait_until_done(6)

@@ -16,7 +16,7 @@ from common.domain import ACTIVE_STATES, JobState, Reason
 from tests.chaos.harness import RECOMPUTED
 from tests.chaos.interleaver import Task
 
-#: What the bytes with an ETag show. Faces of a picture; seconds of a video, by its header and in truth: one frame
+#: What the bytes with an ETag show. Faces of a picture; seconds of a video, by its header and by its frames: one frame
 #: with one face each second.
 FACES = {"e1": 1, "e2": 2, "e3": 0}
 SECONDS = {"e1": (3.0, 3), "e2": (3.0, 5), "e3": (4.0, 4)}

@@ -30,7 +30,7 @@ from tests.services import Bucket, wait_until
 from tests.videos import make_video
 from workers.summaries.aggregation import summarize_batch
 
-CREW = ("producer", "aggregator", "worker")
+PROCESSES = ("producer", "aggregator", "worker")
 
 
 # --- Redis ------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def redis(lab: Lab, scale: Scale) -> Outcome:
     bucket = lab.bucket()
     lab.put(bucket, count)
     resumed = []
-    with lab.crew(*CREW, env=AS_SHIPPED if full else None):
+    with lab.processes(*PROCESSES, env=AS_SHIPPED if full else None):
         lab.backfill(bucket)
         for number, event in enumerate(events):
             until_succeeded(lab, count * (number + 1) // (len(events) + 2))
@@ -85,7 +85,7 @@ def redis(lab: Lab, scale: Scale) -> Outcome:
     few = 80
     bucket = lab.bucket("few")
     lab.put(bucket, few)
-    with lab.crew(*CREW, env=lab.injected(NO_RECOVERY)):
+    with lab.processes(*PROCESSES, env=lab.injected(NO_RECOVERY)):
         lab.backfill(bucket)
         until_succeeded(lab, few // 8)
         kill_redis(lab)
@@ -204,7 +204,7 @@ def postgres(lab: Lab, scale: Scale) -> Outcome:
     bucket = lab.bucket()
     lab.put(bucket, count)
     resumed, half = [], 0
-    with lab.crew(*CREW, "worker", env=lab.injected(SLOW_WRITES)):
+    with lab.processes(*PROCESSES, "worker", env=lab.injected(SLOW_WRITES)):
         lab.backfill(bucket)
         for number, event in enumerate(events):
             until_succeeded(lab, count * (number + 1) // (len(events) + 2))
@@ -223,7 +223,7 @@ def postgres(lab: Lab, scale: Scale) -> Outcome:
     }
 
     lab.empty()
-    with lab.crew(*CREW, "worker", env=lab.injected(NO_TRANSACTION)):
+    with lab.processes(*PROCESSES, "worker", env=lab.injected(NO_TRANSACTION)):
         lab.backfill(bucket)
         stops = broken = 0
         while not broken and stops < 8:
@@ -337,29 +337,29 @@ class Footage:
 @lru_cache
 def crowd(faces: int) -> Image.Image:
     """A picture with this many faces, side by side."""
-    picture = Image.new("RGB", (128 * max(1, faces), 128), (90, 110, 130))
+    image = Image.new("RGB", (128 * max(1, faces), 128), (90, 110, 130))
     for number in range(faces):
-        picture.paste(portrait(128), (128 * number, 0))
-    return picture
+        image.paste(portrait(128), (128 * number, 0))
+    return image
 
 
 @cache
 def content(key: str, faces: int) -> bytes:
     """A picture or a short video with this many faces; no two keys have the same bytes."""
-    picture = crowd(faces)
+    image = crowd(faces)
     if key.endswith(".jpg"):
-        return jpeg(picture, comment=key.encode())
-    rgb = np.asarray(picture)
+        return jpeg(image, comment=key.encode())
+    rgb = np.asarray(image)
     return make_video(
-        frames=40, size=picture.size, gop=1, picture=lambda _: rgb, options={"crf": "30"}, metadata={"comment": key}
+        frames=40, size=image.size, gop=1, image=lambda _: rgb, options={"crf": "30"}, metadata={"comment": key}
     )
 
 
 def s3(lab: Lab, scale: Scale) -> Outcome:
     """Read through a server that replaces objects, cuts bodies, and refuses."""
     full = scale is Scale.FULL
-    pictures, videos = (240, 8) if full else (30, 2)
-    as_shipped = read_what_changes(lab, pictures, videos, unpinned=False)
+    images, videos = (240, 8) if full else (30, 2)
+    as_shipped = read_what_changes(lab, images, videos, unpinned=False)
     lab.empty()
     control = read_what_changes(lab, *((60, 4) if full else (16, 2)), unpinned=True)
     wrong = "results under a wrong ETag"
@@ -371,10 +371,10 @@ def s3(lab: Lab, scale: Scale) -> Outcome:
     )
 
 
-def read_what_changes(lab: Lab, pictures: int, videos: int, *, unpinned: bool) -> dict[str, int]:
+def read_what_changes(lab: Lab, images: int, videos: int, *, unpinned: bool) -> dict[str, int]:
     """Analyse footage that changes meanwhile, list it once more, and count what is wrong in the end."""
     draw = lab.random
-    keys = [f"{number:05}.jpg" for number in range(pictures)] + [f"{number:05}.mp4" for number in range(videos)]
+    keys = [f"{number:05}.jpg" for number in range(images)] + [f"{number:05}.mp4" for number in range(videos)]
     # Half of them stay as they are; some come back to what they were, some are deleted. Every video is replaced.
     fates = [[1], [1], [1], [1, 2], [1, 2, 3], [1, 2, 1], [1, 0]]
     versions = {key: list(draw.choice(fates if key.endswith(".jpg") else fates[3:6])) for key in keys}
@@ -400,7 +400,7 @@ def read_what_changes(lab: Lab, pictures: int, videos: int, *, unpinned: bool) -
 
     with faulty_s3(lab.services.endpoints.s3_endpoint_url, behave) as url:
         env = {**S3_SETTINGS, "MASKWATCH_STORAGE__ENDPOINT_URL": url}
-        with lab.crew(*CREW, "worker", env=env):
+        with lab.processes(*PROCESSES, "worker", env=env):
             lab.backfill(footage.bucket)
             until_idle(lab)
             # Now already: the next listing withdraws the results of what was replaced, right or wrong.
@@ -481,9 +481,9 @@ def two_of_each(lab: Lab, scale: Scale) -> Outcome:
     with lab.engine.begin() as connection:
         connection.execute(text(SLOW_SUMMARIES))
     summaries = []
-    for crew in (CREW, CREW * 2):
+    for commands in (PROCESSES, PROCESSES * 2):
         lab.empty()
-        with lab.crew(*crew):
+        with lab.processes(*commands):
             lab.backfill(bucket, "--time-pattern", "%Y-%m-%d/%H-%M-%S.jpg")
             lab.wait_until_done(count, seconds=600)
         summaries.append(lab.rows(SUMMARIES))

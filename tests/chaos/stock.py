@@ -36,10 +36,10 @@ def _engine() -> Engine:
 
 
 @app.task(name="stock.analyse", bind=True)
-def analyse(self: object, picture: int) -> None:
+def analyse(self: object, image: int) -> None:
     """Take as long as a picture takes, and record it."""
     time.sleep(WORK_SECONDS)
-    row = {"picture": picture, "worker": self.request.hostname}  # type: ignore[attr-defined]
+    row = {"picture": image, "worker": self.request.hostname}  # type: ignore[attr-defined]
     with _engine().begin() as connection:
         connection.execute(text("INSERT INTO stock_rows VALUES (:picture, :worker)"), row)
 
@@ -47,8 +47,8 @@ def analyse(self: object, picture: int) -> None:
 def send(count: int) -> None:
     """One message per picture."""
     with app.connection_for_write(os.environ["MASKWATCH_BROKER__URL"]) as connection:
-        for picture in range(count):
-            app.send_task("stock.analyse", args=[picture], connection=connection)
+        for image in range(count):
+            app.send_task("stock.analyse", args=[image], connection=connection)
 
 
 @contextmanager

@@ -54,13 +54,13 @@ PATIENT = {"MASKWATCH_LEDGER__LEASE_SECONDS": "15"}
 
 @dataclass
 class Fleet:
-    """Workers by name, until `crew` is closed. For each that is taken out another one starts at once, if `lasting`.
+    """Workers by name, until `exits` is closed. For each that is taken out another one starts at once, if `lasting`.
 
     `start` starts one of that name, `at_work` selects the names of those that can be hit at work.
     """
 
     lab: Lab
-    crew: ExitStack
+    exits: ExitStack
     size: int
     lasting: bool
     start: Callable[[str], AbstractContextManager[subprocess.Popen[bytes]]]
@@ -76,7 +76,7 @@ class Fleet:
     def hire(self) -> None:
         name = f"w{next(_numbers)}"
         # Each has an exit of its own: a pid is not to be killed long after its process has ended.
-        self._exits[name] = self.crew.enter_context(ExitStack())
+        self._exits[name] = self.exits.enter_context(ExitStack())
         self.members[name] = self._exits[name].enter_context(self.start(name))
 
     def busy(self) -> str:
@@ -122,9 +122,11 @@ class Fleet:
 _numbers = itertools.count(1)
 
 
-def our_fleet(lab: Lab, crew: ExitStack, scale: Scale, env: Mapping[str, str] | None = None, *, size: int = 3) -> Fleet:
+def our_fleet(
+    lab: Lab, exits: ExitStack, scale: Scale, env: Mapping[str, str] | None = None, *, size: int = 3
+) -> Fleet:
     """Workers of Maskwatch. Starting them is what takes time: in the short version nobody is replaced."""
-    return Fleet(lab, crew, size, scale is Scale.FULL, lambda name: lab.running("worker", "--name", name, env=env))
+    return Fleet(lab, exits, size, scale is Scale.FULL, lambda name: lab.running("worker", "--name", name, env=env))
 
 
 @dataclass
@@ -167,8 +169,8 @@ def kill_9(lab: Lab, scale: Scale) -> Outcome:
     bucket = lab.bucket()
     lab.put(bucket, jobs)
     struck = []
-    with lab.crew("producer", "aggregator"), ExitStack() as crew:
-        fleet = our_fleet(lab, crew, scale)
+    with lab.processes("producer", "aggregator"), ExitStack() as exits:
+        fleet = our_fleet(lab, exits, scale)
         lab.backfill(bucket)
         for number in range(kills):
             succeeded_of(lab, jobs * number // (kills + 2))
@@ -215,10 +217,10 @@ def stock_kills(lab: Lab, scale: Scale, jobs: int, kills: int) -> dict[str, int]
     stock.send(jobs)
     recorded = "SELECT count(DISTINCT picture) FROM stock_rows"
     logs = lab.folder / "logs"
-    with ExitStack() as crew, Redis.from_url(lab.services.endpoints.redis_url) as redis:
+    with ExitStack() as exits, Redis.from_url(lab.services.endpoints.redis_url) as redis:
         fleet = Fleet(
             lab,
-            crew,
+            exits,
             3,
             scale is Scale.FULL,
             lambda name: stock.worker(name, logs / f"stock-{name}.log"),
@@ -262,9 +264,9 @@ def paused_worker(lab: Lab, scale: Scale) -> Outcome:
     # Few messages wait, so that a job which was taken over is soon at the head of the queue.
     os.environ.update({**enlarged(800), "MASKWATCH_DISPATCH__QUEUE_CAP": "3"})
     supply = Supply(lab, lab.bucket())
-    with lab.crew("producer", "aggregator"):
-        with ExitStack() as crew:
-            fleet = our_fleet(lab, crew, scale, size=2)
+    with lab.processes("producer", "aggregator"):
+        with ExitStack() as exits:
+            fleet = our_fleet(lab, exits, scale, size=2)
             paused, taken_over = pause_often(lab, fleet, supply, pauses, lambda: lab.logged(REFUSED) > 0)
             lab.wait_until_done(supply.count)
         figures = {
@@ -274,9 +276,9 @@ def paused_worker(lab: Lab, scale: Scale) -> Outcome:
             "stale commits refused": lab.logged(REFUSED),
         }
         held = right(figures) and figures["stale commits refused"] > 0
-        with ExitStack() as crew:
-            env = crew.enter_context(planted_in_processes(lab.folder / "unfenced", *UNFENCED))
-            fleet = our_fleet(lab, crew, scale, env, size=2)
+        with ExitStack() as exits:
+            env = exits.enter_context(planted_in_processes(lab.folder / "unfenced", *UNFENCED))
+            fleet = our_fleet(lab, exits, scale, env, size=2)
             unfenced, _ = pause_often(lab, fleet, supply, control_pauses, lambda: lab.doubled() > 0)
             lab.wait_until_done(supply.count)
         control = {"pauses": unfenced, "rows doubled": lab.doubled()}
@@ -377,8 +379,8 @@ def poison(lab: Lab, scale: Scale) -> Outcome:
     crashes = 8 if scale is Scale.FULL else 2
     os.environ.update(PATIENT)
     supply = Supply(lab, lab.bucket())
-    with lab.crew("producer", "aggregator"), ExitStack() as crew:
-        our_fleet(lab, crew, scale, lab.injected(DEADLY), size=2 if scale is Scale.FULL else 1)
+    with lab.processes("producer", "aggregator"), ExitStack() as exits:
+        our_fleet(lab, exits, scale, lab.injected(DEADLY), size=2 if scale is Scale.FULL else 1)
         keys = put_poison(lab, supply, jobs, deadly)
         lab.wait_until_done(jobs)
         bad, good = costs(lab, keys, after=0)
@@ -456,16 +458,16 @@ def recovery(lab: Lab, scale: Scale) -> Outcome:
     lease = float(os.environ["MASKWATCH_LEDGER__LEASE_SECONDS"])
     limit = lease + float(os.environ["MASKWATCH_DISPATCH__RECONCILE_SECONDS"])
     supply = Supply(lab, lab.bucket())
-    with ExitStack() as crew, lab.crew("aggregator"):
-        with lab.crew("producer"):
-            fleet = our_fleet(lab, crew, scale)
+    with ExitStack() as exits, lab.processes("aggregator"):
+        with lab.processes("producer"):
+            fleet = our_fleet(lab, exits, scale)
             taken = [kill_holder(lab, fleet, supply) for _ in range(kills)]
             lab.wait_until_done(supply.count)
         waits = [wait for since, held in taken for wait in waited(lab, since, held)]
         figures = {
             "kills": kills,
             "jobs taken along": len(waits),
-            "s lease + sweep": limit,
+            "s lease + reconcile": limit,
             "s p50": percentile(waits, 0.5),
             "s p95": percentile(waits, 0.95),
             "s max": max(waits),
@@ -473,7 +475,7 @@ def recovery(lab: Lab, scale: Scale) -> Outcome:
         }
         held = right(figures) and max(waits) <= limit + TOLERANCE_SECONDS
         control = without_reconciler(lab, fleet, supply, control_kills, limit)
-    return Outcome(figures, control, held, control["recovered in lease + sweep"] == 0)
+    return Outcome(figures, control, held, control["recovered in lease + reconcile"] == 0)
 
 
 def kill_holder(lab: Lab, fleet: Fleet, supply: Supply) -> tuple[Any, list[Any]]:
@@ -505,17 +507,17 @@ def waited(lab: Lab, since: Any, held: Collection[Any]) -> list[float]:
 
 
 def without_reconciler(lab: Lab, fleet: Fleet, supply: Supply, kills: int, limit: float) -> dict[str, int]:
-    """The same with a producer that never sweeps."""
+    """The same with a producer that never reconciles."""
     with redis_client() as client:
         ensure_epoch(client)
-    with lab.crew("producer", env={"MASKWATCH_DISPATCH__RECONCILE_SECONDS": "86400"}):
+    with lab.processes("producer", env={"MASKWATCH_DISPATCH__RECONCILE_SECONDS": "86400"}):
         taken = [kill_holder(lab, fleet, supply) for _ in range(kills)]
         time.sleep(limit + TOLERANCE_SECONDS)
     left = [(job, attempt) for _, held in taken for job, attempt in held]
     return {
         "kills": kills,
         "jobs taken along": len(left),
-        "recovered in lease + sweep": sum(ending(lab, job, attempt) is not None for job, attempt in left),
+        "recovered in lease + reconcile": sum(ending(lab, job, attempt) is not None for job, attempt in left),
     }
 
 
@@ -530,8 +532,8 @@ def sigterm(lab: Lab, scale: Scale) -> Outcome:
     stops, control_kills = (20, 5) if scale is Scale.FULL else (1, 1)
     os.environ.update({**PATIENT, **enlarged(800)})
     supply = Supply(lab, lab.bucket())
-    with lab.crew("producer", "aggregator"), ExitStack() as crew:
-        fleet = our_fleet(lab, crew, scale)
+    with lab.processes("producer", "aggregator"), ExitStack() as exits:
+        fleet = our_fleet(lab, exits, scale)
         seconds = [stop(lab, fleet, supply) for _ in range(stops)]
         lab.wait_until_done(supply.count)
         outcomes = {row.outcome: row.count for row in lab.rows(OUTCOMES, after=0)}
@@ -589,7 +591,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "recovery",
-        "jobs of a killed worker are free again within lease + sweep",
+        "jobs of a killed worker are free again within lease + reconcile",
         "no reconciler",
         recovery,
     ),

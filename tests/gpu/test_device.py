@@ -60,9 +60,9 @@ def test_the_same_faces_and_labels_as_on_the_cpu(on_gpu: Any, frames: list[NDArr
 
 @pytest.mark.data
 def test_the_same_faces_and_labels_on_the_test_scenes(data_dir: Path, on_gpu: Any) -> None:
-    pictures = scenes(data_dir)
+    images = scenes(data_dir)
     on_cpu = load_analyzer(SPEC, Runtime())
-    agreement = compare(on_gpu.analyze_batch(pictures), [on_cpu.analyze(picture) for picture in pictures])
+    agreement = compare(on_gpu.analyze_batch(images), [on_cpu.analyze(image) for image in images])
     print(agreement)
     assert agreement.matched >= MATCHED
     assert agreement.same_label >= SAME_LABEL

@@ -71,7 +71,7 @@ def test_late_footage_changes_only_its_own_hour(session: Session) -> None:
     assert rows(session, DIRECT) == rows(session, SUMMARY)
 
 
-def test_hours_with_pictures_and_no_faces_are_there(session: Session) -> None:
+def test_hours_with_images_and_no_faces_are_there(session: Session) -> None:
     register(session, planned("a.jpg"))
     (job,) = claim(session, dispatch(session))
     assert job.observed_at is not None
@@ -94,7 +94,7 @@ def test_an_hour_whose_rows_were_withdrawn_disappears(session: Session) -> None:
 EIGHT = datetime(2026, 3, 2, 8, tzinfo=UTC)
 
 
-def commit_picture(session: Session, key: str, faces: int) -> None:
+def commit_image(session: Session, key: str, faces: int) -> None:
     """What a worker does: a picture of the hour from eight, its mark in the same transaction."""
     register(session, planned(key, at=EIGHT))
     (job,) = claim(session, dispatch(session))
@@ -103,10 +103,10 @@ def commit_picture(session: Session, key: str, faces: int) -> None:
 
 
 def test_what_is_committed_while_an_aggregator_works_keeps_its_mark(session: Session) -> None:
-    commit_picture(session, "first.jpg", faces=1)
+    commit_image(session, "first.jpg", faces=1)
     with Session(session.bind) as aggregator, aggregator.begin():
         assert summarize_batch(aggregator, 100) == (1, 1)
-        commit_picture(session, "late.jpg", faces=2)
+        commit_image(session, "late.jpg", faces=2)
     assert scalar(session, FACES_SUMMARIZED) == 1
     assert scalar(session, "SELECT count(*) FROM dirty_marks") == 1
     assert summarize() == 1
@@ -114,10 +114,10 @@ def test_what_is_committed_while_an_aggregator_works_keeps_its_mark(session: Ses
 
 
 def test_marks_taken_after_counting_would_lose_it(session: Session) -> None:
-    commit_picture(session, "first.jpg", faces=1)
+    commit_image(session, "first.jpg", faces=1)
     with Session(session.bind) as aggregator, aggregator.begin():
         recomputed(aggregator, aggregator.execute(text("SELECT location_id, pipeline_id, hour FROM dirty_marks")).all())
-        commit_picture(session, "late.jpg", faces=2)
+        commit_image(session, "late.jpg", faces=2)
         aggregator.execute(text("DELETE FROM dirty_marks"))
     assert summarize() == 0
     assert rows(session, DIRECT) == [(EIGHT, 3, 3, 0, 0)]
@@ -125,10 +125,10 @@ def test_marks_taken_after_counting_would_lose_it(session: Session) -> None:
 
 
 def test_a_second_aggregator_waits_until_the_first_has_committed(session: Session) -> None:
-    commit_picture(session, "first.jpg", faces=1)
+    commit_image(session, "first.jpg", faces=1)
     with ThreadPoolExecutor(1) as threads, Session(session.bind) as first, first.begin():
         assert summarize_batch(first, 100) == (1, 1)
-        commit_picture(session, "late.jpg", faces=2)
+        commit_image(session, "late.jpg", faces=2)
         second = threads.submit(aggregate, session, summarize_batch)
         assert waits_or_ends(session, second, AGGREGATION_LOCK) == "waits"
         first.commit()
@@ -157,11 +157,11 @@ Batch = Callable[[Session, int], tuple[int, int]]
 def overtake(session: Session, batch: Batch) -> str:
     """An aggregator has counted an hour and not yet written it when a picture of that hour is committed and
     a second aggregator begins. Tells whether the second one "waits" for the first, or "ends" before it."""
-    commit_picture(session, "first.jpg", faces=1)
+    commit_image(session, "first.jpg", faces=1)
     with ThreadPoolExecutor(2) as threads, held_before_writing(session) as held:
         first = threads.submit(aggregate, session, batch, held=True)
         assert waits_or_ends(session, first, PAUSE_LOCK) == "waits"
-        commit_picture(session, "late.jpg", faces=2)
+        commit_image(session, "late.jpg", faces=2)
         second = threads.submit(aggregate, session, batch)
         outcome = waits_or_ends(session, second, AGGREGATION_LOCK)
         assert not first.done()

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sqlalchemy.orm import Session
 
-import workers.annotation.pictures
+import workers.annotation.images
 from common import ledger
 from common.catalog import places
 from common.domain import Face, Lane, MaskStatus, MaskwatchError, MediaKind, ObservedAt, ObservedAtSource, SampleMode
@@ -39,7 +39,7 @@ from workers.annotation.drawing import COLOURS
 from workers.cli.annotate import annotate
 from workers.jobs import models
 from workers.jobs.run import run_jobs
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 
 SIZE = (160, 120)
 BOX = (40.0, 30.0, 80.0, 80.0)
@@ -69,7 +69,7 @@ class FakeAnalyzer:
 @pytest.fixture
 def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     fake = FakeAnalyzer()
-    monkeypatch.setattr(workers.annotation.pictures, "load_analyzer", lambda spec, runtime: fake)
+    monkeypatch.setattr(workers.annotation.images, "load_analyzer", lambda spec, runtime: fake)
     monkeypatch.setattr(models, "analyzer", lambda spec, runtime: fake)
     return fake
 
@@ -115,7 +115,7 @@ class Decoded:
                 samples = sum(frame.samples for frame in file.decode(audio=number))
                 sounds.append((sound.codec_context.codec.canonical_name, samples, sound.start_time * sound.time_base))
             return cls(
-                [to_picture(frame) for frame in found],
+                [to_rgb(frame) for frame in found],
                 [frame.pts * Fraction(frame.time_base) for frame in found],
                 stream.duration * stream.time_base,
                 stream.codec_context,
@@ -129,9 +129,9 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def pixels(path: Path) -> NDArray[np.uint8]:
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image)
 
 
 # --- the same video ---
@@ -169,7 +169,7 @@ def test_every_frame_is_written_at_its_time(
     assert (written.stream.name, written.stream.pix_fmt) == ("h264", "yuv420p")
     assert all(side % 2 == 0 for side in written.frames[0].shape[:2])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "out.mp4"])
-    assert [picture.shape for picture in analyzer.seen[:1]] == [((121, 161, 3) if "odd" in name else (120, 160, 3))]
+    assert [image.shape for image in analyzer.seen[:1]] == [((121, 161, 3) if "odd" in name else (120, 160, 3))]
 
 
 def test_a_turned_video_is_upright(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_a_turned_video_is_upright(analyzer: FakeAnalyzer, tmp_path: Path) -> No
 @pytest.mark.parametrize("size", [SIZE, (1280, 720)])
 def test_colours_stay(analyzer: FakeAnalyzer, tmp_path: Path, size: tuple[int, int]) -> None:
     colour = (200, 60, 90)
-    picture = np.full((size[1], size[0], 3), colour, np.uint8)
-    source = write(tmp_path / "a.mp4", make_video(frames=1, size=size, picture=lambda number: picture))
+    image = np.full((size[1], size[0], 3), colour, np.uint8)
+    source = write(tmp_path / "a.mp4", make_video(frames=1, size=size, image=lambda number: image))
     done(source, "--out", tmp_path / "out.mp4")
     written = Decoded.of(tmp_path / "out.mp4")
     assert (written.stream.colorspace, written.stream.color_range) == (1, 1)
@@ -197,7 +197,7 @@ def test_a_size_that_changes_in_the_middle_is_scaled_to_the_first(analyzer: Fake
     parts = [make_video("mpegts", frames=5, start=start, size=size) for start, size in ((5, SIZE), (6, (96, 64)))]
     source = write(tmp_path / "a.ts", b"".join(parts))
     done(source, "--out", tmp_path / "out.mp4")
-    assert {picture.shape for picture in analyzer.seen} == {(120, 160, 3), (64, 96, 3)}
+    assert {image.shape for image in analyzer.seen} == {(120, 160, 3), (64, 96, 3)}
     written = Decoded.of(tmp_path / "out.mp4")
     assert [number_of(frame) for frame in written.frames] == [*range(5), *range(5)]
     assert {frame.shape for frame in written.frames} == {(120, 160, 3)}
@@ -222,7 +222,7 @@ def test_sound_is_kept(analyzer: FakeAnalyzer, tmp_path: Path, container: str, c
     assert len(written.frames) == 20
 
 
-def test_sound_keeps_its_distance_from_the_picture(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
+def test_sound_keeps_its_distance_from_the_image(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
     # The picture begins half a second behind the sound.
     source = write(tmp_path / "a.mkv", make_video("matroska", frames=10, start=Fraction(1, 2), size=SIZE, audio=True))
     done(source, "--out", tmp_path / "out.mp4")
@@ -257,7 +257,7 @@ def edge_colour(frame: NDArray[np.uint8]) -> NDArray[np.int_]:
 def test_boxes_are_drawn_in_the_colour_of_their_faces(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
     status = {0: MaskStatus.WITH_MASK, 1: MaskStatus.WITHOUT_MASK}
     analyzer.finds = lambda number: [face(status[number])] if number in status else []
-    source = write(tmp_path / "a.mp4", make_video(frames=3, size=SIZE, picture=grey))
+    source = write(tmp_path / "a.mp4", make_video(frames=3, size=SIZE, image=grey))
     report = done(source, "--out", tmp_path / "out.mp4")
     assert report["faces"] == {"with_mask": 1, "without_mask": 1, "uncertain": 0}
     green, red, none = (edge_colour(frame) for frame in Decoded.of(tmp_path / "out.mp4").frames)
@@ -268,7 +268,7 @@ def test_boxes_are_drawn_in_the_colour_of_their_faces(analyzer: FakeAnalyzer, tm
 
 def test_fewer_frames_are_analysed_and_their_boxes_stay(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
     analyzer.finds = lambda number: [face()] if number == 1 else []
-    source = write(tmp_path / "a.mp4", make_video(frames=12, size=SIZE, picture=grey))
+    source = write(tmp_path / "a.mp4", make_video(frames=12, size=SIZE, image=grey))
     report = done(source, "--out", tmp_path / "out.mp4", "--sample-fps", 2.5)
     assert (report["frames"], report["frames_analysed"]) == (12, 3)
     boxed = [np.ptp(edge_colour(frame)) > 30 for frame in Decoded.of(tmp_path / "out.mp4").frames]
@@ -286,10 +286,10 @@ def textured(number: int) -> NDArray[np.uint8]:
 
 def test_hidden_faces_stay_hidden_for_a_moment_after_they_are_lost(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
     analyzer.finds = lambda number: [face()] if number in (0, 1, 4) else []
-    source = write(tmp_path / "a.mp4", make_video(frames=14, size=SIZE, picture=textured))
+    source = write(tmp_path / "a.mp4", make_video(frames=14, size=SIZE, image=textured))
     done(source, "--out", tmp_path / "out.mp4", "--blur")
     frames = [frame.astype(int) for frame in Decoded.of(tmp_path / "out.mp4").frames]
-    before = [picture.astype(int) for picture in analyzer.seen]
+    before = [image.astype(int) for image in analyzer.seen]
     inside = (slice(50, 78), slice(44, 76))
     changed = [np.abs(after[inside] - was[inside]).mean() for after, was in zip(frames, before, strict=True)]
     assert all(change > 50 for change in changed[:10]), changed
@@ -300,7 +300,7 @@ def test_hidden_faces_stay_hidden_for_a_moment_after_they_are_lost(analyzer: Fak
 
 def test_the_real_detector_finds_nobody_any_more(tmp_path: Path) -> None:
     photo = np.asarray(portrait())
-    source = write(tmp_path / "a.mp4", make_video(frames=2, size=(256, 256), picture=lambda number: photo))
+    source = write(tmp_path / "a.mp4", make_video(frames=2, size=(256, 256), image=lambda number: photo))
     report = done(source, "--out", tmp_path / "out.mp4", "--blur")
     assert sum(report["faces"].values()) == 2
     again = done(tmp_path / "out.mp4", "--at", 0, "--out", tmp_path / "out.png")
@@ -380,9 +380,9 @@ def test_a_run_that_fails_leaves_what_was_there(analyzer: FakeAnalyzer, tmp_path
 def test_a_run_that_is_killed_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     source = write(tmp_path / "a.mp4", make_video(frames=10, size=SIZE))
     code = (
-        "import os, signal, sys\nimport workers.annotation.pictures\nfrom workers.cli.annotate import annotate\n"
+        "import os, signal, sys\nimport workers.annotation.images\nfrom workers.cli.annotate import annotate\n"
         "class Killed:\n    def analyze_batch(self, frames):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "workers.annotation.pictures.load_analyzer = lambda spec, runtime: Killed()\nannotate(sys.argv[1:])\n"
+        "workers.annotation.images.load_analyzer = lambda spec, runtime: Killed()\nannotate(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, str(source), "--out", str(tmp_path / "out.mp4")]
     assert subprocess.run(command, check=False, env=dict(os.environ), timeout=60).returncode == -signal.SIGKILL
@@ -439,13 +439,13 @@ def test_a_stored_face_of_a_video_is_shown_in_its_frame(
     assert (report["source"], report["face_id"]) == (f"{bucket.uri}/gate.mp4", wanted.id)
     assert report["offset_seconds"] == wanted.offset_seconds
     assert [entry["status"] for entry in report["faces"]] == ["with_mask", "without_mask"]
-    picture = pixels(tmp_path / "face.png")
+    image = pixels(tmp_path / "face.png")
     plain = np.asarray(Image.fromarray(analyzer.seen[2]).resize((640, 480)))
     # Enlarged four times: the other's box has one line, the wanted one's three and a white rim.
-    assert tuple(picture[270, 160]) == COLOURS[MaskStatus.WITH_MASK]
-    assert tuple(picture[50, 16]) == tuple(picture[50, 17]) == COLOURS[MaskStatus.WITHOUT_MASK]
-    assert tuple(picture[50, 13]) == (255, 255, 255)
-    assert np.abs(picture[100:, 400:].astype(int) - plain[100:, 400:]).mean() < 12
+    assert tuple(image[270, 160]) == COLOURS[MaskStatus.WITH_MASK]
+    assert tuple(image[50, 16]) == tuple(image[50, 17]) == COLOURS[MaskStatus.WITHOUT_MASK]
+    assert tuple(image[50, 13]) == (255, 255, 255)
+    assert np.abs(image[100:, 400:].astype(int) - plain[100:, 400:]).mean() < 12
 
 
 def test_a_keyframe_is_found_again_as_it_was_sampled(
@@ -457,11 +457,11 @@ def test_a_keyframe_is_found_again_as_it_was_sampled(
     )
     for number, row in enumerate(rows(session, "SELECT id FROM faces ORDER BY id")):
         done("--face", row.id, "--out", tmp_path / "face.png")
-        picture = np.asarray(Image.fromarray(pixels(tmp_path / "face.png")).resize(SIZE), int)[:, 100:]
-        assert np.abs(picture - analyzer.seen[number][:, 100:]).mean() < 12
+        image = np.asarray(Image.fromarray(pixels(tmp_path / "face.png")).resize(SIZE), int)[:, 100:]
+        assert np.abs(image - analyzer.seen[number][:, 100:]).mean() < 12
 
 
-def test_a_stored_face_of_a_picture_and_what_keeps_it_from_being_shown(
+def test_a_stored_face_of_a_image_and_what_keeps_it_from_being_shown(
     stored: Callable[..., None], analyzer: FakeAnalyzer, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
     analyzer.finds = lambda number: [face()]

@@ -53,7 +53,7 @@ def png_that_claims(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_bad_pictures_end_in_the_ledger_and_the_rest_goes_on(
+def test_bad_images_end_in_the_ledger_and_the_rest_goes_on(
     services: Services, session: Session, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASKWATCH_STORAGE__MAX_OBJECT_BYTES", "200000")
@@ -101,7 +101,7 @@ def test_bad_pictures_end_in_the_ledger_and_the_rest_goes_on(
 
 
 @pytest.mark.parametrize("allowed", [1, 2])
-def test_a_picture_of_more_faces_than_allowed_is_named(
+def test_a_image_of_more_faces_than_allowed_is_named(
     services: Services, session: Session, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
     monkeypatch.setenv("MASKWATCH_WORKER__MAX_FACES", str(allowed))

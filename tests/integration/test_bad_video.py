@@ -54,7 +54,7 @@ from tests.videos import index_first, make_video, number_of, numbered
 from workers.jobs import models
 from workers.jobs.run import run_jobs
 from workers.media.containers import VideoFile, _deny
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.sampling import Grid, Sampler
 
 #: Of the frames of `video` every fifth is looked at, and each chunk has 2 s.
@@ -117,7 +117,7 @@ def grainy(number: int) -> NDArray[np.uint8]:
 @lru_cache(maxsize=1)
 def large_video() -> bytes:
     fine = {"qmin": "1", "qmax": "1"}
-    content = make_video("avi", "mjpeg", FRAMES, fps=RATE, size=(160, 120), picture=grainy, options=fine)
+    content = make_video("avi", "mjpeg", FRAMES, fps=RATE, size=(160, 120), image=grainy, options=fine)
     assert len(content) > 60 * 4096
     return content
 
@@ -504,7 +504,7 @@ def test_times_that_run_backwards_where_a_probe_does_not_look(
 
 def test_a_parameter_set_that_is_written_here_works() -> None:
     with av.open(io.BytesIO(with_sps(video(), sps(64, 48)))) as file:
-        assert [number_of(to_picture(frame)) for frame in file.decode(video=0)] == list(range(FRAMES))
+        assert [number_of(to_rgb(frame)) for frame in file.decode(video=0)] == list(range(FRAMES))
 
 
 def test_enormous_frames_end_in_the_ledger(session: Session, bucket: Bucket) -> None:
@@ -566,7 +566,7 @@ def test_claims_take_no_memory(tmp_path: Path) -> None:
     for name in ("both.avi", "both.mkv", "screen.gif", "wide.mp4"):
         assert growth(name, claims()[name], 1_000_000) < 60, name
     # The measure notices frames that are really large: 25 megapixels take 75 MB as RGB alone.
-    real = make_video("avi", "mjpeg", 1, size=(5000, 5000), picture=lambda _: np.zeros((5000, 5000, 3), np.uint8))
+    real = make_video("avi", "mjpeg", 1, size=(5000, 5000), image=lambda _: np.zeros((5000, 5000, 3), np.uint8))
     assert growth("real.avi", real, 30_000_000) > 75
 
 
@@ -667,7 +667,7 @@ def test_an_object_that_vanishes_while_it_is_read(session: Session, bucket: Buck
 @pytest.mark.usefixtures("step_by_step")
 def test_an_object_that_is_replaced_while_it_is_read(session: Session, bucket: Bucket, analyzer: FakeAnalyzer) -> None:
     put(session, bucket, new__avi=large_video(), good__mp4=video())
-    shorter = make_video("avi", "mjpeg", 30, fps=RATE, picture=lambda n: numbered(n + 100))
+    shorter = make_video("avi", "mjpeg", 30, fps=RATE, image=lambda n: numbered(n + 100))
     with at_frame(analyzer, 30, lambda: bucket.put("new.avi", shorter)):
         refs = dispatch(session, limit=200)
         run_jobs(refs, worker="test/1", settings=get_settings())  # the probes
@@ -782,7 +782,7 @@ def _take_all(content: bytes, mode: SampleMode) -> None:
             video.info()
             for first, stop in ((0, 2), (2, 4), (4, None)):
                 for sample in Sampler(video, Grid(Fraction(2)), mode, first, stop):
-                    to_picture(sample.frame)
+                    to_rgb(sample.frame)
             video.close()
         except PermanentJobError as error:
             assert error.detail and "\n" not in error.detail

@@ -104,7 +104,7 @@ def abandon(server: Server, queue: Queue) -> None:
         admin.zadd(f"{queue.value}.unacked_index", {"old": 1.0})
 
 
-def test_three_users_do_the_whole_road_and_have_no_right_that_none_needs(
+def test_three_users_work_end_to_end_and_have_no_right_that_none_needs(
     server: Server, use: Use, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
     use(server.environment("producer"))
@@ -114,9 +114,9 @@ def test_three_users_do_the_whole_road_and_have_no_right_that_none_needs(
     for queue in Queue:
         abandon(server, queue)
     monitor = Monitor(server)
-    with ExitStack() as crew:
+    with ExitStack() as exits:
         for role in ROLES:
-            crew.enter_context(running(role, log=tmp_path / f"{role}.log", env=server.environment(role)))
+            exits.enter_context(running(role, log=tmp_path / f"{role}.log", env=server.environment(role)))
         assert maskwatch("backfill", bucket.uri, "--location", "lobby", timeout=300).returncode == 0
 
         def done() -> bool:

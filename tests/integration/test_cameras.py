@@ -15,14 +15,14 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common.catalog import schedule
-from common.catalog.schedule import LookLostError, slots
+from common.catalog.schedule import PollLostError, slots
 from common.database.sessions import session_scope
 from common.domain import MaskwatchError, ObjectInfo
 from common.settings import get_settings
 from common.storage.s3 import S3Store
 from common.timestamps import TimePattern
 from producer import cameras, dispatch, listing
-from producer.cameras import look_at, tick
+from producer.cameras import poll_camera, tick
 from tests.ledger_rows import rows, scalar, states
 from tests.mutants import Rewrite, planted
 from tests.photos import jpeg, portrait
@@ -161,44 +161,52 @@ def test_no_slot_is_noted_again_after_it_was_deleted_because_the_latest_stays(
 # --- looks ------------------------------------------------------------------------------------------------
 
 
-def test_one_look_ends_all_slots_that_were_due_and_enqueues_live(session: Session, bucket: Bucket) -> None:
+def test_one_poll_ends_all_slots_that_were_due_and_enqueues_live(session: Session, bucket: Bucket) -> None:
     locate()
     add(bucket, "--every", "1h")
     due(session, hours=30)
     bucket.put(key(NOW), b"x")
     (camera,) = tick(get_settings())
     with ThreadPoolExecutor(3) as threads:
-        assert sorted(threads.map(lambda _: look_at(camera, get_settings()) or 0, range(3))) == [0, 0, 1]
+        assert sorted(threads.map(lambda _: poll_camera(camera, get_settings()) or 0, range(3))) == [0, 0, 1]
     assert rows(session, "SELECT looks, count(*) FROM camera_slots GROUP BY 1") == [(1, 31)]
     assert rows(session, "SELECT lane, state FROM jobs") == [(0, "pending")]
-    assert tick(get_settings()) == [] and look_at(camera, get_settings()) is None
+    assert tick(get_settings()) == [] and poll_camera(camera, get_settings()) is None
 
 
-def test_a_look_lists_what_can_be_new_and_a_sweep_everything(
+def test_the_earlier_spelling_of_an_option_works_with_a_warning(session: Session, bucket: Bucket) -> None:
+    locate()
+    said = add(bucket, "--every", "1s", "--sweep", "2d")
+    assert "warning: --sweep is now --full-scan; the next version does not know --sweep" in said
+    assert rows(session, "SELECT sweep_seconds FROM cameras") == [(2 * 86400,)]
+    assert "--sweep" not in maskwatch("cameras", "add", "--help").stdout
+
+
+def test_a_poll_lists_what_can_be_new_and_a_full_scan_everything(
     session: Session, bucket: Bucket, listed: list[str]
 ) -> None:
     locate()
-    add(bucket, "--every", "1s", "--look-back", "1h", "--sweep", "1d")
+    add(bucket, "--every", "1s", "--look-back", "1h", "--full-scan", "1d")
     old, new = NOW - timedelta(days=9), NOW - timedelta(hours=2)
     for at in (old, new):
         bucket.put(key(at), b"x")
     wait_until(lambda: tick(get_settings()), what="a slot")
     listed.clear()
-    assert look_at(1, get_settings()) == 2
-    assert listed == [""], "the first is a sweep"
+    assert poll_camera(1, get_settings()) == 2
+    assert listed == [""], "the first is a full scan"
 
     late, later = new - timedelta(minutes=30), new - timedelta(days=1)
     for at in (late, later):
         bucket.put(key(at), b"late")
     wait_until(lambda: tick(get_settings()), what="the next slot")
     listed.clear()
-    assert look_at(1, get_settings()) == 1, "what is not too late"
+    assert poll_camera(1, get_settings()) == 1, "what is not too late"
     assert listed == [key(new - timedelta(hours=1)).removesuffix(".jpg")]
 
     session.execute(text("UPDATE cameras SET swept_at = swept_at - interval '2 days'"))
     session.commit()
     wait_until(lambda: tick(get_settings()), what="another slot")
-    assert look_at(1, get_settings()) == 1, "what came later still"
+    assert poll_camera(1, get_settings()) == 1, "what came later still"
     assert states(session) == {"pending": 4}
     hours = {row[0] for row in rows(session, "SELECT observed_at FROM media_objects")}
     assert hours == {old, new, late, later}, "each in its own time"
@@ -215,23 +223,23 @@ def test_a_look_that_was_killed_is_gone_on_with_by_another(
     for name in keys:
         bucket.put(name, b"x")
     tick(get_settings())
-    advance = schedule.advance_look
+    advance = schedule.advance_poll
 
-    def killed(session: Session, look: schedule.Look, cursor: str) -> None:
+    def killed(session: Session, poll: schedule.Poll, cursor: str) -> None:
         if cursor == sorted(keys)[3]:
             raise SystemExit  # the process that polls dies here
-        advance(session, look, cursor)
+        advance(session, poll, cursor)
 
-    monkeypatch.setattr(schedule, "advance_look", killed)
+    monkeypatch.setattr(schedule, "advance_poll", killed)
     with pytest.raises(SystemExit):
-        look_at(1, get_settings())
-    monkeypatch.setattr(schedule, "advance_look", advance)
+        poll_camera(1, get_settings())
+    monkeypatch.setattr(schedule, "advance_poll", advance)
     assert tick(get_settings()) == [], "its lease has not run out"
     assert scalar(session, "SELECT count(*) FROM camera_slots WHERE finished_at IS NOT NULL") == 0
     session.execute(text("UPDATE cameras SET look_until = clock_timestamp() - interval '1 second'"))
     session.commit()
     listed.clear()
-    assert look_at(1, get_settings()) == 4
+    assert poll_camera(1, get_settings()) == 4
     assert listed == [sorted(keys)[1]]
     assert rows(session, "SELECT DISTINCT looks FROM camera_slots") == [(1,)]
 
@@ -242,13 +250,13 @@ def test_who_was_paused_past_his_lease_writes_nothing(session: Session, bucket: 
     due(session, hours=1)
     tick(get_settings())
     with session_scope() as mine:
-        slow = schedule.begin_look(mine, 1, lease_seconds=60)
+        slow = schedule.begin_poll(mine, 1, lease_seconds=60)
     assert slow is not None
     session.execute(text("UPDATE cameras SET look_until = clock_timestamp() - interval '1 second'"))
     session.commit()
-    assert look_at(1, get_settings()) == 0
-    for write in (lambda s: schedule.advance_look(s, slow, "x"), lambda s: schedule.end_look(s, slow)):
-        with pytest.raises(LookLostError), session_scope() as mine:
+    assert poll_camera(1, get_settings()) == 0
+    for write in (lambda s: schedule.advance_poll(s, slow, "x"), lambda s: schedule.end_poll(s, slow)):
+        with pytest.raises(PollLostError), session_scope() as mine:
             write(mine)
     assert rows(session, "SELECT DISTINCT looks FROM camera_slots") == [(1,)], "and ends no slot again"
 
@@ -264,14 +272,14 @@ def test_a_bucket_that_denies_costs_no_slot(session: Session, bucket: Bucket, mo
         raise MaskwatchError("listing is denied (AccessDenied): grant s3:ListBucket to these keys")
 
     monkeypatch.setattr(S3Store, "list_pages", denied)
-    assert look_at(1, get_settings()) is None
+    assert poll_camera(1, get_settings()) is None
     (shown,) = json.loads(maskwatch("cameras", "list", "--json").stdout)
     assert "grant s3:ListBucket" in shown["problem"] and shown["slots_due"] == 2
     monkeypatch.setattr(S3Store, "list_pages", pages)
     assert tick(get_settings()) == [], "not at once again"
     session.execute(text("UPDATE cameras SET look_until = clock_timestamp() - interval '1 second'"))
     session.commit()
-    assert look_at(1, get_settings()) == 0
+    assert poll_camera(1, get_settings()) == 0
     (shown,) = json.loads(maskwatch("cameras", "list", "--json").stdout)
     assert (shown["problem"], shown["slots_due"], shown["state"]) == (None, 0, "scheduled")
 
@@ -316,7 +324,7 @@ def test_a_camera_is_changed_disabled_and_removed_and_keeps_its_history(session:
     due(session, hours=1)
     bucket.put(key(NOW), b"x")
     tick(get_settings())
-    look_at(1, get_settings())
+    poll_camera(1, get_settings())
 
     def do(action: str, *options: str) -> str:
         done = maskwatch("cameras", action, "cam", "--location", "lobby", *options)
@@ -349,7 +357,7 @@ def test_a_camera_is_changed_disabled_and_removed_and_keeps_its_history(session:
         ("%Y/%m/%d.jpg", "2026/3/2.jpg", None),  # nor do numbers without zeros
     ],
 )
-def test_where_a_look_begins(pattern: str, name: str, before: str | None) -> None:
+def test_where_a_poll_begins(pattern: str, name: str, before: str | None) -> None:
     assert TimePattern(pattern).key_before(name, datetime(2026, 3, 1, 6, 30)) == before
 
 
@@ -357,7 +365,7 @@ def test_footage_that_arrives_is_analysed_on_schedule(
     session: Session, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With two real producers and a real worker."""
-    for name, value in {**QUICK, "MASKWATCH_DISPATCH__LOOK_SECONDS": "0.3"}.items():
+    for name, value in {**QUICK, "MASKWATCH_DISPATCH__POLL_SECONDS": "0.3"}.items():
         monkeypatch.setenv(name, value)
     locate()
     add(bucket, "--every", "1s")

@@ -46,14 +46,14 @@ def test_the_demo(newcomer: Path) -> None:
     done = maskwatch("demo", "--out", str(out), cwd=newcomer, timeout=300)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
-    truth = summary["truth"]
-    assert truth["found_share"] >= 0.95 and truth["labelled_right_share"] >= 0.95
-    assert truth["faces"] >= 100  # the shares are of something
+    ground_truth = summary["truth"]
+    assert ground_truth["found_share"] >= 0.95 and ground_truth["labelled_right_share"] >= 0.95
+    assert ground_truth["faces"] >= 100  # the shares are of something
     reasons = {entry["reason"] for entry in summary["quarantined_objects"]}
     assert reasons == {"truncated_image", "empty_file", "unreadable_video"}
     # 66 pictures, the probe of a video and its one chunk.
     assert summary["jobs"] == {"succeeded": 68, "quarantined": 3}
-    assert (truth["frames"], truth["visits"]) == (32, 6)
+    assert (ground_truth["frames"], ground_truth["visits"]) == (32, 6)
     assert {row["location"] for row in summary["compliance_by_day"]} == {"lobby", "market-street"}
     assert "<svg" in (out / "report.html").read_text() or "data:image" in (out / "report.html").read_text()
     assert len(list((out / "annotated").glob("*.jpg"))) == 66

@@ -41,7 +41,7 @@ ONNX, NATIVE = Runtime(Engine.ONNX), Runtime(Engine.NATIVE)
 #: What two ways may differ by. fdet cuts its boxes' corners and sides to whole pixels, and so are ours before.
 BOX_PX, SCORE = 1.0, 1e-3
 
-Picture = NDArray[np.uint8]
+RgbImage = NDArray[np.uint8]
 
 
 @dataclass
@@ -92,7 +92,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def scenes(data_dir: Path) -> list[Picture]:
+def scenes(data_dir: Path) -> list[RgbImage]:
     """The 57 test scenes."""
     paths = sorted((data_dir / "scenes" / "images").iterdir())
     return [decode_image(path.read_bytes(), max_pixels=10**7).rgb for path in paths]
@@ -103,8 +103,8 @@ def mobilenet_file(data_dir: Path) -> bytes:
     return (data_dir / "weights" / MOBILENET_FILE).read_bytes()
 
 
-def finds(detector: FaceDetector, pictures: Sequence[Picture]) -> list[Detections]:
-    return [detector.detect(picture) for picture in pictures]
+def finds(detector: FaceDetector, images: Sequence[RgbImage]) -> list[Detections]:
+    return [detector.detect(image) for image in images]
 
 
 def difference_of(ours: Sequence[Detections], theirs: Sequence[Detections]) -> Difference:
@@ -127,10 +127,10 @@ def unscaled(detector: ModelRef, threshold: float) -> PipelineSpec:
 
 
 def compare_with_fdet(
-    name: str, ours: PipelineSpec, theirs: PipelineSpec, pictures: Sequence[Picture], report: Report, at_least: int
+    name: str, ours: PipelineSpec, theirs: PipelineSpec, images: Sequence[RgbImage], report: Report, at_least: int
 ) -> None:
-    expected = finds(load_fdet_retinaface(theirs, NATIVE), pictures)
-    found = {runtime.engine: finds(load_retinaface(ours, runtime), pictures) for runtime in (NATIVE, ONNX)}
+    expected = finds(load_fdet_retinaface(theirs, NATIVE), images)
+    found = {runtime.engine: finds(load_retinaface(ours, runtime), images) for runtime in (NATIVE, ONNX)}
     against_fdet = {
         engine: difference_of([whole_pixels(each) for each in faces], expected) for engine, faces in found.items()
     }
@@ -144,7 +144,7 @@ def compare_with_fdet(
 
 @pytest.mark.data
 def test_mobilenet_finds_what_fdet_finds(
-    scenes: list[Picture], mobilenet_file: bytes, cache: Path, report: Report
+    scenes: list[RgbImage], mobilenet_file: bytes, cache: Path, report: Report
 ) -> None:
     """Far below the usual threshold, so that doubtful faces are compared, too."""
     contents = {MOBILENET_FILE: mobilenet_file}
@@ -160,14 +160,14 @@ def test_resnet50_of_random_weights_finds_what_fdet_finds(cache: Path, report: R
     theirs = unscaled(put_in_cache(cache, "fdet-retinaface", contents), 0.8)
     photograph = astronaut()
     # Sizes that no stride divides, small enough for 25 million weights on a CPU.
-    pictures = [photograph[100:351, 60:361], photograph[::3, ::2], photograph[40:240, 150:251]]
-    compare_with_fdet("RetinaFace-ResNet50 of random weights", ours, theirs, pictures, report, at_least=100)
+    images = [photograph[100:351, 60:361], photograph[::3, ::2], photograph[40:240, 150:251]]
+    compare_with_fdet("RetinaFace-ResNet50 of random weights", ours, theirs, images, report, at_least=100)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("fault", ["slope", "size variance", "mean"])
 def test_a_slight_fault_would_be_noticed(
-    fault: str, scenes: list[Picture], mobilenet_file: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, scenes: list[RgbImage], mobilenet_file: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = {MOBILENET_FILE: mobilenet_file}
     if fault == "slope":  # that of the variant of the file which loads as well
@@ -189,7 +189,7 @@ def test_a_slight_fault_would_be_noticed(
 
 @pytest.mark.data
 def test_mtcnn_finds_the_same_under_both_engines(
-    scenes: list[Picture], data_dir: Path, cache: Path, report: Report
+    scenes: list[RgbImage], data_dir: Path, cache: Path, report: Report
 ) -> None:
     nets = sorted((data_dir / "weights" / "mtcnn").glob("*.pt"))
     spec = unscaled(put_in_cache(cache, "mtcnn", {path.name: path.read_bytes() for path in nets}), 0.5)
@@ -216,14 +216,14 @@ def test_fdets_networks_of_mtcnn_say_what_ours_say(data_dir: Path, cache: Path) 
 
 
 @pytest.mark.data
-def test_fdets_mtcnn_and_ours_find_mostly_the_same(scenes: list[Picture], data_dir: Path, cache: Path) -> None:
+def test_fdets_mtcnn_and_ours_find_mostly_the_same(scenes: list[RgbImage], data_dir: Path, cache: Path) -> None:
     """Not all: they scale pictures and round boxes differently between the networks."""
     contents = {path.name: path.read_bytes() for path in (data_dir / "weights" / "mtcnn").glob("*.pt")}
     ours = load_mtcnn(unscaled(put_in_cache(cache, "mtcnn", contents), 0.9), ONNX)
     theirs = load_fdet_mtcnn(unscaled(put_in_cache(cache, "fdet-mtcnn", contents), 0.9), NATIVE)
     found, expected, both = 0, 0, 0
-    for picture in scenes[::6]:
-        our_faces, their_faces = ours.detect(picture), theirs.detect(picture)
+    for image in scenes[::6]:
+        our_faces, their_faces = ours.detect(image), theirs.detect(image)
         found, expected = found + len(our_faces), expected + len(their_faces)
         both += int((iou(our_faces.boxes_xyxy, their_faces.boxes_xyxy).max(axis=1, initial=0) > 0.6).sum())
     assert expected > 10

@@ -18,7 +18,7 @@ from producer.estimate import Estimate, estimate
 from producer.submit import submit
 from tests.ledger_rows import claim, face, rows, scalar, take
 from tests.services import Bucket, locate, maskwatch
-from workers.jobs.recording import Picture, record_chunk, record_image, record_images, record_probe
+from workers.jobs.recording import AnalysedImage, record_chunk, record_image, record_images, record_probe
 from workers.summaries.aggregation import summarize
 
 
@@ -79,7 +79,7 @@ def test_what_it_says_is_what_then_happens(session: Session, bucket: Bucket) -> 
     analyse_all(session, faces=3, seconds=0.5)
     fill(bucket, 100, first=ENOUGH)
     told = dry_run(bucket, workers=4, price_per_hour=2)
-    assert told.throughput.seconds_per_image.origin is Origin.MEASURED
+    assert told.cost_model.seconds_per_image.origin is Origin.MEASURED
     assert (told.found.known, told.jobs, told.face_rows) == (ENOUGH, 100, 300)
     assert told.worker_hours == pytest.approx(100 * 0.5 / 3600)
     assert told.hours == pytest.approx(told.worker_hours / 4)
@@ -91,16 +91,16 @@ def test_what_it_says_is_what_then_happens(session: Session, bucket: Bucket) -> 
     assert dry_run(bucket).jobs == 0
 
 
-def test_pictures_and_videos_are_told_apart(session: Session, bucket: Bucket) -> None:
+def test_images_and_videos_are_told_apart(session: Session, bucket: Bucket) -> None:
     """However many of each were seen before."""
     locate()
     fill(bucket, 30)
     bucket.put("a.mp4", b"x" * 1000)
     submit(get_settings(), bucket.uri, location_name="lobby")
     refs = take(session, 100)
-    *pictures, probe = sorted(claim(session, refs), key=lambda job: job.kind is JobKind.PROBE)
+    *images, probe = sorted(claim(session, refs), key=lambda job: job.kind is JobKind.PROBE)
     seen = ObservedAt(datetime(2026, 3, 2, 12, tzinfo=UTC), ObservedAtSource.LAST_MODIFIED)
-    record_images(session, [Picture(job, [face()] * 3, seen) for job in pictures])
+    record_images(session, [AnalysedImage(job, [face()] * 3, seen) for job in images])
     record_probe(session, probe, VideoInfo("mp4", "h264", 64, 48, 1.0, 0, 50.0, None), seen, [(0, 60_000)])
     session.commit()
     (chunk,) = claim(session, take(session, 9))
@@ -113,14 +113,14 @@ def test_pictures_and_videos_are_told_apart(session: Session, bucket: Bucket) ->
     assert dry_run(bucket).face_rows == 30 + 180
 
 
-def test_one_picture_that_had_to_wait_for_its_models_does_not_count(session: Session, bucket: Bucket) -> None:
+def test_one_image_that_had_to_wait_for_its_models_does_not_count(session: Session, bucket: Bucket) -> None:
     locate()
     fill(bucket, 40)
     submit(get_settings(), bucket.uri, location_name="lobby")
     analyse_all(session, faces=1, seconds=0.5)
     session.execute(text("UPDATE job_attempts SET ended_at = ended_at + interval '1 hour' WHERE worker = 'w@host/1'"))
     session.commit()
-    rate = dry_run(bucket).throughput.seconds_per_image
+    rate = dry_run(bucket).cost_model.seconds_per_image
     assert (rate.value, rate.origin) == (pytest.approx(0.5), Origin.MEASURED)
 
 

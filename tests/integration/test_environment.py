@@ -92,7 +92,7 @@ def test_a_full_redis_is_named_and_what_it_refused_is_sent_later(lab: Lab, sessi
 def test_workers_live_through_a_full_redis(lab: Lab) -> None:
     bucket = lab.bucket("full")
     lab.put(bucket, 24)
-    with lab.crew("producer", "aggregator", "worker") as crew:
+    with lab.processes("producer", "aggregator", "worker") as processes:
         lab.backfill(bucket)
         wait_until(lambda: lab.states().get("succeeded", 0) >= 4, what="the first pictures")
         with full(lab.services):
@@ -101,10 +101,10 @@ def test_workers_live_through_a_full_redis(lab: Lab) -> None:
             lab.backfill(bucket)
             # Long enough for a message to be taken, and for several ticks to be refused.
             lab.scalar("SELECT pg_sleep(4)")
-            assert all(process.poll() is None for process in crew)
+            assert all(process.poll() is None for process in processes)
             assert lab.states().get("succeeded", 0) < 32, f"not full: {before} before"
         lab.wait_until_done(32, seconds=120)
-        assert all(process.poll() is None for process in crew)
+        assert all(process.poll() is None for process in processes)
     assert "used memory > 'maxmemory'" in logs(lab, "producer") and traced_ticks(lab) == []
     assert (lab.lost(32), lab.doubled(), lab.summary_difference()) == (0, 0, 0)
 
@@ -113,7 +113,7 @@ def test_a_frozen_redis_is_given_up_on_and_work_goes_on_after_it(lab: Lab) -> No
     bucket = lab.bucket("frozen")
     lab.put(bucket, 24)
     redis = lab.pid_of("redis")
-    with lab.crew("producer", "aggregator", "worker"):
+    with lab.processes("producer", "aggregator", "worker"):
         lab.backfill(bucket)
         wait_until(lambda: lab.states().get("succeeded", 0) >= 4, what="the first pictures")
         os.kill(redis, signal.SIGSTOP)
@@ -207,7 +207,7 @@ def test_without_a_free_connection_a_job_is_neither_failed_nor_lost(lab: Lab, se
 def test_workers_live_through_a_postgres_without_a_free_connection(lab: Lab) -> None:
     bucket = lab.bucket("crowded")
     lab.put(bucket, 24)
-    with lab.crew("producer", "aggregator", "worker") as crew:
+    with lab.processes("producer", "aggregator", "worker") as processes:
         lab.backfill(bucket)
         wait_until(lambda: lab.states().get("succeeded", 0) >= 4, what="the first pictures")
         lab.engine.dispose()
@@ -220,7 +220,7 @@ def test_workers_live_through_a_postgres_without_a_free_connection(lab: Lab) -> 
         with without_a_free_connection(lab.services) as push_out:
             wait_until(the_producer_found_none, what="a producer that found no connection")
         lab.wait_until_done(24, seconds=120)
-        assert all(process.poll() is None for process in crew)
+        assert all(process.poll() is None for process in processes)
     assert (lab.lost(24), lab.doubled(), lab.summary_difference()) == (0, 0, 0)
     assert "tick failed" in logs(lab, "producer") and traced_ticks(lab) == []
 
@@ -339,7 +339,7 @@ def test_workers_whose_clocks_are_hours_off_do_their_work_once(lab: Lab) -> None
     lease = {"MASKWATCH_LEDGER__LEASE_SECONDS": "60"}
     slow, fast = (lab.injected(f"import time\nclock = time.time\ntime.time = lambda: clock() + {by}") for by in HOURS)
     with (
-        lab.crew("producer", "aggregator"),
+        lab.processes("producer", "aggregator"),
         lab.running("worker", env=slow | lease),
         lab.running("worker", env=fast | lease),
     ):

@@ -40,9 +40,9 @@ def refusal(*arguments: str | Path) -> str:
     return line
 
 
-def is_picture(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.format == "PNG" and min(image.size) > 100
+def is_image(path: Path) -> bool:
+    with Image.open(path) as opened:
+        return opened.format == "PNG" and min(opened.size) > 100
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,13 @@ def scenes(tmp_path: Path, portrait: Image.Image) -> Path:
     (folder / "annotations").mkdir()
     x1, y1, x2, y2 = FACE
     mirrored = (portrait.width - x2, y1, portrait.width - x1, y2)
-    for name, picture, label, box in (
+    for name, image, label, box in (
         ("a", portrait, "without_mask", FACE),
         ("b", portrait.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "mask_weared_incorrect", mirrored),
         ("c", None, "with_mask", FACE),
     ):
         path = folder / "images" / f"{name}.png"
-        path.write_bytes(b"no picture") if picture is None else picture.save(path)
+        path.write_bytes(b"no picture") if image is None else image.save(path)
         corners = "".join(
             f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
         )
@@ -107,7 +107,7 @@ def test_scenes_give_figures_plots_and_mistakes(scenes, tmp_path):
     assert values["judged"]["worn_wrongly"]["matched"] == 1
     assert values["pipeline"]["detector"]["name"] == "centerface"
     assert json.loads((out / "metrics.json").read_text()) == values
-    assert all(is_picture(out / f"{name}.png") for name in ("reliability", "confusion", "precision_recall"))
+    assert all(is_image(out / f"{name}.png") for name in ("reliability", "confusion", "precision_recall"))
     assert not (out / "missed.png").exists(), "nothing was missed: a grid of an earlier run would mislead"
 
 
@@ -129,7 +129,7 @@ def test_faces_give_scikit_learns_report_plots_and_what_to_keep(faces, tmp_path)
     values = json.loads((out / "metrics.json").read_text())
     assert [entry["file"] for entry in values["unreadable"]] == ["with_mask/torn.jpg"]
     assert values["all"]["faces"] == 8
-    assert is_picture(out / "reliability.png") and is_picture(out / "confusion.png")
+    assert is_image(out / "reliability.png") and is_image(out / "confusion.png")
     (confusion,) = read_confusions(kept).values()
     assert (confusion.classifier, confusion.faces, confusion.data) == (CLASSIFIER, 8, "8 faces of faces")
     (configured,) = (row for row in values["uncertain"] if row["configured"])
@@ -168,7 +168,7 @@ def test_detectors_stand_side_by_side(scenes, tmp_path):
         assert row["sizes"]["≥64"]["recall"] == row["recall"] > 0
         assert 0 < row["average_precision"] <= 1
         assert row["median_ms"] > 0
-    assert is_picture(out / "precision_recall.png")
+    assert is_image(out / "precision_recall.png")
     assert json.loads((out / "metrics.json").read_text()) == values
 
 

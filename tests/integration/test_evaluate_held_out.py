@@ -55,9 +55,9 @@ def test_the_kept_confusion_matrix_is_what_evaluation_finds(figures):
     kept = model_figures.confusion_of(default_spec())
     assert kept is not None
     (configured,) = (row for row in figures["uncertain"] if row["configured"])
-    for truth, called in enumerate((kept.with_mask, kept.without_mask)):
-        assert list(called[:2]) == configured["confusion"][truth]
-        assert sum(called) == sum(figures["all"]["confusion"][truth])
+    for ground_truth, called in enumerate((kept.with_mask, kept.without_mask)):
+        assert list(called[:2]) == configured["confusion"][ground_truth]
+        assert sum(called) == sum(figures["all"]["confusion"][ground_truth])
 
 
 def test_no_variant_of_a_held_out_face_was_learned_from():

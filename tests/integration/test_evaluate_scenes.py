@@ -36,7 +36,7 @@ def summary() -> dict[str, Any]:
     return values
 
 
-def test_all_pictures_and_labels_are_counted(summary):
+def test_all_images_and_labels_are_counted(summary):
     assert summary["images"] == len(list((SCENES / "images").iterdir()))
     assert summary["unreadable"] == []
     assert summary["labelled_faces"] == sum(

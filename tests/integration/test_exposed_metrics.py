@@ -193,9 +193,9 @@ def test_what_panels_and_alerts_ask_for_is_what_running_processes_expose(
     bucket.put("empty.jpg", b"")
     ports = {role: free_port() for role in ROLES}
     logs = {role: tmp_path / f"{role}.log" for role in ROLES}
-    with ExitStack() as crew:
+    with ExitStack() as exits:
         for role in ROLES:
-            crew.enter_context(running(role, log=logs[role], env={"MASKWATCH_METRICS__PORT": str(ports[role])}))
+            exits.enter_context(running(role, log=logs[role], env={"MASKWATCH_METRICS__PORT": str(ports[role])}))
         for role in ROLES:
             wait_until(lambda role=role: _answers(ports[role]), what=f"metrics of the {role}")
         done = maskwatch("backfill", bucket.uri, "--location", "lobby", "--wait", timeout=240)

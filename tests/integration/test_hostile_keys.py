@@ -67,7 +67,7 @@ def test_the_report_has_no_markup_of_theirs(analysed: Bucket, tmp_path: Path) ->
     assert "onerror=alert" not in page.replace(html.escape("<img src=x onerror=alert(1)>"), "")
 
 
-def test_annotated_pictures_stay_in_their_folder(analysed: Bucket, tmp_path: Path) -> None:
+def test_annotated_images_stay_in_their_folder(analysed: Bucket, tmp_path: Path) -> None:
     inside = tmp_path / "in" / "side"
     inside.mkdir(parents=True)
     done = maskwatch("annotate", analysed.uri, "--out", str(inside / "out"), "--json", cwd=inside)

@@ -44,7 +44,7 @@ from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import Bucket, wait_until
 from workers.jobs import images, models
 from workers.jobs.attempts import UnfitWorkerError
-from workers.jobs.images import read_ahead
+from workers.jobs.images import prefetch
 from workers.jobs.run import run_jobs
 
 
@@ -70,7 +70,7 @@ def analyzer(monkeypatch: pytest.MonkeyPatch) -> FakeAnalyzer:
     return fake
 
 
-def picture(number: int, revision: int = 0) -> bytes:
+def image(number: int, revision: int = 0) -> bytes:
     """A picture that tells its number, lossless."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (number, revision, 0)).save(buffer, "PNG")
@@ -80,7 +80,7 @@ def picture(number: int, revision: int = 0) -> bytes:
 def plan(session: Session, bucket: Bucket, number: int, revision: int = 0) -> None:
     """Put a picture into the bucket, or replace it, and register what lies there."""
     key = f"{number}.png"
-    bucket.put(key, picture(number, revision))
+    bucket.put(key, image(number, revision))
     found = open_bucket(bucket.uri).stat(key)
     register(session, PlannedObject(found, MediaKind.IMAGE, ObservedAt(NOON, ObservedAtSource.KEY_PATTERN)))
 
@@ -132,7 +132,7 @@ def outlast_the_lease(session: Session) -> None:
     wait_until(over, what="a whole lease")
 
 
-def test_the_heartbeat_keeps_the_lease_of_a_picture_that_takes_longer(
+def test_the_heartbeat_keeps_the_lease_of_a_image_that_takes_longer(
     session: Session, bucket: Bucket, analyzer: FakeAnalyzer, configure: Callable[..., Settings]
 ) -> None:
     configure(ledger__lease_seconds=2, ledger__heartbeat_seconds=0.1)
@@ -227,7 +227,7 @@ def test_out_of_time_what_is_not_begun_is_released(
     assert_only_the_first_was_done(session)
 
 
-def test_a_draining_worker_ends_its_picture_and_releases_the_rest(
+def test_a_draining_worker_ends_its_image_and_releases_the_rest(
     session: Session, bucket: Bucket, analyzer: FakeAnalyzer
 ) -> None:
     draining = threading.Event()
@@ -285,7 +285,7 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize(("max_attempts", "state"), [(2, "retry_wait"), (1, "quarantined")])
-def test_an_unexpected_error_concerns_its_own_picture(
+def test_an_unexpected_error_concerns_its_own_image(
     session: Session,
     bucket: Bucket,
     analyzer: FakeAnalyzer,
@@ -328,7 +328,7 @@ def test_a_version_that_was_replaced_meanwhile_leaves_nothing(
 
 @dataclass
 class Reading:
-    """What `read_ahead` has asked its threads for, and what they read."""
+    """What `prefetch` has asked its threads for, and what they read."""
 
     fails: dict[int, Exception] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
@@ -336,7 +336,7 @@ class Reading:
     def read(self, job: ClaimedJob, settings: Settings) -> bytes:
         if job.ref.id in self.fails:
             raise self.fails[job.ref.id]
-        return picture(job.ref.id)
+        return image(job.ref.id)
 
 
 @pytest.fixture
@@ -384,8 +384,8 @@ def claimed(sizes: Sequence[int]) -> list[ClaimedJob]:
 def ahead_at_each_turn(sizes: Sequence[int], reading: Reading, settings: Settings) -> list[list[int]]:
     """The sizes of what is fetched ahead while each object has its turn; checks their order on the way."""
     ahead = []
-    for turn, (job, read) in enumerate(read_ahead(claimed(sizes), settings), start=1):
-        assert job.ref.id == turn and read() == picture(turn)
+    for turn, (job, read) in enumerate(prefetch(claimed(sizes), settings), start=1):
+        assert job.ref.id == turn and read() == image(turn)
         assert reading.asked == list(range(1, len(reading.asked) + 1))
         ahead.append([sizes[number - 1] for number in reading.asked[turn:]])
     assert len(ahead) == len(sizes) == len(reading.asked)
@@ -396,13 +396,13 @@ def ahead_at_each_turn(sizes: Sequence[int], reading: Reading, settings: Setting
 def test_as_many_objects_as_allowed_are_fetched_ahead(
     reading: Reading, configure: Callable[..., Settings], allowed: int
 ) -> None:
-    settings = configure(worker__read_ahead=allowed)
+    settings = configure(worker__prefetch_objects=allowed)
     ahead = ahead_at_each_turn([1000] * 10, reading, settings)
     assert [len(sizes) for sizes in ahead] == [min(allowed, 9 - turn) for turn in range(10)]
 
 
 def test_no_more_bytes_than_allowed_are_fetched_ahead(reading: Reading, configure: Callable[..., Settings]) -> None:
-    settings = configure(worker__read_ahead=4, worker__read_ahead_bytes=100)
+    settings = configure(worker__prefetch_objects=4, worker__prefetch_bytes=100)
     ahead = ahead_at_each_turn([40, 40, 40, 500, 10, 10, 60, 100, 1], reading, settings)
     # What alone is larger than allowed is read when its turn comes, not before.
     assert ahead == [[40], [40], [], [], [10, 60], [60], [], [], []]
@@ -419,7 +419,7 @@ def test_two_objects_are_read_at_once(
         return reading.read(job, settings)
 
     monkeypatch.setattr(images, "_read", read)
-    ahead_at_each_turn([1000] * 4, reading, configure(worker__read_ahead=1))
+    ahead_at_each_turn([1000] * 4, reading, configure(worker__prefetch_objects=1))
 
 
 def test_who_stops_early_leaves_the_rest_unread(
@@ -440,14 +440,14 @@ def test_who_stops_early_leaves_the_rest_unread(
 
     monkeypatch.setattr(images, "_read", read)
     monkeypatch.setattr(images, "ThreadPoolExecutor", Pool)
-    jobs = read_ahead(claimed([1000] * 10), configure(worker__read_ahead=4))
+    jobs = prefetch(claimed([1000] * 10), configure(worker__prefetch_objects=4))
     next(jobs)
     wait_until(lambda: len(begun) == 2, what="two reads")
     jobs.close()
     assert reading.asked == [1, 2, 3, 4, 5] and sorted(begun) == [1, 2]
 
 
-def test_an_error_in_reading_belongs_to_its_own_picture(
+def test_an_error_in_reading_belongs_to_its_own_image(
     session: Session, bucket: Bucket, analyzer: FakeAnalyzer, reading: Reading
 ) -> None:
     refs = plan_group(session, bucket, 5)
@@ -470,7 +470,7 @@ def test_an_error_in_reading_belongs_to_its_own_picture(
 
 
 @pytest.mark.parametrize(("seconds", "transactions"), [(60, 1), (0, 4)])
-def test_pictures_are_recorded_together(
+def test_images_are_recorded_together(
     session: Session,
     bucket: Bucket,
     analyzer: FakeAnalyzer,

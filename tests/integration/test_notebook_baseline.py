@@ -108,20 +108,20 @@ def test_agreement_counts_what_only_one_found_and_what_is_labelled_otherwise() -
 @pytest.mark.skipif(find_spec("fdet") is None or find_spec("keras") is None, reason="the layer `native` is missing")
 def test_with_the_notebooks_models_maskwatch_says_what_the_notebook_says(data_dir: Path) -> None:
     paths = sorted((data_dir / "scenes" / "images").iterdir())
-    pictures = [decode_image(paths[number].read_bytes(), max_pixels=10**7).rgb for number in (3, 5, 11)]
-    pictures += frames_rgb_of(data_dir / "video" / "face-demographics-walking.gif", every=1, limit=1)
+    images = [decode_image(paths[number].read_bytes(), max_pixels=10**7).rgb for number in (3, 5, 11)]
+    images += frames_rgb_of(data_dir / "video" / "face-demographics-walking.gif", every=1, limit=1)
     with models_from(data_dir / "weights"):
         loop = NotebookLoop()
         analyzer = load_analyzer(twin_spec(), Runtime())
-    notebook = [loop.frame(picture) for picture in pictures]
+    notebook = [loop.frame(image) for image in images]
 
-    def agreement_of(pictures_seen: list[Pixels]) -> dict[str, Any]:
+    def agreement_of(images_seen: list[Pixels]) -> dict[str, Any]:
         agreement = Agreement()
-        for picture, faces in zip(pictures_seen, notebook, strict=True):
-            agreement.add(faces, analyzer.analyze(picture))
+        for image, faces in zip(images_seen, notebook, strict=True):
+            agreement.add(faces, analyzer.analyze(image))
         return agreement.figures()
 
-    found = agreement_of(pictures)
+    found = agreement_of(images)
     assert found["frames"] == 4
     assert found["faces"] >= 10
     assert found["same_faces"] == 1
@@ -129,6 +129,6 @@ def test_with_the_notebooks_models_maskwatch_says_what_the_notebook_says(data_di
     assert found["p_apart_median"] < 0.02
     assert found["px_apart_median"] < 2
     # The control: with red and blue exchanged, the same comparison fails.
-    exchanged = agreement_of([np.ascontiguousarray(picture[:, :, ::-1]) for picture in pictures])
+    exchanged = agreement_of([np.ascontiguousarray(image[:, :, ::-1]) for image in images])
     assert exchanged["same_faces"] < 0.9
     assert exchanged["same_labels"] < 0.9

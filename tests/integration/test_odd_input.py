@@ -85,7 +85,7 @@ def test_keys_that_name_no_sensible_year(services: Services, session: Session, b
     assert found == [("time_pattern_mismatch", 2), (None, 1)]
 
 
-def test_a_pattern_is_checked_on_the_first_page_that_has_pictures(
+def test_a_pattern_is_checked_on_the_first_page_that_has_images(
     services: Services, session: Session, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASKWATCH_STORAGE__LIST_PAGE_SIZE", "2")

@@ -56,9 +56,9 @@ def test_a_service_that_is_killed_and_comes_back(own: Services, tmp_path: Path, 
     (pid,) = [status.pid for status in stack.status() if status.name == service]
     assert pid is not None
     engine = create_engine(before.database_url, pool_pre_ping=True)
-    with ExitStack() as crew, Session(engine) as session:
+    with ExitStack() as exits, Session(engine) as session:
         for command in ("producer", "aggregator", "worker"):
-            crew.enter_context(running(command, log=tmp_path / f"{command}.log"))
+            exits.enter_context(running(command, log=tmp_path / f"{command}.log"))
         assert maskwatch("backfill", bucket.uri, "--location", "lobby").returncode == 0
         wait_until(lambda: states(session).get("succeeded", 0) >= 2, what="the first pictures")
         session.close()

@@ -51,16 +51,16 @@ def as_role(logins: Mapping[str, str], part: str) -> dict[str, str]:
     return {"MASKWATCH_DATABASE__URL": logins[part]}
 
 
-def test_the_road_works_with_a_role_for_each_part(
+def test_everything_works_with_a_role_for_each_part(
     logins: Mapping[str, str], session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
     locate("door")
     for number in range(3):
         bucket.put(f"2024/05/{number + 1:02}.jpg", face_jpeg(number))
-    with ExitStack() as crew:
+    with ExitStack() as exits:
         for part in ("producer", "worker", "aggregator"):
             env = {**QUICK, **as_role(logins, part)}
-            crew.enter_context(running(part, log=tmp_path / f"{part}.log", env=env))
+            exits.enter_context(running(part, log=tmp_path / f"{part}.log", env=env))
         backfill = ("backfill", bucket.uri, "--location", "lobby", "--camera", "door", "--time-pattern", "%Y/%m/%d.jpg")
         done = maskwatch(*backfill, "--wait", env=as_role(logins, "producer"), timeout=240)
         assert done.returncode == 0, done.stderr

@@ -26,8 +26,8 @@ def filled(session: Session) -> Session:
     pipeline = archive.pipeline()
     lobby = archive.location("lobby", "Europe/Berlin", pipeline)
     door = archive.camera(lobby, "door")
-    archive.picture(lobby, datetime(2026, 3, 28, 8, 15, tzinfo=UTC), (3, 1, 1), pipeline=pipeline, camera=door)
-    archive.picture(lobby, datetime(2026, 3, 28, 2, 15, tzinfo=UTC), (0, 0, 0), pipeline=pipeline)
+    archive.image(lobby, datetime(2026, 3, 28, 8, 15, tzinfo=UTC), (3, 1, 1), pipeline=pipeline, camera=door)
+    archive.image(lobby, datetime(2026, 3, 28, 2, 15, tzinfo=UTC), (0, 0, 0), pipeline=pipeline)
     archive.job(archive.media(lobby, "bad.jpg"), pipeline, JobState.QUARANTINED, reason="empty_file")
     archive.summarize()
     return session
@@ -47,7 +47,7 @@ def _one(part: str) -> str:
     return query.replace(":", r"\:")
 
 
-def test_pictures_behind_an_hour_are_found(filled: Session) -> None:
+def test_images_behind_an_hour_are_found(filled: Session) -> None:
     (row,) = filled.execute(text(_one("h.local_hour = "))).all()
     assert (row.faces, row.without_mask, row.camera) == (5, 1, "door")
 

@@ -173,7 +173,7 @@ def test_no_secret_shows_anywhere(planted: Mapping[str, str], session: Session, 
         url_only |= {"MASKWATCH_BROKER__URL": planted["PLANTED_BROKER_URL"]}
         run(("doctor",), url_only)
         goes_wrong = list(pool.map(lambda each: run(*each), bad(planted)))
-        logs = _the_crew_runs_and_its_tasks_fail(tmp_path, "'boom'")
+        logs = _processes_run_and_their_tasks_fail(tmp_path, "'boom'")
     for log in logs:
         watch.hear(log.name, log.read_text(errors="replace"))
     assert goes_well[0] == 0 and "s3://nowhere" in watch.said[2][1], watch.said[: len(GOOD)]
@@ -183,14 +183,14 @@ def test_no_secret_shows_anywhere(planted: Mapping[str, str], session: Session, 
     assert watch.leaks() == []
 
 
-def _the_crew_runs_and_its_tasks_fail(folder: Path, said: str, *, terminal: bool = True) -> list[Path]:
+def _processes_run_and_their_tasks_fail(folder: Path, said: str, *, terminal: bool = True) -> list[Path]:
     """A producer, an aggregator, a worker, and one on a terminal; each worker gets a message. Their logs."""
     fault = with_fault(folder / "fault", said)
     logs = [folder / f"{name}.log" for name in ("producer", "aggregator", "worker", "worker-on-a-terminal")]
-    with ExitStack() as crew:
+    with ExitStack() as exits:
         if terminal:
-            crew.enter_context(running("producer", log=logs[0]))
-            crew.enter_context(running("aggregator", log=logs[1]))
+            exits.enter_context(running("producer", log=logs[0]))
+            exits.enter_context(running("aggregator", log=logs[1]))
         with running("worker", log=logs[2], env=fault):
             _fails_once(logs[2])
         if terminal:
@@ -235,7 +235,7 @@ def test_the_search_finds_what_is_said_on_purpose(planted: Mapping[str, str], tm
     """The control: the same search, where a secret is in an error's text and in an argument."""
     watch = Watch()
     with watch.looking():
-        for log in _the_crew_runs_and_its_tasks_fail(tmp_path, "url + ' ' + password", terminal=False):
+        for log in _processes_run_and_their_tasks_fail(tmp_path, "url + ' ' + password", terminal=False):
             watch.hear(log.name, log.read_text())
         subprocess.run([sys.executable, "-c", "import time; time.sleep(2)", AWS_KEY], check=True)
     assert {"worker.log: Db-Secr3t", "ps: Aws-Secr3t"} <= set(watch.leaks())

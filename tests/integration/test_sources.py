@@ -165,7 +165,7 @@ def test_an_operator_resumes_a_source_and_that_is_recorded(session: Session) -> 
 def test_a_bucket_that_denies_and_then_gives(
     session: Session, bucket: Bucket, configure: Callable[..., Settings]
 ) -> None:
-    """The whole road: the worker meets the denials, the reconciler takes them back, a trial finds the end of it."""
+    """End to end: the worker meets the denials, the reconciler takes them back, a trial finds the end of it."""
     names = [f"{number}.jpg" for number in range(6)]
     for number, name in enumerate(names):
         bucket.put(name, face_jpeg(number))

@@ -278,8 +278,8 @@ def test_how_far_the_work_is_in_objects_and_hours_of_video(session: Session) -> 
     register(session, planned("a.jpg"), planned("b.jpg"))
     plan_video(session)
     assert ledger.progress(session, "lobby") == Progress(3, 0, 3, 0, 0, 0)
-    picture, _, probe = claim(session, dispatch(session))
-    ledger.quarantine(session, picture, Reason.EMPTY_FILE, "planted")
+    image, _, probe = claim(session, dispatch(session))
+    ledger.quarantine(session, image, Reason.EMPTY_FILE, "planted")
     end_probe(session, probe)
     # 150 s, in chunks of a minute; the video is done when its last chunk is.
     assert ledger.progress(session, "lobby") == Progress(3, 1, 4, 2, 150, 0)

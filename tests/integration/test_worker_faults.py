@@ -97,12 +97,12 @@ def quick(services: Services, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytes
 @contextmanager
 def at_work(folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A producer and a worker."""
-    with ExitStack() as crew:
-        crew.enter_context(running("producer", log=folder / "producer.log"))
-        yield crew.enter_context(running("worker", log=folder / "worker.log", env=env))
+    with ExitStack() as exits:
+        exits.enter_context(running("producer", log=folder / "producer.log"))
+        yield exits.enter_context(running("worker", log=folder / "worker.log", env=env))
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     """A picture that tells its number, of nobody."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (number, 0, 0)).save(buffer, "PNG")
@@ -113,7 +113,7 @@ def enqueue(session: Session, bucket: Bucket, *numbers: int) -> None:
     if not scalar(session, "SELECT count(*) FROM locations"):
         locate()
     for number in numbers:
-        bucket.put(f"{number}.png", picture(number))
+        bucket.put(f"{number}.png", image(number))
     done = maskwatch("backfill", bucket.uri, "--location", "lobby")
     assert done.returncode == 0, done.stderr
 
@@ -391,7 +391,7 @@ def test_a_child_that_was_started_later_is_asked_to_stop_as_well(
 
 
 @pytest.mark.parametrize(("tries", "state"), [(2, "retry_wait"), (1, "quarantined")])
-def test_a_picture_that_fits_no_memory_is_tried_again_and_then_kept_with_what_to_do(
+def test_a_image_that_fits_no_memory_is_tried_again_and_then_kept_with_what_to_do(
     quick: pytest.MonkeyPatch, session: Session, bucket: Bucket, tries: int, state: str
 ) -> None:
     class Small:

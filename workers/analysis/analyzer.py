@@ -21,7 +21,7 @@ from workers.detection import FaceDetector
 from workers.inference.faults import OutOfModelMemoryError, told
 
 
-class PictureAnalyzer(Protocol):
+class ImageAnalyzer(Protocol):
     """Finds and classifies the faces of images and frames."""
 
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:

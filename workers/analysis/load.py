@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from common.domain import PipelineSpec
-from workers.analysis.analyzer import Analyzer, PictureAnalyzer
+from workers.analysis.analyzer import Analyzer, ImageAnalyzer
 from workers.inference import Runtime, limit_opencv_threads
 
 
-def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+def load_analyzer(spec: PipelineSpec, runtime: Runtime) -> ImageAnalyzer:
     """The pipeline with its pinned models loaded. On a GPU, frames stay in its memory.
 
     Errors as `workers.weights.files.read_files`, and `MaskwatchError` if the device is missing.

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.domain import FrameFaces
-from workers.analysis.analyzer import PictureAnalyzer
+from workers.analysis.analyzer import ImageAnalyzer
 from workers.analysis.tracking import FaceTracker
 from workers.media.prefetch import ahead
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SampledFrame:
     """A frame of a video for the analyzer. rgb: uint8 (height, width, 3), upright. at, covers: seconds, exact."""
 
     rgb: NDArray[np.uint8]
@@ -28,8 +28,8 @@ class Picture:
 
 
 def analyze_frames(
-    pictures: Iterable[Picture],
-    analyzer: PictureAnalyzer,
+    frames: Iterable[SampledFrame],
+    analyzer: ImageAnalyzer,
     frames_per_second: float,
     *,
     buffer_bytes: int,
@@ -43,15 +43,15 @@ def analyze_frames(
     """
     tracker = FaceTracker(frames_per_second)
     groups = ahead(
-        pictures,
-        size_of=lambda picture: picture.rgb.nbytes,
+        frames,
+        size_of=lambda frame: frame.rgb.nbytes,
         alike=lambda a, b: a.rgb.shape == b.rgb.shape,
         max_size=buffer_bytes,
         max_items=batch,
     )
     with closing(groups):
         for group in groups:
-            faces = analyzer.analyze_batch([picture.rgb for picture in group])
-            for picture, found in zip(group, faces, strict=True):
-                at = float(picture.at)
-                yield FrameFaces(at, float(picture.covers), tuple(found), tuple(tracker.update(found, at)))
+            faces = analyzer.analyze_batch([frame.rgb for frame in group])
+            for frame, found in zip(group, faces, strict=True):
+                at = float(frame.at)
+                yield FrameFaces(at, float(frame.covers), tuple(found), tuple(tracker.update(found, at)))

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from common import files
 from common.domain import Face, MaskStatus, MaskwatchError, ObjectInfo, SampleMode, VideoInfo, first_line
 from common.settings import Settings
-from workers.analysis.analyzer import PictureAnalyzer
+from workers.analysis.analyzer import ImageAnalyzer
 from workers.analysis.tracking import FaceTracker
 from workers.annotation.drawing import blur_faces, draw_faces
 from workers.inference import runtime_of
 from workers.media.containers import VideoFile
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.opening import block_reader
 from workers.media.prefetch import ahead
 from workers.media.sampling import Grid, Sample, Sampler
@@ -151,7 +151,7 @@ def _adts_rate(packet: bytes) -> int:
 def annotate_video(
     info: ObjectInfo,
     out: Path,
-    analyzer: PictureAnalyzer,
+    analyzer: ImageAnalyzer,
     settings: Settings,
     *,
     sample_fps: float | None = None,
@@ -293,7 +293,7 @@ def _shown(video: SoundingVideo, sampler: Sampler, every: Grid | None) -> Iterat
         nonlocal latest
         cell = sample.cell if every is None else every.cell(sample.at)
         analysed, latest = cell > latest, cell
-        return _Shown(to_picture(sample.frame), sample.at, lasts, analysed, video.passed())
+        return _Shown(to_rgb(sample.frame), sample.at, lasts, analysed, video.passed())
 
     waiting: Sample | None = None
     for sample in sampler:
@@ -333,27 +333,29 @@ class _Lately:
         return [face for track, (_, face) in lately.items() if track not in tracks]
 
 
-def _begin(part: Path, out: Path, video: SoundingVideo, picture: _Format, sound_rates: Sequence[int]) -> _Mp4Writer:
+def _begin(
+    part: Path, out: Path, video: SoundingVideo, video_format: _Format, sound_rates: Sequence[int]
+) -> _Mp4Writer:
     """A writer with the video's sound, or without it if the sound's header is damaged and an MP4 can't hold it."""
     try:
-        return _Mp4Writer(part, out, video, picture, sound_rates)
+        return _Mp4Writer(part, out, video, video_format, sound_rates)
     except MaskwatchError:
         # If the sound is not the cause, this fails again.
-        return _Mp4Writer(part, out, video, picture, [0] * len(sound_rates))
+        return _Mp4Writer(part, out, video, video_format, [0] * len(sound_rates))
 
 
 class _Mp4Writer:
     """Writes frames as H.264, and copies packets of sound."""
 
     def __init__(
-        self, part: Path, out: Path, video: SoundingVideo, picture: _Format, sound_rates: Sequence[int]
+        self, part: Path, out: Path, video: SoundingVideo, video_format: _Format, sound_rates: Sequence[int]
     ) -> None:
         """sound_rates: of the video's sounds; sounds with 0 are left out. Raises `MaskwatchError`."""
         self.frames = 0
         self.kept: list[str] = []
         self.left_out: list[str] = []
         self._out = out
-        self._size = picture.size
+        self._size = video_format.size
         self._time_base = Fraction(video.stream.time_base)
         self._start = video.start_pts * self._time_base
         #: How long frames that the encoder still holds are shown, by their times. In the time base.
@@ -365,24 +367,24 @@ class _Mp4Writer:
             # An absolute path, which can't be mistaken for a URL. The index goes to the front for browsers.
             self._file: Any = av.open(str(part.absolute()), "w", format="mp4", options={"movflags": "faststart"})
             self._stream: Any = self._file.add_stream("libx264", rate=_rate(video), options=dict(_ENCODER))
-            self._set_up(picture)
+            self._set_up(video_format)
             for source, rate in zip(video.sounds, sound_rates, strict=True):
                 self._add_sound(source, rate)
             self._file.start_encoding()
 
-    def _set_up(self, picture: _Format) -> None:
+    def _set_up(self, video_format: _Format) -> None:
         encoder = self._stream.codec_context
         encoder.width, encoder.height = (side + side % 2 for side in self._size)
         encoder.pix_fmt = "yuv420p"
         encoder.time_base = self._time_base
-        encoder.thread_count = picture.threads
+        encoder.thread_count = video_format.threads
         # Without B-frames, frames are stored in the order of showing, and begin at 0 without an edit list, which some
         # players ignore.
         encoder.max_b_frames = 0
         encoder.colorspace = encoder.color_primaries = encoder.color_trc = _BT709
         encoder.color_range = _VIDEO_LEVELS
-        if picture.aspect:
-            encoder.sample_aspect_ratio = picture.aspect
+        if video_format.aspect:
+            encoder.sample_aspect_ratio = video_format.aspect
 
     def _add_sound(self, source: Any, rate: int) -> None:
         name = _codec(source)

@@ -30,16 +30,16 @@ from common.domain import (
 from common.settings import Settings, get_settings
 from common.storage.opening import open_source
 from common.storage.store import ObjectStore
-from workers.annotation.pictures import (
+from workers.annotation.images import (
     Annotated,
     Found,
-    annotate_pictures,
+    annotate_images,
     configured_analyzer,
     drawn,
-    find_pictures,
+    find_images,
+    image_name,
     look_up,
     one_video,
-    picture_name,
     read_again,
     read_frame,
     write_whole,
@@ -73,10 +73,10 @@ def write(asked: Asked, *, as_json: bool) -> None:
 
 def _folder(asked: Asked, source: str, settings: Settings, *, as_json: bool) -> None:
     store, prefix = open_source(source, settings)
-    found = find_pictures(store, prefix, asked.out, asked.limit)
-    if not found.pictures:
+    found = find_images(store, prefix, asked.out, asked.limit)
+    if not found.images:
         raise MaskwatchError(_nothing_found(source, found))
-    results = _annotate_all(store, found.pictures, asked, settings)
+    results = _annotate_all(store, found.images, asked, settings)
     if found.video is not None:
         note(f"videos were skipped; annotate each by itself: {_how_to_annotate(found.video)}")
 
@@ -105,19 +105,19 @@ def _nothing_found(source: str, found: Found) -> str:
 
 
 def _how_to_annotate(video: ObjectInfo) -> str:
-    name = picture_name(video).rpartition("-")[0]
+    name = image_name(video).rpartition("-")[0]
     return f"maskwatch annotate {shlex.quote(video.uri)} --out {name}-annotated.mp4"
 
 
-def _annotate_all(store: ObjectStore, pictures: list[ObjectInfo], asked: Asked, settings: Settings) -> list[Annotated]:
+def _annotate_all(store: ObjectStore, images: list[ObjectInfo], asked: Asked, settings: Settings) -> list[Annotated]:
     analyzer = configured_analyzer(settings)
     try:
         asked.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MaskwatchError(f"can't make the folder {asked.out}: {error.strerror}") from error
     results = []
-    with bar("annotating", len(pictures)) as shown:
-        for result in annotate_pictures(store, pictures, analyzer, asked.out, settings, blur=asked.blur):
+    with bar("annotating", len(images)) as shown:
+        for result in annotate_images(store, images, analyzer, asked.out, settings, blur=asked.blur):
             if result.error is not None:
                 note(result.error if result.source in result.error else f"{result.source}: {result.error}")
             results.append(result)

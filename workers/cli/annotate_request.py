@@ -32,9 +32,9 @@ class Asked:
             raise MaskwatchError("name a SOURCE: a picture, a video, a folder or an s3:// prefix; or --face ID")
         if self.at is not None and self.face_id is not None:
             raise MaskwatchError("--face finds the time by itself: leave out --at")
-        if self.one_picture and self.suffix != ".png":
+        if self.one_image and self.suffix != ".png":
             raise MaskwatchError(f"--at and --face write one picture: name it, --out NAME.png instead of {self.out}")
-        if self.suffix == ".png" and not self.one_picture:
+        if self.suffix == ".png" and not self.one_image:
             raise MaskwatchError(
                 f"--out {self.out} takes one frame of a video (--at 00:01:30) or a stored face (--face ID); for "
                 "pictures, name a folder"
@@ -54,7 +54,7 @@ class Asked:
             raise MaskwatchError("--limit counts pictures, which go to a folder: leave it out")
 
     @property
-    def one_picture(self) -> bool:
+    def one_image(self) -> bool:
         return self.at is not None or self.face_id is not None
 
     @property

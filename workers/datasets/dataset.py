@@ -40,7 +40,7 @@ from workers.media.images import decode_image
 FOLDER_MARGIN = 0.12
 
 #: How many images are in memory at once while they are read.
-READ_AHEAD = 64
+PREFETCHED = 64
 
 #: A larger image is left out, and reported.
 MAX_PIXELS = 100_000_000
@@ -279,8 +279,8 @@ def _read_in_parallel(
             return str(error)
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), READ_AHEAD):
-            several = paths[start : start + READ_AHEAD]
+        for start in range(0, len(paths), PREFETCHED):
+            several = paths[start : start + PREFETCHED]
             for path, found in zip(several, pool.map(read, several), strict=True):
                 if isinstance(found, str):
                     faces.unreadable.append((name_of(path), found))

@@ -54,10 +54,10 @@ class Mtcnn:
         height, width = image_rgb.shape[:2]
         scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
         boxes = squares(self._proposals(scaled))
-        boxes, scores, shifts = self._look(self._rnet, scaled, boxes, REFINED_PX, REFINEMENT_THRESHOLD)
+        boxes, scores, shifts = self._refine(self._rnet, scaled, boxes, REFINED_PX, REFINEMENT_THRESHOLD)
         kept = nms(boxes, scores, NMS_IOU)
         boxes = squares(moved(boxes[kept], shifts[kept]))
-        boxes, scores, shifts = self._look(self._onet, scaled, boxes, OUTPUT_PX, self._spec.detector_threshold)
+        boxes, scores, shifts = self._refine(self._onet, scaled, boxes, OUTPUT_PX, self._spec.detector_threshold)
         boxes = moved(boxes, shifts)
         kept = nms_by_smaller(boxes, scores, NMS_IOU)
         boxes, scores = clip(boxes[kept] / scale_xyxy, width, height), scores[kept]
@@ -79,7 +79,7 @@ class Mtcnn:
         kept = nms(boxes, found, NMS_IOU)[:MAX_CANDIDATES]
         return moved(boxes[kept], moves[kept])
 
-    def _look(
+    def _refine(
         self, session: Session, scaled: NDArray[np.uint8], boxes: Boxes, side: int, threshold: float
     ) -> tuple[Boxes, NDArray[np.float32], NDArray[np.float32]]:
         """Run a network on boxes: those that reach its threshold, their scores (n,) and shifts (n, 4)."""

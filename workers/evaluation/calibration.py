@@ -83,13 +83,13 @@ def brier_score(probabilities: Probabilities, labels: Labels) -> float:
     Brier (1950), for two classes, in its usual half form. Raises `ValueError` as `reliability_bins`.
     """
     _check(probabilities, labels)
-    return float(np.mean((1 - _of_truth(probabilities, labels)) ** 2))
+    return float(np.mean((1 - _of_label(probabilities, labels)) ** 2))
 
 
 def negative_log_likelihood(probabilities: Probabilities, labels: Labels) -> float:
     """Mean of -log of the true class's probability, the loss of a training. Raises as `reliability_bins`."""
     _check(probabilities, labels)
-    return float(-np.mean(np.log(np.maximum(_of_truth(probabilities, labels), _SMALLEST))))
+    return float(-np.mean(np.log(np.maximum(_of_label(probabilities, labels), _SMALLEST))))
 
 
 def calibration_figures(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:
@@ -114,12 +114,12 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     if len(labels) == 0:
         raise ValueError("a temperature can't be fitted without faces")
     logits = _logits(probabilities)
-    of_truth = logits[np.arange(len(labels)), labels]
+    of_label = logits[np.arange(len(labels)), labels]
 
     def slope(sharpness: float) -> float:
         """Derivative of the loss with respect to 1 / T. It is increasing, since the loss is convex in 1 / T."""
         expected = (_softmax(logits * sharpness) * logits).sum(axis=1)
-        return float(np.mean(expected - of_truth))
+        return float(np.mean(expected - of_label))
 
     low, high = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
     for _ in range(_STEPS):
@@ -140,7 +140,7 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
-def _of_truth(probabilities: Probabilities, labels: Labels) -> NDArray[np.float64]:
+def _of_label(probabilities: Probabilities, labels: Labels) -> NDArray[np.float64]:
     return probabilities[np.arange(len(labels)), labels].astype(np.float64)
 
 

@@ -22,7 +22,7 @@ from common.timestamps import observed_from_file, zone
 from workers.inference import runtime_of
 from workers.jobs import attempts, models
 from workers.jobs.heartbeat import Heartbeat
-from workers.jobs.recording import Picture, record_images
+from workers.jobs.recording import AnalysedImage, record_images
 from workers.media.images import decode_image
 
 log = get_logger(__name__)
@@ -44,32 +44,32 @@ def analyze_images(
     waiting = deque(jobs)
     recorder = _Recorder(heartbeat, settings)
     try:
-        for job, read in read_ahead(jobs, settings):
+        for job, read in prefetch(jobs, settings):
             if draining() or time.monotonic() > deadline:
                 break
             waiting.popleft()
-            picture = _analyze(job, read, settings) if job.ref.id not in heartbeat.lost else None
-            if picture is None:
+            analysed = _analyze(job, read, settings) if job.ref.id not in heartbeat.lost else None
+            if analysed is None:
                 heartbeat.done(job)
             else:
-                recorder.pictures.append(picture)
+                recorder.waiting.append(analysed)
                 heartbeat.progress()
             recorder.record_if_due()
         recorder.record()
     finally:
         # Jobs that were not begun or not recorded, because of a request to stop, the deadline or an error: given back
         # for other workers.
-        left = [*(picture.job for picture in recorder.pictures), *waiting]
+        left = [*(analysed.job for analysed in recorder.waiting), *waiting]
         attempts.release(job for job in left if job.ref.id not in heartbeat.lost)
     return recorder.recorded
 
 
-def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> Picture | None:
+def _analyze(job: ClaimedJob, read: Callable[[], bytes], settings: Settings) -> AnalysedImage | None:
     """The image's faces; None if the analysis failed and the attempt has ended."""
-    found: list[Picture] = []
+    found: list[AnalysedImage] = []
 
     def work() -> None:
-        found.append(Picture(job, *analyze_bytes(job, read(), settings)))
+        found.append(AnalysedImage(job, *analyze_bytes(job, read(), settings)))
 
     return found[0] if attempts.settle(job, work, settings, ends=False) else None
 
@@ -78,7 +78,7 @@ class _Recorder:
     """Records analysed images, several at a time, because a transaction takes longer than its rows."""
 
     def __init__(self, heartbeat: Heartbeat, settings: Settings) -> None:
-        self.pictures: deque[Picture] = deque()
+        self.waiting: deque[AnalysedImage] = deque()
         self.recorded = 0
         self._heartbeat = heartbeat
         self._settings = settings
@@ -92,38 +92,38 @@ class _Recorder:
     def record(self) -> None:
         """Record all waiting images together; if that fails, one by one, so that one bad image doesn't stop the
         others."""
-        if len(self.pictures) > 1:
+        if len(self.waiting) > 1:
             self._record_together()
-        while self.pictures:
-            picture = self.pictures[0]
+        while self.waiting:
+            analysed = self.waiting[0]
             try:
-                succeeded = attempts.record(picture.job, partial(self._write, [picture]), self._settings)
+                succeeded = attempts.record(analysed.job, partial(self._write, [analysed]), self._settings)
             except DatabaseDownError:
-                self.pictures.popleft()  # given back already, if that was possible
+                self.waiting.popleft()  # given back already, if that was possible
                 raise
-            self.pictures.popleft()
-            self._ended(picture, succeeded=succeeded)
+            self.waiting.popleft()
+            self._ended(analysed, succeeded=succeeded)
         self._recorded_at = time.monotonic()
 
     def _record_together(self) -> None:
         try:
-            self._write(self.pictures)
+            self._write(self.waiting)
         except Exception:  # a lost job, purged time, no database: recording them one by one shows which
-            log.info("recorded one by one", pictures=len(self.pictures), exc_info=True)
+            log.info("recorded one by one", images=len(self.waiting), exc_info=True)
         else:
-            while self.pictures:
-                self._ended(self.pictures.popleft(), succeeded=True)
+            while self.waiting:
+                self._ended(self.waiting.popleft(), succeeded=True)
 
-    def _write(self, pictures: Collection[Picture]) -> None:
+    def _write(self, images: Collection[AnalysedImage]) -> None:
         with metrics.stage(Stage.WRITE), session_scope() as session:
-            record_images(session, pictures)
+            record_images(session, images)
 
-    def _ended(self, picture: Picture, *, succeeded: bool) -> None:
+    def _ended(self, analysed: AnalysedImage, *, succeeded: bool) -> None:
         if succeeded:
             self.recorded += 1
-            attempts.succeeded(picture.job)
-            metrics.analysed(picture.job.kind, [picture.faces])
-        self._heartbeat.done(picture.job)
+            attempts.succeeded(analysed.job)
+            metrics.analysed(analysed.job.kind, [analysed.faces])
+        self._heartbeat.done(analysed.job)
 
 
 def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[list[Face], ObservedAt]:
@@ -144,10 +144,10 @@ def check_faces(count: int, reason: Reason, settings: Settings) -> None:
         )
 
 
-def read_ahead(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:
+def prefetch(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:
     """Each job with a function that returns its object's bytes, or raises the error of reading them.
 
-    Prefetches up to `worker.read_ahead` objects, and no more than `worker.read_ahead_bytes`.
+    Prefetches up to `worker.prefetch_objects` objects, and no more than `worker.prefetch_bytes`.
     """
     ahead: deque[tuple[ClaimedJob, Future[bytes]]] = deque()
     to_start = deque(jobs)
@@ -166,7 +166,7 @@ def read_ahead(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple
 
 def _has_room(ahead: Sequence[ClaimedJob], following: ClaimedJob, settings: Settings) -> bool:
     size = sum(job.size_bytes for job in ahead) + following.size_bytes
-    return len(ahead) <= settings.worker.read_ahead and size <= settings.worker.read_ahead_bytes
+    return len(ahead) <= settings.worker.prefetch_objects and size <= settings.worker.prefetch_bytes
 
 
 def _read(job: ClaimedJob, settings: Settings) -> bytes:

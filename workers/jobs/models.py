@@ -9,19 +9,19 @@ from functools import lru_cache
 from common.domain import JobKind, PipelineSpec, SampleMode
 from common.ledger import ClaimedJob
 from common.settings import Settings
-from workers.analysis.analyzer import PictureAnalyzer
+from workers.analysis.analyzer import ImageAnalyzer
 from workers.analysis.load import load_analyzer
 from workers.inference import Runtime, runtime_of
 from workers.jobs.attempts import UnfitWorkerError, release
 
 
-def analyzer(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+def analyzer(spec: PipelineSpec, runtime: Runtime) -> ImageAnalyzer:
     """The loaded models of a pipeline. Pipelines that differ only in the frames that they sample share them."""
     return _loaded(replace(spec, sample=SampleMode.FRAMES, sample_fps=1.0), runtime)
 
 
 @lru_cache(maxsize=2)
-def _loaded(spec: PipelineSpec, runtime: Runtime) -> PictureAnalyzer:
+def _loaded(spec: PipelineSpec, runtime: Runtime) -> ImageAnalyzer:
     """Keeps two, so that models aren't reloaded all the time while jobs of two pipelines alternate."""
     return load_analyzer(spec, runtime)
 

@@ -48,7 +48,7 @@ class Shortfall:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class AnalysedImage:
     """The faces that were found in the image of a job, and when the camera saw it."""
 
     job: ClaimedJob
@@ -59,21 +59,21 @@ class Picture:
 def record_image(session: Session, job: ClaimedJob, faces: Sequence[Face], seen: ObservedAt) -> None:
     """End an image job with its faces. Raises `StaleJobError`, and writes nothing, if the job was lost;
     `PermanentJobError` if it was seen in purged time."""
-    record_images(session, [Picture(job, faces, seen)])
+    record_images(session, [AnalysedImage(job, faces, seen)])
 
 
-def record_images(session: Session, pictures: Collection[Picture]) -> None:
+def record_images(session: Session, images: Collection[AnalysedImage]) -> None:
     """End image jobs with their faces, all of them or none, in as many statements as one job takes. Raises as
     `record_image`, if one of the jobs does."""
-    ledger.succeed_all(session, [(picture.job, picture.seen) for picture in pictures])
+    ledger.succeed_all(session, [(image.job, image.seen) for image in images])
     # An image counts as one frame of 0 s, with or without faces.
-    stored = _count(session, [(picture.job, picture.seen.instant, 0.0) for picture in pictures])
-    if stored < len(pictures):
-        for picture in pictures:
-            _leave_out_purged(session, picture.job, [picture.seen.instant])
+    stored = _count(session, [(image.job, image.seen.instant, 0.0) for image in images])
+    if stored < len(images):
+        for image in images:
+            _leave_out_purged(session, image.job, [image.seen.instant])
     _copy(
         session,
-        [(picture.job, picture.seen.instant, 0.0, face, None) for picture in pictures for face in picture.faces],
+        [(image.job, image.seen.instant, 0.0, face, None) for image in images for face in image.faces],
     )
 
 

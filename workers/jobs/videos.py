@@ -16,7 +16,7 @@ from common.observability.metrics import Stage
 from common.planning import chunk_ranges
 from common.settings import Settings
 from common.timestamps import recording_start
-from workers.analysis.video import Picture, analyze_frames
+from workers.analysis.video import SampledFrame, analyze_frames
 from workers.inference import runtime_of
 from workers.jobs import attempts, models
 from workers.jobs.attempts import DrainedError
@@ -24,12 +24,12 @@ from workers.jobs.heartbeat import Heartbeat
 from workers.jobs.images import check_faces
 from workers.jobs.recording import Shortfall, record_chunk, record_probe
 from workers.media.containers import NoMemoryError
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.opening import opened
 from workers.media.sampling import Grid, Sampler
 
 #: How often, in seconds, a job checks whether it should go on, between two wanted frames.
-LOOK_SECONDS = 0.2
+CHECK_SECONDS = 0.2
 #: A job that runs out of time or memory at this attempt is not tried again: the file needs too much. Before that,
 #: the worker may have been the cause.
 LAST_ATTEMPT = 2
@@ -107,7 +107,7 @@ def analyze_chunk(job: ClaimedJob, settings: Settings, go_on: Callable[[], None]
         sampler = Sampler(video, grid, job.spec.sample, first, stop, tick=_seldom(go_on))
         frames: list[FrameFaces] = []
         analysed = analyze_frames(
-            pictures(sampler, grid, job.duration_seconds),
+            sampled_frames(sampler, grid, job.duration_seconds),
             models.analyzer(job.spec, runtime_of(settings)),
             job.spec.sample_fps,
             buffer_bytes=settings.worker.frame_buffer_bytes,
@@ -137,19 +137,19 @@ def _check_frames(count: int, settings: Settings) -> None:
 
 
 def _seldom(call: Callable[[], None]) -> Callable[[], None]:
-    """A function that may be called for each packet, and calls `call` at most every `LOOK_SECONDS`."""
+    """A function that may be called for each packet, and calls `call` at most every `CHECK_SECONDS`."""
     due = 0.0
 
     def now_and_then() -> None:
         nonlocal due
         if time.monotonic() >= due:
-            due = time.monotonic() + LOOK_SECONDS
+            due = time.monotonic() + CHECK_SECONDS
             call()
 
     return now_and_then
 
 
-def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> Iterator[Picture]:
+def sampled_frames(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> Iterator[SampledFrame]:
     """The frames that a sampler takes, as RGB images for the analyzer."""
     samples = iter(sampler)
     while True:
@@ -157,12 +157,12 @@ def pictures(sampler: Sampler, grid: Grid, duration_seconds: float | None) -> It
             sample = next(samples, None)
             if sample is None:
                 return
-            rgb = to_picture(sample.frame)
+            rgb = to_rgb(sample.frame)
         # The last cell ends with the video. Its end is taken from the header, so that the chunk length changes nothing.
         end = grid.start(sample.cell + 1)
         if duration_seconds is not None and Fraction(duration_seconds) > sample.at:
             end = min(end, Fraction(duration_seconds))
-        yield Picture(rgb, sample.at, end - grid.start(sample.cell))
+        yield SampledFrame(rgb, sample.at, end - grid.start(sample.cell))
         # Not kept while the next one is decoded: a frame takes up to 100 MB.
         del sample, rgb
 

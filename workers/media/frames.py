@@ -22,7 +22,7 @@ _COLOURS = {
 }
 
 
-def to_picture(frame: Any) -> NDArray[np.uint8]:
+def to_rgb(frame: Any) -> NDArray[np.uint8]:
     """The frame as RGB, uint8 (height, width, 3), upright. frame: PyAV's."""
     guess = Colorspace.ITU709 if frame.height >= _HD_HEIGHT else Colorspace.ITU601
     source = _COLOURS.get(int(frame.colorspace), guess)  # ignored for frames that are RGB

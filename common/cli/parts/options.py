@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
 import click
 
+from common.cli.parts.console import note
 from common.domain import MaskwatchError, SampleMode
 from common.settings import get_settings
 
@@ -17,6 +20,26 @@ def put_setting(setting: str, value: str) -> None:
     """Override a setting by an option's value, in the environment: child processes read their settings from it."""
     os.environ[setting] = value
     get_settings.cache_clear()
+
+
+def renamed_option(earlier: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Accept an option under its earlier spelling, too, with a warning: for one version more, and without a line in the
+    command's help. It stands above the option itself."""
+    old, new = (spelling.removeprefix("--").replace("-", "_") for spelling in (earlier, name))
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option(earlier, old, hidden=True)
+        @functools.wraps(command)
+        def run(*args: Any, **options: Any) -> Any:
+            if (value := options.pop(old)) is not None:
+                note(f"warning: {earlier} is now {name}; the next version does not know {earlier}")
+                if options[new] is None:
+                    options[new] = value
+            return command(*args, **options)
+
+        return run
+
+    return decorate
 
 
 def _put_sampling(_context: click.Context, parameter: click.Parameter, value: str | float | None) -> None:

@@ -65,7 +65,7 @@ class Archive:
             )
         )
 
-    def picture(
+    def image(
         self,
         location: Location,
         instant: datetime,

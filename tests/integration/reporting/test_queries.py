@@ -38,9 +38,9 @@ def filled(archive: Archive) -> Archive:
         for change in CHANGES:
             for step in range(-40, 40):
                 faces = (step % 4, step % 3, int(step % 7 == 0)) if step % 5 else (0, 0, 0)
-                archive.picture(location, change + timedelta(minutes=41 * step), faces, pipeline=promoted)
+                archive.image(location, change + timedelta(minutes=41 * step), faces, pipeline=promoted)
         # Faces of a pipeline that is not promoted must be in no figure.
-        archive.picture(location, CHANGES[0], (50, 0, 0), pipeline=other)
+        archive.image(location, CHANGES[0], (50, 0, 0), pipeline=other)
     archive.summarize()
     return archive
 
@@ -119,8 +119,8 @@ def test_hours_of_a_half_hour_zone_begin_at_half_past_in_utc(filled: Archive) ->
 def test_hour_without_faces_has_no_rate(archive: Archive) -> None:
     pipeline = archive.pipeline()
     lobby = archive.location("lobby", BERLIN, pipeline)
-    archive.picture(lobby, CHANGES[0], (0, 0, 0), pipeline=pipeline)
-    archive.picture(lobby, CHANGES[0] + timedelta(hours=1), (0, 0, 2), pipeline=pipeline)
+    archive.image(lobby, CHANGES[0], (0, 0, 0), pipeline=pipeline)
+    archive.image(lobby, CHANGES[0] + timedelta(hours=1), (0, 0, 2), pipeline=pipeline)
     archive.summarize()
     empty, undecided = compliance(archive.session, None, Period.HOUR)
     assert (empty.figures.frames, empty.figures.faces, empty.figures.rate) == (1, 0, None)
@@ -159,7 +159,7 @@ def test_totals_are_the_sum_of_the_days(filled: Archive) -> None:
 def test_jobs_coverage_and_quarantine(archive: Archive) -> None:
     promoted, other = archive.pipeline("compact"), archive.pipeline("other")
     lobby = archive.location("lobby", BERLIN, promoted)
-    archive.picture(lobby, CHANGES[0], (1, 0, 0), pipeline=promoted)
+    archive.image(lobby, CHANGES[0], (1, 0, 0), pipeline=promoted)
     archive.job(archive.media(lobby, "waiting.jpg"), promoted, JobState.PENDING)
     archive.job(archive.media(lobby, "of-another.jpg"), other, JobState.SUCCEEDED)
     for number in range(3):

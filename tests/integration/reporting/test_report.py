@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from common.domain import JobState, MaskwatchError
 from common.reporting import report
-from common.reporting.report import MAX_PICTURES, write_report
+from common.reporting.report import MAX_IMAGES, write_report
 from tests.integration.reporting.archive import Archive
 
 HOSTILE = "<script>alert('x')</script>"
@@ -53,13 +53,13 @@ def fill(archive: Archive, location: str = "lobby", days: int = 2) -> None:
     place = archive.location(location, "Europe/Berlin", pipeline)
     archive.camera(place, HOSTILE)
     for day in range(days):
-        archive.picture(place, START + timedelta(days=day), (3, 1, 1), pipeline=pipeline)
+        archive.image(place, START + timedelta(days=day), (3, 1, 1), pipeline=pipeline)
     bad = archive.media(place, f"{HOSTILE}.jpg")
     archive.job(bad, pipeline, JobState.QUARANTINED, reason="empty_file", detail=f"{HOSTILE} & more")
     archive.summarize()
 
 
-def pictures(folder: Path, count: int) -> list[Path]:
+def images(folder: Path, count: int) -> list[Path]:
     paths = [folder / f"picture-{number}.png" for number in range(count)]
     for path in paths:
         Image.new("RGB", (1600, 900), (90, 120, 90)).save(path)
@@ -68,7 +68,7 @@ def pictures(folder: Path, count: int) -> list[Path]:
 
 def test_loads_nothing_from_outside(archive: Archive, tmp_path: Path) -> None:
     fill(archive)
-    write_report(archive.session, tmp_path / "report.html", pictures=pictures(tmp_path, 2))
+    write_report(archive.session, tmp_path / "report.html", images=images(tmp_path, 2))
     text, page = read(tmp_path / "report.html")
     assert [value[:24] for value in page.loaded if value.startswith("data:")] == ["data:image/jpeg;base64,/"] * 2
     assert all(value.startswith(("data:image/", "#")) for value in page.loaded)
@@ -127,18 +127,18 @@ def test_location_without_figures_comes_last(archive: Archive, tmp_path: Path) -
     assert text.index("<h2>lobby</h2>") < text.index("<h2>attic</h2>") < text.index("Nothing analysed yet")
 
 
-def test_pictures_are_few_and_small(archive: Archive, tmp_path: Path) -> None:
+def test_images_are_few_and_small(archive: Archive, tmp_path: Path) -> None:
     fill(archive)
-    write_report(archive.session, tmp_path / "report.html", pictures=pictures(tmp_path, MAX_PICTURES + 3))
+    write_report(archive.session, tmp_path / "report.html", images=images(tmp_path, MAX_IMAGES + 3))
     text, page = read(tmp_path / "report.html")
-    assert page.tags.count("img") == MAX_PICTURES
+    assert page.tags.count("img") == MAX_IMAGES
     assert len(text) < 500_000
 
 
-def test_unreadable_picture_and_unwritable_path_are_named(archive: Archive, tmp_path: Path) -> None:
+def test_unreadable_image_and_unwritable_path_are_named(archive: Archive, tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("no picture")
     with pytest.raises(MaskwatchError, match=r"notes\.jpg"):
-        write_report(archive.session, tmp_path / "report.html", pictures=[tmp_path / "notes.jpg"])
+        write_report(archive.session, tmp_path / "report.html", images=[tmp_path / "notes.jpg"])
     assert not (tmp_path / "report.html").exists()
     with pytest.raises(MaskwatchError, match="can't write the report"):
         write_report(archive.session, tmp_path / "notes.jpg" / "report.html")
@@ -168,9 +168,9 @@ def test_a_report_that_fails_leaves_the_earlier_one_and_no_other_file(
     assert {entry.name for entry in tmp_path.iterdir()} == {"report.html", "folder"}
 
 
-def test_a_picture_whose_name_is_no_text_is_shown(archive: Archive, tmp_path: Path) -> None:
+def test_a_image_whose_name_is_no_text_is_shown(archive: Archive, tmp_path: Path) -> None:
     fill(archive)
-    odd = pictures(tmp_path, 1)[0].rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
-    write_report(archive.session, tmp_path / "report.html", pictures=[odd])
+    odd = images(tmp_path, 1)[0].rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    write_report(archive.session, tmp_path / "report.html", images=[odd])
     text, page = read(tmp_path / "report.html")
     assert page.tags.count("img") == 1 and "caf?.png" in text

@@ -24,9 +24,9 @@ def filled(archive: Archive) -> Archive:
     pipeline = archive.pipeline()
     lobby = archive.location("lobby", "Europe/Berlin", pipeline)
     street = archive.location("market-street", "Asia/Kolkata", pipeline)
-    archive.picture(lobby, datetime(2026, 3, 28, 8, 15, tzinfo=UTC), (3, 1, 1), pipeline=pipeline)
-    archive.picture(lobby, datetime(2026, 3, 29, 8, 15, tzinfo=UTC), (0, 0, 0), pipeline=pipeline)
-    archive.picture(street, datetime(2026, 3, 28, 8, 15, tzinfo=UTC), (1, 3, 0), pipeline=pipeline)
+    archive.image(lobby, datetime(2026, 3, 28, 8, 15, tzinfo=UTC), (3, 1, 1), pipeline=pipeline)
+    archive.image(lobby, datetime(2026, 3, 29, 8, 15, tzinfo=UTC), (0, 0, 0), pipeline=pipeline)
+    archive.image(street, datetime(2026, 3, 28, 8, 15, tzinfo=UTC), (1, 3, 0), pipeline=pipeline)
     archive.summarize()
     archive.session.commit()
     return archive

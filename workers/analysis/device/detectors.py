@@ -43,9 +43,9 @@ class DeviceCenterFace:
 
     def detect(self, frames_rgb: Any) -> Found:
         height, width = frames_rgb.shape[1:3]
-        pictures, to_frame = _scaled(frames_rgb, self.spec)
-        rest_x, rest_y = -pictures.shape[3] % centerface.MULTIPLE, -pictures.shape[2] % centerface.MULTIPLE
-        heatmap, log_sizes, offsets = self._forward(functional.pad(pictures, (0, rest_x, 0, rest_y)))
+        images, to_frame = _scaled(frames_rgb, self.spec)
+        rest_x, rest_y = -images.shape[3] % centerface.MULTIPLE, -images.shape[2] % centerface.MULTIPLE
+        heatmap, log_sizes, offsets = self._forward(functional.pad(images, (0, rest_x, 0, rest_y)))
         threshold = self.spec.detector_threshold
         scores, cells = torch_ops.best(heatmap.flatten(1), threshold, centerface.MAX_CANDIDATES)
         columns = heatmap.shape[3]
@@ -59,8 +59,8 @@ class DeviceCenterFace:
         candidates = (scores >= threshold) & _whole(boxes)
         return boxes, scores, torch_ops.nms(boxes, candidates, centerface.NMS_IOU)
 
-    def _forward(self, pictures: Any) -> tuple[Any, ...]:
-        return tuple(values.float() for values in self.network(_as_input(pictures, self.network)))
+    def _forward(self, images: Any) -> tuple[Any, ...]:
+        return tuple(values.float() for values in self.network(_as_input(images, self.network)))
 
 
 class DeviceRetinaFace:
@@ -72,13 +72,13 @@ class DeviceRetinaFace:
 
     def detect(self, frames_rgb: Any) -> Found:
         height, width = frames_rgb.shape[1:3]
-        pictures, to_frame = _scaled(frames_rgb, self.spec)
-        mean = torch.tensor(retinaface.MEAN_BGR, dtype=torch.float32).to(pictures.device, non_blocking=True)
-        batch = pictures.flip(1) - mean[:, None, None]
+        images, to_frame = _scaled(frames_rgb, self.spec)
+        mean = torch.tensor(retinaface.MEAN_BGR, dtype=torch.float32).to(images.device, non_blocking=True)
+        batch = images.flip(1) - mean[:, None, None]
         locations, scores, _ = self.network(_as_input(batch, self.network))
         threshold = self.spec.detector_threshold
         scores, rows = torch_ops.best(scores.float(), threshold, retinaface.MAX_CANDIDATES)
-        priors_px = torch_ops.priors(*pictures.shape[2:], pictures.device)[rows]
+        priors_px = torch_ops.priors(*images.shape[2:], images.device)[rows]
         locations = locations.float().gather(1, rows[..., None].expand(-1, -1, 4))
         boxes = torch_ops.decode(locations, priors_px)
         kept = torch_ops.nms(boxes, scores >= threshold, retinaface.NMS_IOU)

@@ -21,12 +21,12 @@ def resized(frames_rgb: Any, height: int, width: int) -> Any:
     Averages where both sides shrink (cv2.INTER_AREA), else interpolates between the centres of pixels
     (cv2.INTER_LINEAR).
     """
-    pictures = frames_rgb.permute(0, 3, 1, 2).float()
-    if pictures.shape[2:] == (height, width):
-        return pictures
-    if height <= pictures.shape[2] and width <= pictures.shape[3]:
-        return _averaged(_averaged(pictures, 2, height), 3, width).round()
-    return functional.interpolate(pictures, size=(height, width), mode="bilinear", align_corners=False).round()
+    images = frames_rgb.permute(0, 3, 1, 2).float()
+    if images.shape[2:] == (height, width):
+        return images
+    if height <= images.shape[2] and width <= images.shape[3]:
+        return _averaged(_averaged(images, 2, height), 3, width).round()
+    return functional.interpolate(images, size=(height, width), mode="bilinear", align_corners=False).round()
 
 
 def face_crops(frames_rgb: Any, which: Any, boxes_xyxy: Any, below_px: float, factor: float, side: int) -> Any:
@@ -35,8 +35,8 @@ def face_crops(frames_rgb: Any, which: Any, boxes_xyxy: Any, below_px: float, fa
     frames_rgb: uint8 (n, h, w, 3). which: int64 (m,), the frame of each face. boxes_xyxy: (m, 4), inside it. Widens,
     cuts whole pixels and resizes as `crop_for_classification` and `prepare_crop` do.
     """
-    picture_h, picture_w = frames_rgb.shape[1:3]
-    left, top, right, bottom = _pixel_boxes(boxes_xyxy.double(), picture_h, picture_w, below_px, factor)
+    image_h, image_w = frames_rgb.shape[1:3]
+    left, top, right, bottom = _pixel_boxes(boxes_xyxy.double(), image_h, image_w, below_px, factor)
     width, height = right - left, bottom - top
     averaged = width * height > side * side
     exactly = averaged & (width >= side) & (height >= side)
@@ -48,14 +48,14 @@ def face_crops(frames_rgb: Any, which: Any, boxes_xyxy: Any, below_px: float, fa
     return levels / 127.5 - 1.0
 
 
-def _averaged(pictures: Any, axis: int, size: int) -> Any:
+def _averaged(images: Any, axis: int, size: int) -> Any:
     """Each new pixel along the axis is the mean of the old pixels it covers, weighted by the covered share."""
-    indices, weights = _area_weights(pictures.shape[axis], size, pictures.device)
-    shape = [1] * pictures.ndim
+    indices, weights = _area_weights(images.shape[axis], size, images.device)
+    shape = [1] * images.ndim
     shape[axis] = size
-    total = torch.zeros((), device=pictures.device)
+    total = torch.zeros((), device=images.device)
     for index, weight in zip(indices, weights, strict=True):
-        total = total + pictures.index_select(axis, index) * weight.reshape(shape)
+        total = total + images.index_select(axis, index) * weight.reshape(shape)
     return total
 
 

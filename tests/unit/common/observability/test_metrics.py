@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli.processes import crew
+from common.cli.processes import work_processes
 from common.domain import Face, JobKind, JobState, MaskStatus, Reason
 from common.observability import metrics
 from tests.redis_server import free_port
@@ -310,7 +310,7 @@ get_logger("ours").warning("after it")
     ]
 
 
-def test_the_crew_of_one_command_serves_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processes_of_one_command_serve_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its processes would all want the port that is set for this one."""
     started: list[dict[str, str]] = []
 
@@ -326,6 +326,6 @@ def test_the_crew_of_one_command_serves_no_metrics(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("MASKWATCH_METRICS__PORT", "9464")
     monkeypatch.setattr("common.cli.processes.subprocess.Popen", Process)
-    with crew(2, state_dir=None):
+    with work_processes(2, state_dir=None):
         pass
     assert len(started) == 4 and {env["MASKWATCH_METRICS__PORT"] for env in started} == {"0"}

@@ -15,7 +15,7 @@ from common.sample.ground_truth import (
     StoredFace,
     TrueCamera,
     TrueFace,
-    TruePicture,
+    TrueImage,
     TrueVideo,
     compare_with_ground_truth,
     iou,
@@ -27,12 +27,12 @@ KEY = "lobby/door/1.jpg"
 
 
 def truth_of(*faces: TrueFace) -> GroundTruth:
-    picture = TruePicture(
+    image = TrueImage(
         KEY, "lobby", "door", datetime(2026, 3, 28, 9), datetime(2026, 3, 28, 8, tzinfo=UTC), tuple(faces)
     )
     camera = TrueCamera("lobby", "door", "Europe/Berlin", "lobby/door/", "lobby/door/%H.jpg")
     bad = (BadObject("a.jpg", Reason.EMPTY_FILE, "empty"), BadObject("notes.txt", None, "no picture"))
-    return GroundTruth(7, (camera,), (picture,), bad)
+    return GroundTruth(7, (camera,), (image,), bad)
 
 
 def box(x: float, size: float = 40) -> Box:
@@ -55,7 +55,7 @@ def test_match_is_greedy_and_one_to_one() -> None:
 
 
 def test_counts() -> None:
-    truth = truth_of(
+    ground_truth = truth_of(
         TrueFace(box(0), WITH), TrueFace(box(100), WITH), TrueFace(box(200), WITHOUT), TrueFace(box(300), WITHOUT),
         TrueFace(box(400, 20), WITH), TrueFace(box(500, 20), WITH),
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_counts() -> None:
         StoredFace(KEY, box(700), WITH),
         StoredFace("lobby/door/unknown.jpg", box(0), WITH),
     ]
-    report = compare_with_ground_truth(stored, truth)
+    report = compare_with_ground_truth(stored, ground_truth)
     assert (report.faces, report.found, report.labelled_right) == (4, 3, 1)
     assert (report.small_faces, report.small_found, report.extra) == (2, 1, 2)
     assert report.confusion == {
@@ -83,34 +83,34 @@ def test_counts() -> None:
 FILM = "lobby/corridor/1.mp4"
 
 
-def film_of(*frames: TruePicture) -> GroundTruth:
+def film_of(*frames: TrueImage) -> GroundTruth:
     return GroundTruth(7, (), frames, (), (TrueVideo(FILM, 32.0, 10.0, visits=6),))
 
 
-def frame(offset_seconds: float, *faces: TrueFace, ignored: tuple[Box, ...] = ()) -> TruePicture:
+def frame(offset_seconds: float, *faces: TrueFace, ignored: tuple[Box, ...] = ()) -> TrueImage:
     start = datetime(2026, 3, 28, 9, tzinfo=UTC) + timedelta(seconds=offset_seconds)
-    return TruePicture(
+    return TrueImage(
         FILM, "lobby", "corridor", start.replace(tzinfo=None), start, faces, offset_seconds, ignored
     )  # fmt: skip
 
 
 def test_frames_are_known_by_key_and_time() -> None:
-    truth = film_of(frame(0.0, TrueFace(box(0), WITH)), frame(1.0, TrueFace(box(0), WITH)), frame(2.0))
+    ground_truth = film_of(frame(0.0, TrueFace(box(0), WITH)), frame(1.0, TrueFace(box(0), WITH)), frame(2.0))
     stored = [
         StoredFace(FILM, box(0), WITH, 1.0000004),
         StoredFace(FILM, box(0), WITH, 2.0),  # has left by then
         StoredFace(FILM, box(0), WITH, 0.5),  # a frame that the truth does not know
         StoredFace(KEY, box(0), WITH),
     ]
-    report = compare_with_ground_truth(stored, truth)
-    assert (report.pictures, report.frames) == (0, 3)
+    report = compare_with_ground_truth(stored, ground_truth)
+    assert (report.images, report.frames) == (0, 3)
     assert (report.faces, report.found, report.extra) == (2, 1, 3)
-    assert compare_with_ground_truth([StoredFace(FILM, box(0), WITH)], truth).found == 1
+    assert compare_with_ground_truth([StoredFace(FILM, box(0), WITH)], ground_truth).found == 1
 
 
 def test_faces_that_are_hidden_in_part_count_neither_way() -> None:
-    truth = film_of(frame(0.0, TrueFace(box(0), WITH), ignored=(box(100, 10), box(200))))
-    nothing = compare_with_ground_truth([], truth)
+    ground_truth = film_of(frame(0.0, TrueFace(box(0), WITH), ignored=(box(100, 10), box(200))))
+    nothing = compare_with_ground_truth([], ground_truth)
     assert (nothing.faces, nothing.found, nothing.extra) == (1, 0, 0)
     stored = [
         StoredFace(FILM, box(0), WITH),
@@ -118,7 +118,7 @@ def test_faces_that_are_hidden_in_part_count_neither_way() -> None:
         StoredFace(FILM, box(100, 8), WITHOUT),
         StoredFace(FILM, box(100, 40), WITH),  # far larger than what is ignored there
     ]
-    report = compare_with_ground_truth(stored, truth)
+    report = compare_with_ground_truth(stored, ground_truth)
     assert (report.faces, report.found, report.labelled_right, report.extra) == (1, 1, 1, 1)
 
 
@@ -138,11 +138,11 @@ def test_nothing_to_find_is_no_share() -> None:
 
 
 def test_truth_survives_its_file(tmp_path: Path) -> None:
-    picture = truth_of(TrueFace((0.5, 1, 30, 40), WITHOUT))
+    image = truth_of(TrueFace((0.5, 1, 30, 40), WITHOUT))
     film = film_of(frame(1.0, TrueFace((0.5, 1, 30, 40), WITH), ignored=((1.5, 2, 3, 4),)))
-    for truth in (picture, film):
-        truth.save(tmp_path / "truth.json")
-        assert GroundTruth.load(tmp_path / "truth.json") == truth
+    for ground_truth in (image, film):
+        ground_truth.save(tmp_path / "truth.json")
+        assert GroundTruth.load(tmp_path / "truth.json") == ground_truth
 
 
 def test_missing_truth_is_named(tmp_path: Path) -> None:

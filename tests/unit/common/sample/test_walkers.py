@@ -1,4 +1,4 @@
-"""The filmed corridor: its frames are the ones that are looked at, and show what the truth says."""
+"""The filmed corridor: its frames are the ones that are analysed, and show what the ground truth says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.sample.ground_truth import (
     MIN_SIZE_PX,
     GroundTruth,
     StoredFace,
-    TruePicture,
+    TrueImage,
     TrueVideo,
     compare_with_ground_truth,
     iou,
@@ -27,7 +27,7 @@ from tests.pipelines import default_spec
 from workers.detection.centerface import load_centerface
 from workers.inference import Runtime
 from workers.media.containers import VideoFile
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.sampling import Grid, Sampler
 
 SCENE = FILMED["lobby", "corridor"]
@@ -64,7 +64,7 @@ def test_what_the_file_says_of_itself(filmed: tuple[bytes, list[Shown]]) -> None
     video.close()
 
 
-def test_the_detector_finds_the_faces_where_the_truth_says(filmed: tuple[bytes, list[Shown]]) -> None:
+def test_the_detector_finds_the_faces_where_they_were_drawn(filmed: tuple[bytes, list[Shown]]) -> None:
     content, shown = filmed
     spec = default_spec()
     detector = load_centerface(spec, Runtime(threads=1))
@@ -73,20 +73,20 @@ def test_the_detector_finds_the_faces_where_the_truth_says(filmed: tuple[bytes, 
     for sample in Sampler(video, Grid.of(spec), SampleMode.FRAMES, 0, None):
         at = float(sample.at)
         offsets.append(at)
-        for box in detector.detect(to_picture(sample.frame)).boxes_xyxy.tolist():
+        for box in detector.detect(to_rgb(sample.frame)).boxes_xyxy.tolist():
             stored.append(StoredFace("film.mp4", tuple(box), MaskStatus.UNCERTAIN, at))
     video.close()
-    # The frames that the truth tells of are those that are looked at.
+    # The frames of the ground truth are those that are analysed.
     assert offsets == [one.offset_seconds for one in shown] == [float(second) for second in range(walkers.SECONDS)]
     frames = tuple(
-        TruePicture(
+        TrueImage(
             "film.mp4", "lobby", "corridor", START.replace(tzinfo=None), START + timedelta(seconds=one.offset_seconds),
             one.faces, one.offset_seconds, one.ignored,
         )
         for one in shown
     )  # fmt: skip
-    film_truth = TrueVideo("film.mp4", walkers.SECONDS, walkers.FRAMES_PER_SECOND, walkers.VISITS)
-    report = compare_with_ground_truth(stored, GroundTruth(7, (), frames, (), (film_truth,)))
+    film_ground_truth = TrueVideo("film.mp4", walkers.SECONDS, walkers.FRAMES_PER_SECOND, walkers.VISITS)
+    report = compare_with_ground_truth(stored, GroundTruth(7, (), frames, (), (film_ground_truth,)))
     assert report.faces >= 40
     assert report.found_share is not None and report.found_share >= 0.97
     assert report.extra <= 1
@@ -96,8 +96,8 @@ def test_the_detector_finds_the_faces_where_the_truth_says(filmed: tuple[bytes, 
 def test_everyone_comes_is_seen_and_leaves(seed: int) -> None:
     crowd = cast(np.random.default_rng(seed))
     assert len(crowd) == walkers.VISITS
-    assert sum(walker.look.mask is not None for walker in crowd) == walkers.VISITS // 2
-    assert len({walker.look.coat for walker in crowd}) == walkers.VISITS
+    assert sum(walker.appearance.mask is not None for walker in crowd) == walkers.VISITS // 2
+    assert len({walker.appearance.coat for walker in crowd}) == walkers.VISITS
     seen = dict.fromkeys(crowd, 0)
     for second in range(walkers.SECONDS):
         persons = walkers._present(crowd, second, SCENE)
@@ -116,7 +116,7 @@ def test_everyone_comes_is_seen_and_leaves(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_nobody_appears_or_disappears_in_the_middle_of_the_picture(seed: int) -> None:
+def test_nobody_appears_or_disappears_in_the_middle_of_the_image(seed: int) -> None:
     for walker in cast(np.random.default_rng(seed)):
         first, last = walker.way[0], walker.way[-1]
         for stop, moment in ((first, first.seconds), (last, last.seconds - 1e-6)):

@@ -46,18 +46,18 @@ class FixedClassifier:
 
 
 @pytest.fixture
-def picture() -> NDArray[np.uint8]:
+def image() -> NDArray[np.uint8]:
     return np.random.default_rng(3).integers(0, 256, (200, 300, 3), dtype=np.uint8)
 
 
-def test_a_small_face_is_classified_with_its_surroundings_and_stored_as_it_is(picture: NDArray[np.uint8]) -> None:
+def test_a_small_face_is_classified_with_its_surroundings_and_stored_as_it_is(image: NDArray[np.uint8]) -> None:
     small, large = (100.0, 100.0, 120.0, 130.0), (10.0, 20.0, 80.0, 110.0)
     classifier = FixedClassifier(0.9, 0.2)
-    faces = Analyzer(SPEC, FixedDetector(small, large), classifier).analyze(picture)
+    faces = Analyzer(SPEC, FixedDetector(small, large), classifier).analyze(image)
     assert [(f.x1, f.y1, f.x2, f.y2) for f in faces] == [small, large]
     ((first, second),) = classifier.calls  # one batch for the whole picture
-    assert np.array_equal(first, picture[85:145, 90:130])
-    assert np.array_equal(second, picture[20:110, 10:80])
+    assert np.array_equal(first, image[85:145, 90:130])
+    assert np.array_equal(second, image[20:110, 10:80])
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_a_small_face_is_classified_with_its_surroundings_and_stored_as_it_is(pi
         (0.0, MaskStatus.WITHOUT_MASK),
     ],
 )
-def test_a_status_follows_from_the_larger_probability(picture: NDArray[np.uint8], p: float, status: MaskStatus) -> None:
-    (face,) = Analyzer(SPEC, FixedDetector((0, 0, 60, 60)), FixedClassifier(p)).analyze(picture)
+def test_a_status_follows_from_the_larger_probability(image: NDArray[np.uint8], p: float, status: MaskStatus) -> None:
+    (face,) = Analyzer(SPEC, FixedDetector((0, 0, 60, 60)), FixedClassifier(p)).analyze(image)
     assert face.status is status
 
 
-def test_a_picture_without_faces_costs_no_classification(picture: NDArray[np.uint8]) -> None:
+def test_a_image_without_faces_costs_no_classification(image: NDArray[np.uint8]) -> None:
     classifier = FixedClassifier()
-    assert Analyzer(SPEC, FixedDetector(), classifier).analyze(picture) == []
+    assert Analyzer(SPEC, FixedDetector(), classifier).analyze(image) == []
     assert classifier.calls == []
 
 

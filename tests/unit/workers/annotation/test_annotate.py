@@ -18,7 +18,7 @@ from PIL import Image
 from common.domain import MaskwatchError, ModelRef, ObjectInfo
 from common.sample.source_images import astronaut
 from common.settings import get_settings
-from workers.annotation.pictures import picture_name
+from workers.annotation.images import image_name
 from workers.cli.annotate import annotate
 
 
@@ -52,7 +52,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(annotate, [str(a) for a in arguments])
 
 
-def test_pictures_are_annotated_and_the_broken_one_is_named(photos: Path, tmp_path: Path) -> None:
+def test_images_are_annotated_and_the_broken_one_is_named(photos: Path, tmp_path: Path) -> None:
     result = run(photos, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -90,7 +90,7 @@ def test_again_gives_the_same_files(photos: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_its_own_pictures_are_not_annotated_again(photos: Path) -> None:
+def test_its_own_images_are_not_annotated_again(photos: Path) -> None:
     for _ in range(2):
         result = run(photos, "--out", photos / "annotated", "--json")
         assert len(json.loads(result.stdout)["annotated"]) == 2
@@ -118,7 +118,7 @@ def test_if_none_could_be_annotated_it_fails(photos: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("content", ["", "notes.txt"])
-def test_a_folder_without_pictures_fails_in_words(tmp_path: Path, content: str) -> None:
+def test_a_folder_without_images_fails_in_words(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     if content:
@@ -191,7 +191,7 @@ def test_in_a_folder_videos_are_passed_over_with_a_hint(with_videos: Path, tmp_p
     assert f"maskwatch annotate 'file://{with_videos}/a/gate one.gif' --out gate_one-annotated.mp4" in result.stderr
 
 
-def test_a_video_alone_or_without_pictures_is_told_how(with_videos: Path, tmp_path: Path) -> None:
+def test_a_video_alone_or_without_images_is_told_how(with_videos: Path, tmp_path: Path) -> None:
     alone = run(with_videos / "b" / "gate.mp4", "--out", tmp_path / "out").exception
     assert isinstance(alone, MaskwatchError)
     assert "gate.mp4 is a video: maskwatch annotate file:///" in str(alone)
@@ -220,7 +220,7 @@ def test_a_video_is_written_of_one_video_only(with_videos: Path, tmp_path: Path)
     assert "there is nothing at" in refused(tmp_path / "nothing", tmp_path / "out.mp4")
 
 
-def test_faces_of_pictures_are_hidden(photos: Path, tmp_path: Path) -> None:
+def test_faces_of_images_are_hidden(photos: Path, tmp_path: Path) -> None:
     (entry,) = json.loads(run(photos, "--out", tmp_path / "out", "--blur", "--limit", 1, "--json").stdout)["annotated"]
     (face,) = entry["faces"]
     # Inside the box, enlarged twice; below it lies nobody's face.
@@ -246,7 +246,7 @@ KEYS = st.text(min_size=1) | st.sampled_from(
 @example("-")
 @example("../../-rf")
 def test_no_key_leaves_the_folder(key: str) -> None:
-    name = picture_name(info(key))
+    name = image_name(info(key))
     assert name == Path(name).name
     assert name.isascii()
     assert name.isprintable()
@@ -257,10 +257,10 @@ def test_no_key_leaves_the_folder(key: str) -> None:
 
 @given(KEYS, KEYS)
 def test_no_two_objects_share_a_name(one: str, other: str) -> None:
-    names = {picture_name(info(one)).lower(), picture_name(info(other)).lower()}
+    names = {image_name(info(one)).lower(), image_name(info(other)).lower()}
     assert len(names) == len({one, other})
-    assert picture_name(info(one)) != picture_name(info(one, bucket="s3://archive"))
+    assert image_name(info(one)) != image_name(info(one, bucket="s3://archive"))
 
 
 def test_a_name_stays_recognisable() -> None:
-    assert picture_name(info("2026/05/lobby cam 1.jpg")).startswith("lobby_cam_1-")
+    assert image_name(info("2026/05/lobby cam 1.jpg")).startswith("lobby_cam_1-")

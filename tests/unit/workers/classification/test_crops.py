@@ -13,7 +13,7 @@ Box = tuple[float, float, float, float]
 
 
 @st.composite
-def boxes_in_pictures(draw: st.DrawFn) -> tuple[Box, int, int]:
+def boxes_in_images(draw: st.DrawFn) -> tuple[Box, int, int]:
     """A box of at least a hundredth of a pixel, in a picture."""
     width, height = draw(st.integers(1, 4000)), draw(st.integers(1, 4000))
     x1 = draw(st.floats(0, width - 0.01))
@@ -23,7 +23,7 @@ def boxes_in_pictures(draw: st.DrawFn) -> tuple[Box, int, int]:
     return (x1, y1, x2, y2), width, height
 
 
-@given(boxes_in_pictures(), st.floats(0, 500), st.floats(1, 4))
+@given(boxes_in_images(), st.floats(0, 500), st.floats(1, 4))
 def test_a_widened_box_holds_the_box_and_lies_inside(
     case: tuple[Box, int, int], below_px: float, factor: float
 ) -> None:
@@ -38,7 +38,7 @@ def test_a_widened_box_holds_the_box_and_lies_inside(
     assert y2 >= box[3] - near
 
 
-@given(boxes_in_pictures(), st.floats(0, 500), st.floats(1, 4))
+@given(boxes_in_images(), st.floats(0, 500), st.floats(1, 4))
 def test_a_crop_is_never_empty(case: tuple[Box, int, int], below_px: float, factor: float) -> None:
     box, width, height = case
     left, top, right, bottom = pixel_box(widen_box(box, width, height, below_px, factor), width, height)
@@ -58,7 +58,7 @@ def test_a_large_box_stays() -> None:
     assert widen_box((40, 40, 130, 130), 200, 200, below_px=90, factor=1.5) == (40, 40, 130, 130)
 
 
-def test_at_an_edge_only_the_picture_limits_it() -> None:
+def test_at_an_edge_only_the_image_limits_it() -> None:
     assert widen_box((0, 0, 20, 20), 25, 200, below_px=90, factor=2) == (0, 0, 25, 30)
 
 
@@ -68,7 +68,7 @@ def test_a_box_without_pixels_is_refused(box: Box) -> None:
         widen_box(box, 20, 20, below_px=0, factor=1)
 
 
-def test_the_crop_is_the_widened_part_of_the_picture() -> None:
+def test_the_crop_is_the_widened_part_of_the_image() -> None:
     image = np.arange(20 * 30 * 3, dtype=np.uint16).astype(np.uint8).reshape(20, 30, 3)
     crop = crop_for_classification(image, (10, 5, 14, 9), below_px=90, factor=1.5)
     assert np.array_equal(crop, image[4:10, 9:15])

@@ -22,7 +22,7 @@ def test_three_voc_classes_become_two_and_wrong_wearing_is_kept(tmp_path, write_
     assert labelled[0].size_px == 40
 
 
-def test_boxes_are_clipped_to_the_picture_and_those_outside_left_out(tmp_path, write_scene):
+def test_boxes_are_clipped_to_the_image_and_those_outside_left_out(tmp_path, write_scene):
     write_scene(tmp_path, "edge", [("with_mask", (-5, 100, 30, 140)), ("with_mask", (300, 10, 330, 40))])
     labelled = annotations.read_boxes(tmp_path / "annotations" / "edge.xml", 200, 120)
     assert [entry.box for entry in labelled] == [(0, 100, 30, 120)]
@@ -112,7 +112,7 @@ def test_a_broken_annotation_is_an_error(tmp_path, write_scene):
         dataset.load([tmp_path])
 
 
-def test_a_picture_without_annotation_is_an_error(tmp_path, write_scene):
+def test_a_image_without_annotation_is_an_error(tmp_path, write_scene):
     write_scene(tmp_path, "crowd", [("with_mask", (10, 10, 40, 50))])
     (tmp_path / "annotations" / "crowd.xml").unlink()
     with pytest.raises(MaskwatchError, match=r"crowd\.png has no annotation"):
@@ -199,7 +199,7 @@ def yolo(folder: Path, lines: str, names: str | None = "with_mask\nwithout_mask\
     return folder
 
 
-def test_yolo_boxes_are_parts_of_the_picture_with_numbered_classes(tmp_path):
+def test_yolo_boxes_are_parts_of_the_image_with_numbered_classes(tmp_path):
     folder = yolo(tmp_path / "scenes", "0 0.25 0.5 0.1 0.4\n\n2 0.75 0.5 0.2 0.2\n1 0.0 0.0 0.2 0.4\n")
     ((_, path),) = annotations.scene_pairs(folder)
     labelled = annotations.read_boxes(path, 200, 100)
@@ -224,7 +224,7 @@ def test_a_broken_yolo_annotation_says_what_is_wrong(tmp_path, lines, names, mes
         dataset.load([yolo(tmp_path / "scenes", lines, names)])
 
 
-def test_a_box_outside_the_picture_is_named(tmp_path, write_scene):
+def test_a_box_outside_the_image_is_named(tmp_path, write_scene):
     good = [("with_mask", (10, 10, 40, 50)), ("without_mask", (60, 10, 90, 50))]
     write_scene(tmp_path, "edge", [*good, ("with_mask", (300, 10, 330, 40))])
     faces = dataset.load([tmp_path])

@@ -60,7 +60,7 @@ def test_one_cell_becomes_the_box_the_paper_says() -> None:
     assert boxes.tolist() == [pytest.approx([centre_x - 10, centre_y - 20, centre_x + 10, centre_y + 20])]
 
 
-def test_a_picture_that_is_all_face_costs_a_bounded_amount() -> None:
+def test_a_image_that_is_all_face_costs_a_bounded_amount() -> None:
     heatmap = np.linspace(0.4, 0.9, 150 * 150, dtype=np.float32).reshape(1, 150, 150)
     zeros = np.zeros((2, 150, 150), np.float32)
     _, scores = decode(heatmap, zeros, zeros, threshold=0.3)

@@ -31,7 +31,7 @@ def model(cache: Path, random_files: dict[str, bytes]) -> ModelRef:
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
-def test_the_pyramid_goes_from_the_smallest_face_to_the_whole_picture(height: int, width: int) -> None:
+def test_the_pyramid_goes_from_the_smallest_face_to_the_whole_image(height: int, width: int) -> None:
     scales = pyramid(height, width)
     shorter = min(height, width)
     assert bool(scales) == (shorter >= 20)
@@ -68,20 +68,20 @@ def test_a_square_has_the_same_centre_and_the_longer_side() -> None:
     assert squares(np.array([[10, 20, 30, 60]], np.float32)).tolist() == [[0, 20, 40, 60]]
 
 
-def test_what_lies_outside_the_picture_is_black() -> None:
-    picture = np.full((20, 30, 3), 200, np.uint8)
-    crop = cut(picture, np.array([-12, -12, 12, 12], np.float32), 24)
+def test_what_lies_outside_the_image_is_black() -> None:
+    image = np.full((20, 30, 3), 200, np.uint8)
+    crop = cut(image, np.array([-12, -12, 12, 12], np.float32), 24)
     assert (crop[12:, 12:] == 200).all()
     assert crop.astype(int).sum() == 200 * 3 * 12 * 12
-    assert (cut(picture, np.array([3, 3, 8, 8], np.float32), 24) == 200).all()
+    assert (cut(image, np.array([3, 3, 8, 8], np.float32), 24) == 200).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20, 1), (21, 35), (64, 47)])
 @pytest.mark.parametrize("engine", list(Engine))
 def test_every_size_runs_and_gives_boxes_inside(size: tuple[int, int], engine: Engine, model: ModelRef) -> None:
     """Random networks find something nearly everywhere."""
-    picture = np.random.default_rng(1).integers(0, 255, (*size, 3), np.uint8)
-    boxes = load_mtcnn(spec_of(model, 0.01, enlarge_below_px=0), Runtime(engine)).detect(picture).boxes_xyxy
+    image = np.random.default_rng(1).integers(0, 255, (*size, 3), np.uint8)
+    boxes = load_mtcnn(spec_of(model, 0.01, enlarge_below_px=0), Runtime(engine)).detect(image).boxes_xyxy
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] <= (size[1], size[0])).all()
 

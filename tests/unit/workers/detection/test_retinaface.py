@@ -46,9 +46,9 @@ class Session:
 
 
 def test_the_input_is_bgr_minus_the_mean() -> None:
-    picture = np.zeros((2, 3, 3), np.uint8)
-    picture[1, 2] = (250, 130, 110)  # red, green, blue
-    batch = to_input(picture)
+    image = np.zeros((2, 3, 3), np.uint8)
+    image[1, 2] = (250, 130, 110)  # red, green, blue
+    batch = to_input(image)
     assert (batch.shape, batch.dtype) == ((1, 3, 2, 3), np.float32)
     assert batch[0, :, 0, 0].tolist() == [-104, -117, -123]
     assert batch[0, :, 1, 2].tolist() == [110 - 104, 130 - 117, 250 - 123]
@@ -110,10 +110,10 @@ def test_of_candidates_by_the_thousand_only_the_best_are_looked_at() -> None:
 
 
 def test_both_engines_load_the_pinned_file(mobilenet: ModelRef) -> None:
-    picture = np.random.default_rng(5).integers(0, 255, (90, 131, 3), np.uint8)
+    image = np.random.default_rng(5).integers(0, 255, (90, 131, 3), np.uint8)
     spec = spec_of(mobilenet, 0.7)
-    under_torch = load_retinaface(spec, NATIVE).detect(picture)
-    under_onnx = load_retinaface(spec, Runtime()).detect(picture)
+    under_torch = load_retinaface(spec, NATIVE).detect(image)
+    under_onnx = load_retinaface(spec, Runtime()).detect(image)
     assert len(under_torch) == len(under_onnx) > 0
     # Not in their order: scores may tie.
     pairs = iou(under_onnx.boxes_xyxy, under_torch.boxes_xyxy).argmax(axis=1)
@@ -170,5 +170,5 @@ def detector(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_it_finds_the_face_of_the_photograph_and_none_on_walls(detector: RetinaFace) -> None:
     found = detector.detect(astronaut())
     assert iou(found.boxes_xyxy, np.array([[178, 72, 272, 186]], np.float32))[0, 0] > 0.7
-    for picture in [np.zeros((480, 640, 3)), np.full((33, 1, 3), 255), np.zeros((1, 1, 3)), np.full((97, 301, 3), 127)]:
-        assert len(detector.detect(picture.astype(np.uint8))) == 0
+    for image in [np.zeros((480, 640, 3)), np.full((33, 1, 3), 255), np.zeros((1, 1, 3)), np.full((97, 301, 3), 127)]:
+        assert len(detector.detect(image.astype(np.uint8))) == 0

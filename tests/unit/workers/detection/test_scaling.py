@@ -28,11 +28,11 @@ def test_the_scale_keeps_to_the_limits(width: int, height: int) -> None:
 
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([0.01, 0.3, 1.0, 1.5, 2.0]))
 def test_the_scale_that_is_told_is_the_one_applied(width: int, height: int, scale: float) -> None:
-    picture = np.full((height, width, 3), 200, np.uint8)
-    resized, (scale_x, scale_y, *again) = resize(picture, scale)
+    image = np.full((height, width, 3), 200, np.uint8)
+    resized, (scale_x, scale_y, *again) = resize(image, scale)
     assert (resized == 200).all()
     assert resized.shape == (max(1, round(height * scale)), max(1, round(width * scale)), 3)
     assert resized.shape[1] == pytest.approx(width * scale_x)
     assert resized.shape[0] == pytest.approx(height * scale_y)
     assert again == [scale_x, scale_y]
-    assert (resized is picture) == (scale == 1 or resized.shape == picture.shape)
+    assert (resized is image) == (scale == 1 or resized.shape == image.shape)

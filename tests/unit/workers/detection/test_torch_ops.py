@@ -25,13 +25,13 @@ def crowd(seed: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float3
 @given(seeds, st.integers(1, 80), st.sampled_from([0.1, 0.4, 0.7]))
 def test_suppression_keeps_what_numpy_keeps(seed: int, count: int, max_iou: float) -> None:
     """A batch of two pictures, the second with fewer candidates."""
-    pictures = [crowd(seed, count), crowd(seed + 1, count)]
+    images = [crowd(seed, count), crowd(seed + 1, count)]
     taking_part = torch.ones(2, count, dtype=torch.bool)
     taking_part[1, count // 2 :] = False
-    boxes = torch.from_numpy(np.stack([boxes for boxes, _ in pictures]))
+    boxes = torch.from_numpy(np.stack([boxes for boxes, _ in images]))
     kept = torch_ops.nms(boxes, taking_part, max_iou)
     for index, candidates in enumerate((count, count // 2)):
-        expected = _ops.nms(*(part[:candidates] for part in pictures[index]), max_iou)
+        expected = _ops.nms(*(part[:candidates] for part in images[index]), max_iou)
         assert torch.nonzero(kept[index])[:, 0].tolist() == sorted(expected.tolist())
 
 

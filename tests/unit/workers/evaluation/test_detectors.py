@@ -48,7 +48,7 @@ def test_recall_and_precision_are_at_the_detectors_own_threshold_and_the_curve_g
     json.dumps(summary)
 
 
-def test_the_first_picture_warms_up_and_is_not_measured_twice(scene, write_scene):
+def test_the_first_image_warms_up_and_is_not_measured_twice(scene, write_scene):
     write_scene(scene, "b", [("with_mask", (10, 10, 50, 50))])
     chosen, low = Scripted(0.5, *FOUND), Scripted(0.02, *FOUND)
     results = evaluate_detector(scene, chosen, low, 10**6)
@@ -61,7 +61,7 @@ def test_a_detector_that_finds_nothing_has_recall_0_and_no_precision(scene):
     assert (summary["recall"], summary["precision"], summary["average_precision"]) == (0, None, 0)
 
 
-def test_unreadable_pictures_are_named_and_a_folder_of_nothing_else_refused(scene, write_scene):
+def test_unreadable_images_are_named_and_a_folder_of_nothing_else_refused(scene, write_scene):
     write_scene(scene, "broken", [("with_mask", (10, 10, 50, 50))])
     (scene / "images" / "broken.png").write_bytes(b"no picture")
     results = evaluate_detector(scene, Scripted(0.5, *FOUND), Scripted(0.02, *FOUND), 10**6)

@@ -49,7 +49,7 @@ def test_less_than_half_an_overlap_is_no_match():
     assert match([SQUARE], [(0, 0, 10, 5)], [0.9]) == [0]
 
 
-def test_pictures_without_labels_or_without_detections_match_nothing():
+def test_images_without_labels_or_without_detections_match_nothing():
     assert match([], [(0, 0, 10, 10)], [0.9]) == []
     assert match([SQUARE], [], []) == [None]
 
@@ -97,7 +97,7 @@ def test_detections_of_equal_score_come_in_together_in_whatever_order_they_were_
     assert one.average_precision(1) == other.average_precision(1) == 0.5
 
 
-def test_a_picture_is_counted_by_what_was_matched():
+def test_a_image_is_counted_by_what_was_matched():
     detections = ScoredDetections()
     detections.add([0.9, 0.4, 0.7], [2, None])
     assert (detections.scores, detections.hits) == ([0.9, 0.4, 0.7], [False, False, True])
@@ -177,8 +177,8 @@ def test_the_report_is_scikit_learns_own(samples):
     metrics = pytest.importorskip("sklearn.metrics", reason="the `train` layer is not installed")
     answers = np.float32([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.8, 0.2]])
     figures = evaluate_faces(samples, lambda crops: answers).summary(0.6)
-    truth = [sample.label for sample in samples]
-    expected = metrics.precision_recall_fscore_support(truth, answers.argmax(axis=1))
+    ground_truth = [sample.label for sample in samples]
+    expected = metrics.precision_recall_fscore_support(ground_truth, answers.argmax(axis=1))
     for label, name in enumerate(("with_mask", "without_mask")):
         row = figures["report"][name]
         found = [row["precision"], row["recall"], row["f1-score"], row["support"]]

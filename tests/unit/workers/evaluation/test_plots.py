@@ -17,10 +17,10 @@ def pixels(path):
         return np.asarray(image.convert("RGB"))
 
 
-def shows(picture, colour):
+def shows(image, colour):
     """Whether a colour, as #rrggbb, is in the picture."""
     wanted = tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    return bool((picture == wanted).all(axis=2).any())
+    return bool((image == wanted).all(axis=2).any())
 
 
 def test_curves_show_what_the_history_has(tmp_path):

@@ -100,7 +100,7 @@ def test_a_summary_without_a_found_face_has_no_invented_figures():
     assert summary["judged"]["balanced_accuracy"] is None
 
 
-def test_every_picture_is_analysed_and_an_unreadable_one_named(tmp_path, write_scene):
+def test_every_image_is_analysed_and_an_unreadable_one_named(tmp_path, write_scene):
     write_scene(tmp_path, "a", [("with_mask", (10, 10, 50, 50))])
     write_scene(tmp_path, "b", [("without_mask", (10, 10, 50, 50))])
     write_scene(tmp_path, "broken", [("without_mask", (10, 10, 50, 50))])

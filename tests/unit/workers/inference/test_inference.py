@@ -82,7 +82,7 @@ def test_finding_centerface_does_not_import_the_package_that_ships_it() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_centerface_takes_pictures_of_any_size() -> None:
+def test_centerface_takes_images_of_any_size() -> None:
     session = load_session(MODELS["centerface"].ref, Runtime(), free_size_outputs=centerface.OUTPUTS)
     for height, width in ((32, 64), (96, 32)):
         maps = session.run(np.zeros((1, 3, height, width), np.float32))

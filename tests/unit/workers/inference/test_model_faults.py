@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from common.domain import MaskwatchError, ModelRef, SampleMode
 from tests.pipelines import default_spec
 from workers.analysis.analyzer import Analyzer
-from workers.analysis.video import Picture, analyze_frames
+from workers.analysis.video import SampledFrame, analyze_frames
 from workers.classification.network_classifier import MAX_BATCH, NetworkMaskClassifier
 from workers.detection import Detections
 from workers.inference import Runtime, faults
@@ -235,11 +235,12 @@ class Crowd:
 
 def video_faces(classifier: NetworkMaskClassifier) -> list[object]:
     random = np.random.default_rng(4)
-    pictures = [
-        Picture(random.integers(0, 256, (240, 320, 3), np.uint8), Fraction(number), Fraction(1)) for number in range(5)
+    frames = [
+        SampledFrame(random.integers(0, 256, (240, 320, 3), np.uint8), Fraction(number), Fraction(1))
+        for number in range(5)
     ]
     analyzer = Analyzer(SPEC, Crowd(), classifier)
-    return list(analyze_frames(pictures, analyzer, 1.0, buffer_bytes=2**30, batch=4))
+    return list(analyze_frames(frames, analyzer, 1.0, buffer_bytes=2**30, batch=4))
 
 
 def test_the_faces_of_a_video_are_the_same_whatever_fits(ship_brightness: ShipBrightness) -> None:

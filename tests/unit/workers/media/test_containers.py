@@ -22,7 +22,7 @@ from common.domain import PermanentJobError, Reason, TransientJobError
 from common.storage.blocks import BlockReader
 from tests.videos import index_first, make_video, number_of
 from workers.media.containers import VideoFile
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.sniffing import recognise
 
 MAX_PIXELS = 1000 * 1000
@@ -157,7 +157,7 @@ def test_only_the_listed_codecs_are_decoded(container: str, codec: str, options:
     content = make_video(container, codec, 5, **options)
     # FFmpeg itself could.
     with av.open(io.BytesIO(content)) as file:
-        assert number_of(to_picture(next(file.decode(video=0)))) == 0
+        assert number_of(to_rgb(next(file.decode(video=0)))) == 0
     with pytest.raises(PermanentJobError, match=codec) as caught:
         opened(content)
     assert caught.value.reason is Reason.UNSUPPORTED_CODEC
@@ -181,8 +181,8 @@ def test_the_header_is_read(kind: str) -> None:
     assert info.created_at == (NOON if kind.startswith(DATED) else None)
     # The look at the first frame spoils nothing.
     file.restart()
-    frames = [to_picture(frame) for packet in file.packets() for frame in packet.decode()]
-    frames += [to_picture(frame) for frame in file.stream.codec_context.decode(None)]
+    frames = [to_rgb(frame) for packet in file.packets() for frame in packet.decode()]
+    frames += [to_rgb(frame) for frame in file.stream.codec_context.decode(None)]
     assert [number_of(frame) for frame in frames] == list(range(20))
     file.close()
 
@@ -217,7 +217,7 @@ def test_a_late_start_is_taken_off() -> None:
     assert [file.shown(packet) for packet in file.packets()] == [Fraction(n, 10) for n in range(10)]
 
 
-def test_a_cover_picture_is_no_video() -> None:
+def test_a_cover_image_is_no_video() -> None:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         sound = file.add_stream("aac", rate=48000, layout="mono")
@@ -343,17 +343,17 @@ def noise(number: int) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=1)
 def large_mp4() -> bytes:
-    return make_video("mp4", "libx264", 80, size=(320, 240), picture=noise, options={"qp": "30"}, audio=True)
+    return make_video("mp4", "libx264", 80, size=(320, 240), image=noise, options={"qp": "30"}, audio=True)
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mp4, index first", "mkv", "avi", "ts"])
 def test_a_probe_reads_a_small_part(kind: str) -> None:
     if kind == "avi":
-        content = make_video("avi", "mjpeg", 300, size=(320, 240), picture=noise)
+        content = make_video("avi", "mjpeg", 300, size=(320, 240), image=noise)
     elif kind == "ts":
-        content = make_video("mpegts", "libx264", 300, size=(320, 240), picture=noise, options={"qp": "30"})
+        content = make_video("mpegts", "libx264", 300, size=(320, 240), image=noise, options={"qp": "30"})
     elif kind == "mkv":
-        content = make_video("matroska", "libx264", 80, size=(320, 240), picture=noise, options={"qp": "30"})
+        content = make_video("matroska", "libx264", 80, size=(320, 240), image=noise, options={"qp": "30"})
     else:
         content = large_mp4() if kind == "mp4" else index_first(large_mp4())
     assert len(content) > 3_000_000

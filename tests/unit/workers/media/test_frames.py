@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.videos import Colours, make_video
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 
 #: Skin, mask and light, some of them as far from grey as they come.
 PATCHES = [(200, 140, 110), (90, 60, 40), (120, 180, 220), (235, 235, 235), (20, 20, 20), (220, 40, 40), (40, 160, 60)]
@@ -45,13 +45,13 @@ def error_of(rgb: NDArray[np.uint8]) -> float:
 
 
 def encoded(colours: Colours, *, height: int = 48, codec: str = "libx264", **options: Any) -> Any:
-    picture = patches(height=height)
+    image = patches(height=height)
     content = make_video(
         "mp4" if codec == "libx264" else "avi",
         codec,
         1,
-        size=(picture.shape[1], height),
-        picture=lambda _: picture,
+        size=(image.shape[1], height),
+        image=lambda _: image,
         colours=colours,
         **{"options": LOSSLESS, **options},
     )
@@ -80,7 +80,7 @@ BT709, BT601, BT2020 = Colorspace.ITU709, Colorspace.ITU601, Colorspace.BT2020
     ],
 )
 def test_colours_are_those_that_players_show(colours: Colours, height: int) -> None:
-    assert error_of(to_picture(encoded(colours, height=height))) <= TOLERANCE
+    assert error_of(to_rgb(encoded(colours, height=height))) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -93,21 +93,21 @@ def test_colours_are_those_that_players_show(colours: Colours, height: int) -> N
     ],
 )
 def test_the_tolerance_tells_the_colours_apart(written: Colours, said: str) -> None:
-    assert error_of(to_picture(encoded(written))) > 3 * TOLERANCE, said
+    assert error_of(to_rgb(encoded(written))) > 3 * TOLERANCE, said
 
 
 @pytest.mark.parametrize("pixels", ["yuvj420p", "yuvj422p", "yuvj444p"])
 def test_motion_jpeg_is_of_full_range(pixels: str) -> None:
     frame = encoded(Colours(BT601, full=True), codec="mjpeg", pixels=pixels, options={"qmin": "1", "qmax": "1"})
     # Lossy, if as little as can be.
-    assert error_of(to_picture(frame)) <= TOLERANCE + 2
+    assert error_of(to_rgb(frame)) <= TOLERANCE + 2
 
 
 def test_gif_is_rgb_already() -> None:
-    content = make_video("gif", "gif", 1, size=(112, 720), picture=lambda _: patches(height=720))
+    content = make_video("gif", "gif", 1, size=(112, 720), image=lambda _: patches(height=720))
     # The palette is coarse: what another reader sees of it is what counts.
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    assert np.array_equal(to_picture(first_frame(content)), expected)
+    assert np.array_equal(to_rgb(first_frame(content)), expected)
 
 
 def ramp() -> NDArray[np.uint8]:
@@ -122,24 +122,22 @@ def test_grey() -> None:
     with av.open(buffer, format="mjpeg") as file:
         frame = next(file.decode(video=0))
     assert frame.format.name == "gray"
-    assert np.abs(to_picture(frame).astype(int) - ramp()).max() <= TOLERANCE
+    assert np.abs(to_rgb(frame).astype(int) - ramp()).max() <= TOLERANCE
 
 
 def test_ten_bits() -> None:
-    frame = first_frame(
-        make_video("mp4", "libx264", 1, picture=lambda _: ramp(), pixels="yuv420p10le", options=LOSSLESS)
-    )
+    frame = first_frame(make_video("mp4", "libx264", 1, image=lambda _: ramp(), pixels="yuv420p10le", options=LOSSLESS))
     assert frame.format.name == "yuv420p10le"
-    assert np.abs(to_picture(frame).astype(int) - ramp()).max() <= TOLERANCE
+    assert np.abs(to_rgb(frame).astype(int) - ramp()).max() <= TOLERANCE
 
 
 def asymmetric(width: int, height: int) -> NDArray[np.uint8]:
     """A picture that looks different from every side: its corners have their own levels."""
-    picture = np.full((height, width, 3), 128, np.uint8)
-    picture[: height // 2, : width // 2] = 20
-    picture[: height // 2, width // 2 :] = 90
-    picture[height // 2 :, width // 2 :] = 235
-    return picture
+    image = np.full((height, width, 3), 128, np.uint8)
+    image[: height // 2, : width // 2] = 20
+    image[: height // 2, width // 2 :] = 90
+    image[height // 2 :, width // 2 :] = 235
+    return image
 
 
 def corners(rgb: NDArray[np.uint8]) -> list[int]:
@@ -156,11 +154,11 @@ def test_rotated_recordings_come_out_upright(container: str, size: tuple[int, in
     stored = np.ascontiguousarray(np.rot90(upright, -turned // 90))
     height, width = stored.shape[:2]
     content = make_video(
-        container, "libx264", 1, size=(width, height), rotation=turned, picture=lambda _: stored, options=LOSSLESS
+        container, "libx264", 1, size=(width, height), rotation=turned, image=lambda _: stored, options=LOSSLESS
     )
     frame = first_frame(content)
     assert (frame.width, frame.height) == (width, height)
-    rgb = to_picture(frame)
+    rgb = to_rgb(frame)
     assert rgb.shape == upright.shape and rgb.dtype == np.uint8 and rgb.flags.c_contiguous
     assert corners(rgb) == corners(upright) == [2, 9, 24, 13]
     assert np.abs(rgb.astype(int) - upright)[4:-4, 4:-4].max() <= 40  # chroma and luma blur at the edges alone
@@ -172,4 +170,4 @@ def test_rotated_recordings_come_out_upright(container: str, size: tuple[int, in
 @pytest.mark.parametrize("size", [(65, 49), (17, 33), (2, 2)])
 def test_odd_sizes(size: tuple[int, int]) -> None:
     content = make_video("matroska", "libx264", 1, size=size, pixels="yuv444p", options=LOSSLESS)
-    assert to_picture(first_frame(content)).shape == (size[1], size[0], 3)
+    assert to_rgb(first_frame(content)).shape == (size[1], size[0], 3)

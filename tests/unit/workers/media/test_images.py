@@ -79,7 +79,7 @@ def assert_shows_quadrants(rgb: np.ndarray[Any, np.dtype[np.uint8]], tolerance: 
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_every_format_gives_the_same_picture(name: str) -> None:
+def test_every_format_gives_the_same_image(name: str) -> None:
     assert_shows_quadrants(decode_image(ENCODED[name], max_pixels=MEGAPIXEL).rgb)
 
 
@@ -166,7 +166,7 @@ def test_an_empty_file_says_so() -> None:
     [b"\0", b"hello", b"\0" * 1000, b"<html>404</html>", encode(quadrants(), "GIF"), encode(quadrants(), "PPM")],
     ids=["a zero", "text", "zeros", "html", "gif", "ppm"],
 )
-def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
+def test_what_is_no_image_is_unreadable(data: bytes) -> None:
     error = failure(data)
     assert error.reason is Reason.UNREADABLE_IMAGE
     assert error.detail == "the content is not a JPEG, PNG, WebP, BMP or TIFF picture; convert it to one of these"
@@ -174,14 +174,14 @@ def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
 
 @pytest.mark.parametrize("name", sorted(ENCODED.keys() - {"mpo"}))  # an MPO cut in its second picture is whole
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
-def test_a_cut_off_picture_says_so(name: str, share: float) -> None:
+def test_a_cut_off_image_says_so(name: str, share: float) -> None:
     data = ENCODED[name][: int(len(ENCODED[name]) * share)]
     error = failure(data)
     assert error.reason is Reason.TRUNCATED_IMAGE
     assert f"cut off after {len(data)} bytes" in error.detail
 
 
-def test_a_damaged_picture_is_not_called_cut_off() -> None:
+def test_a_damaged_image_is_not_called_cut_off() -> None:
     data = bytearray(ENCODED["png"])
     start = data.index(b"IDAT") + 6
     data[start : start + 20] = bytes(20)
@@ -200,7 +200,7 @@ def test_the_limit_is_on_pixels() -> None:
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_a_large_picture_is_refused_before_its_pixels_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_is_refused_before_its_pixels_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("the pixels were read")
 
@@ -216,7 +216,7 @@ def test_a_decompression_bomb_is_too_large_and_not_a_warning() -> None:
 
 
 @given(st.sampled_from(sorted(ENCODED)), st.data())
-def test_damage_anywhere_gives_a_picture_or_a_reason(name: str, data: st.DataObject) -> None:
+def test_damage_anywhere_gives_a_image_or_a_reason(name: str, data: st.DataObject) -> None:
     """Nothing but `PermanentJobError` ever leaves, and no warning: those are errors in tests."""
     damaged = bytearray(ENCODED[name])
     for _ in range(data.draw(st.integers(1, 6))):
@@ -234,7 +234,7 @@ def test_damage_anywhere_gives_a_picture_or_a_reason(name: str, data: st.DataObj
 
 
 @given(st.binary(max_size=400))
-def test_arbitrary_exif_never_fails_a_picture(noise: bytes) -> None:
+def test_arbitrary_exif_never_fails_a_image(noise: bytes) -> None:
     data = encode(quadrants(), "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0" + noise)
     assert decode_image(data, max_pixels=MEGAPIXEL).rgb.shape[2] == 3
 
@@ -296,7 +296,7 @@ def test_a_senseless_time_is_no_time(time: str) -> None:
     assert decoded.rgb.shape == (40, 60, 3)
 
 
-def test_a_picture_without_metadata_has_no_time() -> None:
+def test_a_image_without_metadata_has_no_time() -> None:
     assert decode_image(ENCODED["jpeg"], max_pixels=MEGAPIXEL).exif_time is None
 
 
@@ -330,7 +330,7 @@ def test_a_jpeg_in_very_many_passes_is_refused() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(("mode", "file_format"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("LA", "PNG"), ("P", "PNG")])
-def test_a_picture_takes_a_bounded_memory_per_pixel(mode: str, file_format: str, tmp_path: Path) -> None:
+def test_a_image_takes_a_bounded_memory_per_pixel(mode: str, file_format: str, tmp_path: Path) -> None:
     """16 bytes per pixel, which the limit on pixels counts on; transparency done at once would take 23."""
     side = 4000
     options = {"lossless": True} if file_format == "WEBP" else {}
@@ -350,7 +350,7 @@ def test_a_picture_takes_a_bounded_memory_per_pixel(mode: str, file_format: str,
 
 def test_rows_are_done_in_parts_that_fit_together() -> None:
     noise = np.random.default_rng(1).integers(0, 256, (700, 30, 4), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    at_once = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    found = decode_image(encode(picture, "PNG"), max_pixels=MEGAPIXEL).rgb
+    image = Image.fromarray(noise)
+    at_once = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    found = decode_image(encode(image, "PNG"), max_pixels=MEGAPIXEL).rgb
     assert np.array_equal(found, np.asarray(at_once))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from common.domain import PermanentJobError, Reason, SampleMode
 from tests.videos import make_video, number_of
 from workers.media.containers import VideoFile
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.sampling import Grid, Sampler
 
 FRAMES = 36
@@ -82,7 +82,7 @@ def chunk(data: bytes, grid: Grid, start_ms: int, end_ms: int | None, mode: Samp
     """(cell, time, number in the picture) of what one chunk takes."""
     file = opened(data)
     sampler = Sampler(file, grid, mode, grid.first_from(start_ms), None if end_ms is None else grid.first_from(end_ms))
-    taken = [(sample.cell, sample.at, number_of(to_picture(sample.frame))) for sample in sampler]
+    taken = [(sample.cell, sample.at, number_of(to_rgb(sample.frame))) for sample in sampler]
     assert sampler.cut_off_at is None
     file.close()
     return taken
@@ -110,7 +110,7 @@ def by_the_rule(data: bytes, grid: Grid) -> Taken:
     if file.tells_when_shown:
         times = [file.shown(frame) for frame in frames]
     # An AVI's times are those of decoding; in their order they are those of showing.
-    shown = [(at, number_of(to_picture(frame))) for at, frame in zip(sorted(filter_none(times)), frames, strict=True)]
+    shown = [(at, number_of(to_rgb(frame))) for at, frame in zip(sorted(filter_none(times)), frames, strict=True)]
     file.close()
     first: dict[int, tuple[Fraction, int]] = {}
     for at, number in shown:

@@ -69,7 +69,7 @@ def test_the_same_faces_as_the_cpu_finds(analyzer: DeviceAnalyzer, frames: list[
     assert [len(faces) for faces in found] == [1, 1, 1, 0, 1, 1, 1, 1]
 
 
-def test_one_picture_is_a_batch_of_one(analyzer: DeviceAnalyzer, frames: list[NDArray[np.uint8]]) -> None:
+def test_one_image_is_a_batch_of_one(analyzer: DeviceAnalyzer, frames: list[NDArray[np.uint8]]) -> None:
     assert_alike(analyzer.analyze(frames[7]), analyzer.analyze_batch(frames)[7], px=1e-3, p=1e-4)
     assert analyzer.analyze(frames[3]) == []
 
@@ -87,7 +87,7 @@ def test_frames_of_several_sizes_come_back_in_their_order(
         assert_alike(faces, analyzer.analyze(frame), px=1e-3, p=1e-4)
 
 
-def test_a_picture_that_numpy_holds_read_only_or_in_steps(
+def test_a_image_that_numpy_holds_read_only_or_in_steps(
     analyzer: DeviceAnalyzer, frames: list[NDArray[np.uint8]]
 ) -> None:
     frozen = frames[7].copy()
@@ -298,8 +298,8 @@ def test_the_cpu_pipeline_does_not_import_torch() -> None:
 def test_the_same_faces_on_the_test_scenes(data_dir: Path, analyzer: DeviceAnalyzer) -> None:
     """Both ways in single precision on the CPU. OpenCV's rounding moves a box by a pixel here and there, and the
     classifier answers differences of one level of 255 in a small crop with a few hundredths of a probability."""
-    pictures = scenes(data_dir)[::3]  # torch prepares its CPU kernels anew for each size, which takes most of the time
-    agreement = compare(analyzer.analyze_batch(pictures), [load_analyzer(SPEC, Runtime()).analyze(p) for p in pictures])
+    images = scenes(data_dir)[::3]  # torch prepares its CPU kernels anew for each size, which takes most of the time
+    agreement = compare(analyzer.analyze_batch(images), [load_analyzer(SPEC, Runtime()).analyze(p) for p in images])
     print(agreement)
     assert agreement.matched >= 0.98
     assert agreement.same_label >= 0.98

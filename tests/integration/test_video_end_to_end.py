@@ -1,4 +1,4 @@
-"""Videos on the whole road with real workers: killed in mid-chunk, delivered twice, with and without the fence."""
+"""Videos end to end with real workers: killed in mid-chunk, delivered twice, with and without the fence."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def walking_by() -> bytes:
     """A face that moves through the picture from left to right."""
     face = portrait(96)
 
-    def picture(number: int) -> np.ndarray:  # type: ignore[type-arg]
+    def image(number: int) -> np.ndarray:  # type: ignore[type-arg]
         canvas = Image.new("RGB", (320, 192), (90, 110, 130))
         canvas.paste(face, (4 * number % 224, 48))
         return np.asarray(canvas)
 
-    return make_video("mp4", frames=FPS * SECONDS, fps=FPS, size=(320, 192), gop=10, bframes=2, picture=picture)
+    return make_video("mp4", frames=FPS * SECONDS, fps=FPS, size=(320, 192), gop=10, bframes=2, image=image)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_without_the_fence_frames_are_counted_twice(
     assert rows(session, COUNTED, key="a.mp4")[0][1] > FPS * SECONDS
 
 
-def test_run_takes_pictures_and_videos_together(quick: None, session: Session, tmp_path: Path) -> None:
+def test_run_takes_images_and_videos_together(quick: None, session: Session, tmp_path: Path) -> None:
     folder = tmp_path / "footage"
     folder.mkdir()
     (folder / "walk.mp4").write_bytes(walking_by())

@@ -1,4 +1,4 @@
-"""The whole road with real worker processes: bucket in, compliance out, and what a kill leaves behind."""
+"""End to end with real worker processes: bucket in, compliance out, and what a kill leaves behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def quick(services: Services, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
 
 
 @contextmanager
-def crew(folder: Path, *commands: str) -> Iterator[None]:
+def processes(folder: Path, *commands: str) -> Iterator[None]:
     with ExitStack() as stack:
         for number, command in enumerate(commands):
             stack.enter_context(running(command, log=folder / f"{number}-{command}.log"))
@@ -54,7 +54,7 @@ def test_from_a_bucket_to_compliance(quick: dict[str, str], session: Session, bu
         "backfill", f"{bucket.uri}/door/", "--location", "lobby", "--camera", "door",
         "--time-pattern", "door/%Y/%m/%d/%H-%M-%S.jpg", "--wait", "--json",
     )  # fmt: skip
-    with crew(tmp_path, "producer", "aggregator", "worker"):
+    with processes(tmp_path, "producer", "aggregator", "worker"):
         done = maskwatch(*command)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
@@ -101,7 +101,7 @@ def _kill_in_mid_group(session: Session, bucket: Bucket, folder: Path) -> None:
         kill_tree(victim, signal.SIGKILL)
     left = states(session)
     assert left.get("running", 0) >= 1, f"killed too late to be in mid-group: {left}"
-    with crew(folder, "producer", "aggregator", "worker"):
+    with processes(folder, "producer", "aggregator", "worker"):
         wait_until(lambda: states(session) == {"succeeded": count}, what="the rest, by another worker")
         send(TaskName.ANALYZE, [message])
         with redis_client() as client:
@@ -118,7 +118,7 @@ SELECT count(*) FILTER (WHERE pictures <> 1) FROM (
 """
 
 
-def test_after_kill_9_every_picture_is_analysed_once(
+def test_after_kill_9_every_image_is_analysed_once(
     quick: dict[str, str], session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
     _kill_in_mid_group(session, bucket, tmp_path)
@@ -130,7 +130,7 @@ def test_after_kill_9_every_picture_is_analysed_once(
     assert scalar(session, "SELECT max(lost_leases + crashes) FROM jobs") == 1
 
 
-def test_without_the_fence_pictures_are_counted_twice(
+def test_without_the_fence_images_are_counted_twice(
     quick: dict[str, str], session: Session, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with planted_in_processes(tmp_path / "unfenced", *UNFENCED) as env:
@@ -187,7 +187,7 @@ def test_redis_may_be_wiped(quick: dict[str, str], session: Session, bucket: Buc
     assert states(session) == {"queued": 6}
     with redis_client() as client:
         client.flushall()
-    with crew(tmp_path, "producer", "aggregator", "worker"):
+    with processes(tmp_path, "producer", "aggregator", "worker"):
         wait_until(lambda: states(session) == {"succeeded": 6}, what="everything, after the wipe")
     assert scalar(session, ONCE) == 0
 

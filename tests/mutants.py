@@ -18,6 +18,8 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
+from tests import ROOT
+
 
 @dataclass(frozen=True)
 class Rewrite:
@@ -98,5 +100,5 @@ def injected(folder: Path, *code: str) -> dict[str, str]:
         "    import traceback\n    traceback.print_exc()\n    os._exit(70)\n"
     )
     # The folder of `tests` too: an installation of the product does not include it.
-    path = [str(folder), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, path))}

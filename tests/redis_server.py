@@ -18,12 +18,13 @@ from pathlib import Path
 from redis import Redis
 
 from common.local.services import wheel_file
+from tests import ROOT
 from tests.services import wait_until
 
 #: What the users of docs/redis.acl get as their password.
 PASSWORD = "p/ss:w@rd%"
 
-SHIPPED = Path(__file__).parents[1] / "docs" / "redis.acl"
+SHIPPED = ROOT / "docs" / "redis.acl"
 
 ROLES = ("producer", "worker", "aggregator")
 

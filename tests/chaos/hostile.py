@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from common.messaging.queues import Queue, encode_refs
 from common.settings import get_settings
-from tests import hostile_media
+from tests import ROOT, hostile_media
 from tests.chaos.harness import ENDED, Experiment, Lab, Outcome, Scale
 from tests.faults import Fault, faulty_s3
 from tests.forged_messages import forged, message, pickled
@@ -226,7 +226,7 @@ def decoded(path: Path, max_pixels: int) -> str:
     most = MEMORY_CAP_MB * 2**20
     done = subprocess.run(
         [sys.executable, "-c", _DECODED, str(path), str(max_pixels)], capture_output=True, text=True, check=True,
-        timeout=300, cwd=Path(__file__).parents[2],
+        timeout=300, cwd=ROOT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)),
     )  # fmt: skip
     return done.stdout.strip()

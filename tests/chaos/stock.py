@@ -19,6 +19,7 @@ from pathlib import Path
 from celery import Celery
 from sqlalchemy import Engine, create_engine, text
 
+from tests import ROOT
 from tests.services import kill_tree
 
 TABLE = "CREATE TABLE stock_rows (picture integer NOT NULL, worker text NOT NULL)"
@@ -58,7 +59,7 @@ def worker(name: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "tests.chaos.stock", "worker", "-n", f"{name}@stock"],
             env={**os.environ, "CELERY_BROKER_URL": os.environ["MASKWATCH_BROKER__URL"]},
-            cwd=Path(__file__).parents[2], stdout=output, stderr=output, start_new_session=True,
+            cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
         yield process

@@ -19,8 +19,7 @@ import pytest
 
 from common import files
 from common.files import PART, LockHeldError, hold, make_held, new_folder, remove_left_over, replacing, write_atomically
-
-ROOT = Path(__file__).parents[3]
+from tests import ROOT
 
 #: Writes a file over and over, each time as many bytes of one kind, with the function that it is told.
 WRITE = """

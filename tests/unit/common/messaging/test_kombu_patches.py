@@ -21,6 +21,7 @@ from kombu.transport import redis as redis_transport
 from common.domain import MaskwatchError
 from common.messaging import kombu_patches, message_filter
 from common.messaging.kombu_patches import list_name
+from tests import ROOT
 
 #: Every function of kombu's that is replaced, or called from what replaces it, or that finds what we put in its place;
 #: and the beginning of the SHA-256 of its source. A new version of kombu: read what changed in each that a test names,
@@ -42,7 +43,7 @@ STANDS_ON: dict[str, str] = {
     "kombu.transport.virtual.base:Transport.create_channel": "eeac2f4539545701",
     "kombu.transport.virtual.base:Transport._deliver": "23eb22f3542e2d1b",
 }
-PYPROJECT = Path(__file__).parents[4] / "pyproject.toml"
+PYPROJECT = ROOT / "pyproject.toml"
 
 
 @lru_cache

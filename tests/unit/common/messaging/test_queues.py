@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from common.messaging.celery_app import app
 from common.messaging.queues import ROUTES, Queue, TaskName, decode_refs, encode_refs
 from common.settings import Settings
 from producer.dispatch import group
+from tests import ROOT
 
 
 def test_references_survive_json() -> None:
@@ -46,7 +46,7 @@ def test_every_task_has_a_route_an_implementation_and_every_queue_a_consumer() -
     assert set(ROUTES.values()) == set(Queue)
     served = set()
     for module in ("workers/cli/worker.py", "workers/cli/aggregator.py", "producer/cli/producer.py"):
-        text = (Path(__file__).parents[4] / module).read_text()
+        text = (ROOT / module).read_text()
         served |= {queue for queue in Queue if f"Queue.{queue.name}" in text}
     assert served == set(Queue)
     assert producer.tasks.dispatch_jobs.name == TaskName.DISPATCH

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from common.sample import people
 from common.sample.source_images import FOLDER, astronaut, texture
+from tests import ROOT
 
 #: Of the decoded pixels: the demo's figures are equal to the last digit only with exactly these.
 PIXELS = {
@@ -21,9 +22,7 @@ PIXELS = {
     partial(texture, "brick"): "664a145c5253f0d66db1a12776785f0ea35a44cc7447ffc933f6d6118dc58643",
     partial(texture, "gravel"): "3d51ad45f789cd8b98534b7af6bce774e499ead45421135afd757358c7230009",
 }
-PACKAGE_DATA = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["tool"]["setuptools"][
-    "package-data"
-]["*"]
+PACKAGE_DATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
 
 
 def digest(pixels: NDArray[np.uint8]) -> str:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
 from common.domain import PermanentJobError, Reason
+from tests import ROOT
 from workers.media.images import decode_image
 
 MEGAPIXEL = 1_000_000
@@ -343,7 +344,7 @@ def test_a_image_takes_a_bounded_memory_per_pixel(mode: str, file_format: str, t
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "bomb")], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[4],
+        cwd=ROOT,
     )  # fmt: skip
     assert int(done.stdout) * 1024 < 17 * side * side
 

@@ -11,6 +11,7 @@ import av
 import psutil
 import pytest
 
+from tests import ROOT
 from tests.services import maskwatch, running, wait_until
 
 
@@ -22,7 +23,7 @@ def newcomer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             monkeypatch.delenv(name)
     # The credentials of the person who runs the tests must not decide which S3 is used.
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from common.models import figures as model_figures
+from tests import ROOT
 from tests.pipelines import default_spec
 
-DATA = Path(os.environ.get("MASKWATCH_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
-HELD_OUT = Path(__file__).parents[2] / "workers" / "classification" / "weights" / "held_out.txt"
+DATA = Path(os.environ.get("MASKWATCH_TEST_DATA") or ROOT.parent / "shared" / "data")
+HELD_OUT = ROOT / "workers" / "classification" / "weights" / "held_out.txt"
 
 pytestmark = [
     pytest.mark.data,

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from common.domain import JobState, MaskwatchError
 from common.reporting import report
 from common.reporting.report import MAX_IMAGES, write_report
-from tests.integration.reporting.archive import Archive
+from tests.archive import Archive
 
 HOSTILE = "<script>alert('x')</script>"
 START = datetime(2026, 3, 28, 7, 10, tzinfo=UTC)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 from sqlalchemy import text
@@ -12,9 +11,10 @@ from sqlalchemy.orm import Session
 
 from common.database.tables import Base
 from common.domain import JobState
-from tests.integration.reporting.archive import Archive
+from tests import ROOT
+from tests.archive import Archive
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "schema.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "schema.md").read_text(encoding="utf-8")
 QUERIES = re.findall(r"```sql\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 VIEWS = ("face_results", "visit_results", "compliance_by_hour", "compliance_by_day", "coverage_hourly")
 

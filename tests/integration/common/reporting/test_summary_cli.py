@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import main
-from tests.integration.reporting.archive import Archive
+from tests.archive import Archive
 
 #: Arguments of the command → exit code, standard output, standard error.
 Command = Callable[..., tuple[int, str, str]]

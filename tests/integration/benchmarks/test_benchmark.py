@@ -7,11 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.services import Services
 
 
@@ -31,9 +31,7 @@ def test_the_benchmark_end_to_end(services: Services, monkeypatch: pytest.Monkey
         "1",
         "--json",
     ]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result["end_to_end_cpu_ms_by_part"]) == {
@@ -51,9 +49,7 @@ def test_the_benchmark_end_to_end(services: Services, monkeypatch: pytest.Monkey
 def test_a_chunk_costs_its_own_bytes_and_keyframes_alone_are_decoded() -> None:
     """Of the benchmark of videos what is no matter of time; the rest of it is run by hand."""
     command = [sys.executable, "-m", "benchmarks.video", "--quick", "--only", "bytes", "--only", "decoding", "--json"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [row["index_at"] for row in result["bytes"]] == ["front", "end"]
@@ -66,14 +62,13 @@ def test_a_chunk_costs_its_own_bytes_and_keyframes_alone_are_decoded() -> None:
 @pytest.mark.bench
 def test_the_rows_of_the_ledger_have_a_size() -> None:
     """Sizes are no matter of speed: those of docs/performance.md hold, within a tenth."""
-    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.storage"], cwd=root, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "benchmarks.storage"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| (\w+) \| (\d+) \|$", done.stdout, flags=re.MULTILINE)
     assert [name for name, _ in rows] == ["faces", "media_objects", "jobs", "job_attempts", "frame_counts"]
-    told = dict(re.findall(r"^\| (\w+) \| (\d+) \|$", (root / "docs/performance.md").read_text(), flags=re.MULTILINE))
+    told = dict(re.findall(r"^\| (\w+) \| (\d+) \|$", (ROOT / "docs/performance.md").read_text(), flags=re.MULTILINE))
     assert all(abs(int(size) / int(told[name]) - 1) < 0.1 for name, size in rows)
 
 
@@ -99,9 +94,7 @@ def test_what_must_not_grow_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
 def run(name: str, *arguments: str) -> dict[str, Any]:
     """What a benchmark prints."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

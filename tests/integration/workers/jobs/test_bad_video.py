@@ -27,6 +27,7 @@ from common.domain import Face, MaskStatus, ObservedAt, ObservedAtSource, Perman
 from common.planning import PlannedObject, media_kind
 from common.settings import Settings, get_settings
 from common.storage.opening import open_bucket
+from tests import ROOT
 from tests.faults import faulty_s3
 from tests.hostile_files import (
     DREF,
@@ -559,7 +560,7 @@ def test_claims_take_no_memory(tmp_path: Path) -> None:
         path.write_bytes(content)
         done = subprocess.run(
             [sys.executable, "-c", _GROWTH, str(path), str(limit)], capture_output=True, text=True, check=True,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
         )  # fmt: skip
         return int(done.stdout)
 

@@ -33,6 +33,7 @@ from common.domain import (
     VideoInfo,
 )
 from common.ledger import ClaimedJob, StaleJobError, registration
+from tests import ROOT
 from tests.ledger_rows import NOON, claim, dispatch, face, planned, register, rows, scalar, states
 from tests.photos import face_jpeg
 from tests.services import Bucket, locate, maskwatch, wait_until
@@ -389,7 +390,7 @@ def _analyse_elsewhere(session: Session, bucket: Bucket, folder: Path, before: s
         "from workers.jobs.run import run_jobs\n"
         f"run_jobs([JobRef({ref.id}, uuid.UUID('{ref.token}'))], worker='w/1', settings=get_settings())"
     )
-    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # Of our environment no more than it needs: where it takes itself to be in a CI run, it sends nothing. What it would
     # send in the control goes nowhere.
     kept = {

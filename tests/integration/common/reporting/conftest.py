@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy.orm import Session
 
-from tests.integration.reporting.archive import Archive
+from tests.archive import Archive
 
 
 @pytest.fixture

@@ -6,16 +6,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.services import forget_settings
 
 torch = pytest.importorskip("torch", reason="the `native` layer is not installed")
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

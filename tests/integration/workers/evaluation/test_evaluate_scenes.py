@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-DATA = Path(os.environ.get("MASKWATCH_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+from tests import ROOT
+
+DATA = Path(os.environ.get("MASKWATCH_TEST_DATA") or ROOT.parent / "shared" / "data")
 SCENES = DATA / "scenes"
 
 pytestmark = [

@@ -40,6 +40,7 @@ from common.domain import MaskwatchError
 from common.messaging.queues import encode_refs
 from common.settings import get_settings
 from migrations.compatibility import set_oldest
+from tests import ROOT
 from tests.ledger_rows import claim, dispatch, face, planned, register, rows, scalar, states
 from tests.services import forget_settings, maskwatch, running, wait_until
 from workers import tasks
@@ -47,8 +48,6 @@ from workers.jobs import attempts
 from workers.jobs.recording import record_image
 from workers.jobs.run import run_jobs
 from workers.summaries.aggregation import summarize, summarize_batch
-
-ROOT = Path(__file__).parents[2]
 
 #: A version that no program of these tests has reached, and a revision that none knows.
 NEWER, NEWER_REVISION = "99.0.0", "9999"

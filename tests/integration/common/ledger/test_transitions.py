@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +21,10 @@ from common.domain import AttemptOutcome, JobKind, JobRef, JobState, Lane, Obser
 from common.ledger import ClaimedJob, Placement, StaleJobError, registration
 from common.ledger.states import FINAL_STATES, HOLDS, LISTED, as_markdown
 from common.ledger.transitions import Attempt, Unless, transition
+from tests import ROOT
 from tests.ledger_rows import NOON, planned, register, rows
 from tests.pipelines import default_spec
 
-ROOT = Path(__file__).parents[2]
 POLICY = ledger.recovery.PausePolicy(after_refusals=1, seconds=1, cap_seconds=1)
 SEEN = ObservedAt(NOON, ObservedAtSource.KEY_PATTERN)
 AGAIN = {"max_attempts": 3, "base": 1.0, "cap": 1.0}

@@ -22,7 +22,7 @@ from common.reporting.queries import (
     quarantined,
     totals,
 )
-from tests.integration.reporting.archive import Archive
+from tests.archive import Archive
 
 BERLIN, KOLKATA = "Europe/Berlin", "Asia/Kolkata"
 #: Before and after Berlin's clocks go forward (29 March 2026, 01:00 UTC) and back (25 October 2026, 01:00 UTC).

@@ -22,9 +22,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from common.messaging.queues import Queue, queue_length
+from tests.aggregators import Batch, batch_without_the_lock, overtake
 from tests.chaos.harness import Experiment, Lab, Outcome, Scale, percentile
 from tests.faults import Fault, faulty_s3
-from tests.integration.test_aggregation import Batch, batch_without_the_lock, overtake
 from tests.photos import jpeg, portrait
 from tests.services import Bucket, wait_until
 from tests.videos import make_video

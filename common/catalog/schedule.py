@@ -95,10 +95,20 @@ def note_slots(session: Session) -> int:
     """Note the slots that have come due; returns how many are new."""
     cameras = session.execute(
         text(
-            "SELECT c.id, c.every_seconds, c.cron, c.scheduled_since, l.time_zone, clock_timestamp() AS now,"
-            " (SELECT max(slot) FROM camera_slots s WHERE s.camera_id = c.id AND s.slot >= c.scheduled_since) AS last"
-            " FROM cameras c JOIN locations l ON l.id = c.location_id WHERE c.scheduled_since IS NOT NULL"
-            " AND c.disabled_at IS NULL AND c.removed_at IS NULL ORDER BY c.id"
+            """
+            SELECT c.id, c.every_seconds, c.cron, c.scheduled_since, l.time_zone, clock_timestamp() AS now,
+                   (
+                       SELECT max(slot)
+                       FROM camera_slots s
+                       WHERE s.camera_id = c.id AND s.slot >= c.scheduled_since
+                   ) AS last
+            FROM cameras c
+            JOIN locations l ON l.id = c.location_id
+            WHERE c.scheduled_since IS NOT NULL
+              AND c.disabled_at IS NULL
+              AND c.removed_at IS NULL
+            ORDER BY c.id
+            """
         )
     ).all()
     noted = 0
@@ -117,8 +127,12 @@ def note_slots(session: Session) -> int:
             noted += len(
                 session.execute(
                     text(
-                        "INSERT INTO camera_slots (camera_id, slot)"
-                        " SELECT :camera, unnest(CAST(:slots AS timestamptz[])) ON CONFLICT DO NOTHING RETURNING slot"
+                        """
+                        INSERT INTO camera_slots (camera_id, slot)
+                        SELECT :camera, unnest(CAST(:slots AS timestamptz[]))
+                        ON CONFLICT DO NOTHING
+                        RETURNING slot
+                        """
                     ),
                     {"camera": row.id, "slots": new},
                 ).all()
@@ -173,34 +187,40 @@ def prune_slots(session: Session) -> int:
     return deleted.rowcount
 
 
+#: A camera with a slot that is due, and that no process is polling.
+_IS_DUE = """
+disabled_at IS NULL
+  AND removed_at IS NULL
+  AND scheduled_since IS NOT NULL
+  AND (look_until IS NULL OR look_until < clock_timestamp())
+  AND EXISTS (SELECT FROM camera_slots s WHERE s.camera_id = cameras.id AND finished_at IS NULL)
+"""
+
+_DUE = f"SELECT id FROM cameras WHERE {_IS_DUE} ORDER BY look_until NULLS FIRST, id"  # noqa: S608
+
+
 def due_cameras(session: Session) -> list[int]:
     """Cameras with a slot that is due, and that no process is polling."""
-    found = session.execute(
-        text(
-            "SELECT id FROM cameras WHERE disabled_at IS NULL AND removed_at IS NULL AND scheduled_since IS NOT NULL"
-            " AND (look_until IS NULL OR look_until < clock_timestamp()) AND EXISTS (SELECT FROM camera_slots s"
-            " WHERE s.camera_id = cameras.id AND finished_at IS NULL) ORDER BY look_until NULLS FIRST, id"
-        )
+    return list(session.execute(text(_DUE)).scalars())
+
+
+_BEGIN = f"""
+UPDATE cameras
+SET look_token = gen_random_uuid(),
+    look_until = clock_timestamp() + make_interval(secs => :lease),
+    look_began = coalesce(look_began, clock_timestamp()),
+    look_is_sweep = coalesce(
+        look_is_sweep,
+        swept_at IS NULL OR swept_at < clock_timestamp() - make_interval(secs => sweep_seconds)
     )
-    return list(found.scalars())
+WHERE id = :id AND {_IS_DUE}
+RETURNING look_token, look_began, look_cursor, look_is_sweep
+"""  # noqa: S608
 
 
 def begin_poll(session: Session, camera_id: int, *, lease_seconds: float) -> Poll | None:
     """Begin a poll, or take over one whose lease has run out; None if nothing is due, or another process holds it."""
-    row = session.execute(
-        text(
-            "UPDATE cameras SET look_token = gen_random_uuid(),"
-            " look_until = clock_timestamp() + make_interval(secs => :lease),"
-            " look_began = coalesce(look_began, clock_timestamp()),"
-            " look_is_sweep = coalesce(look_is_sweep, swept_at IS NULL"
-            " OR swept_at < clock_timestamp() - make_interval(secs => sweep_seconds))"
-            " WHERE id = :id AND disabled_at IS NULL AND removed_at IS NULL AND scheduled_since IS NOT NULL"
-            " AND (look_until IS NULL OR look_until < clock_timestamp()) AND EXISTS (SELECT FROM camera_slots s"
-            " WHERE s.camera_id = cameras.id AND finished_at IS NULL)"
-            " RETURNING look_token, look_began, look_cursor, look_is_sweep"
-        ),
-        {"id": camera_id, "lease": lease_seconds},
-    ).first()
+    row = session.execute(text(_BEGIN), {"id": camera_id, "lease": lease_seconds}).first()
     if row is None:
         return None
     return Poll(camera_id, row.look_token, row.look_began, row.look_cursor, row.look_is_sweep, lease_seconds)
@@ -227,8 +247,12 @@ def end_poll(session: Session, poll: Poll) -> int:
     )
     ended = session.execute(
         text(
-            "UPDATE camera_slots SET looks = looks + 1, finished_at = clock_timestamp()"
-            " WHERE camera_id = :id AND finished_at IS NULL AND slot <= :began RETURNING slot"
+            """
+            UPDATE camera_slots
+            SET looks = looks + 1, finished_at = clock_timestamp()
+            WHERE camera_id = :id AND finished_at IS NULL AND slot <= :began
+            RETURNING slot
+            """
         ),
         {"id": poll.camera_id, "began": poll.began},
     )
@@ -267,8 +291,16 @@ def newest_known(session: Session, camera_id: int, bucket: str) -> tuple[str, da
     """The key and time of a camera's newest footage, by the times in its keys; None before there is any."""
     row = session.execute(
         text(
-            "SELECT key, observed_at FROM media_objects WHERE camera_id = :camera AND bucket = :bucket"
-            " AND observed_at_source = 'key_pattern' AND superseded_at IS NULL ORDER BY observed_at DESC LIMIT 1"
+            """
+            SELECT key, observed_at
+            FROM media_objects
+            WHERE camera_id = :camera
+              AND bucket = :bucket
+              AND observed_at_source = 'key_pattern'
+              AND superseded_at IS NULL
+            ORDER BY observed_at DESC
+            LIMIT 1
+            """
         ),
         {"camera": camera_id, "bucket": bucket},
     ).first()

@@ -48,13 +48,21 @@ def refused(session: Session, source_id: int, reason: Reason, detail: str, polic
     return bool(
         session.scalar(
             text(
-                # now(), the begin of the transaction: what it quarantines itself counts as refused since.
-                "UPDATE sources SET refusals = refusals + 1, refusing_since = coalesce(refusing_since, now()),"
-                " reason = :reason, detail = :detail,"
-                " paused_at = CASE WHEN refusals + 1 >= :limit THEN coalesce(paused_at, clock_timestamp()) END,"
-                " next_trial_at = CASE WHEN refusals + 1 >= :limit THEN coalesce(next_trial_at,"
-                " clock_timestamp() + make_interval(secs => :seconds)) END"
-                " WHERE id = :id RETURNING paused_at IS NOT NULL"
+                """
+                UPDATE sources
+                SET refusals = refusals + 1,
+                    -- the begin of the transaction: what it quarantines itself counts as refused since
+                    refusing_since = coalesce(refusing_since, now()),
+                    reason = :reason,
+                    detail = :detail,
+                    paused_at = CASE WHEN refusals + 1 >= :limit THEN coalesce(paused_at, clock_timestamp()) END,
+                    next_trial_at = CASE
+                        WHEN refusals + 1 >= :limit
+                        THEN coalesce(next_trial_at, clock_timestamp() + make_interval(secs => :seconds))
+                    END
+                WHERE id = :id
+                RETURNING paused_at IS NOT NULL
+                """
             ),
             {
                 "id": source_id,
@@ -86,9 +94,15 @@ def take_due_trials(session: Session, policy: PausePolicy) -> list[int]:
     """The paused sources whose trial is due; sets the time of their next trial."""
     rows = session.execute(
         text(
-            "UPDATE sources SET trials = trials + 1, next_trial_at = clock_timestamp()"
-            " + make_interval(secs => least(:cap, :seconds * power(2, least(trials + 1, 30))))"
-            " WHERE paused_at IS NOT NULL AND next_trial_at <= clock_timestamp() RETURNING id"
+            """
+            UPDATE sources
+            SET trials = trials + 1,
+                next_trial_at = clock_timestamp()
+                    + make_interval(secs => least(:cap, :seconds * power(2, least(trials + 1, 30))))
+            WHERE paused_at IS NOT NULL
+              AND next_trial_at <= clock_timestamp()
+            RETURNING id
+            """
         ),
         {"seconds": policy.seconds, "cap": policy.cap_seconds},
     )

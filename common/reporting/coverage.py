@@ -52,9 +52,16 @@ def coverage(
     bounds = {name: _instant(bound, margin) for name, bound, margin in (("since", since, -DAY), ("until", until, DAY))}
     rows = session.execute(
         text(
-            f"SELECT {', '.join(CoverageHour.__slots__)} FROM camera_coverage(:camera,"  # noqa: S608
-            " coalesce(CAST(:since AS timestamptz), '-infinity'), coalesce(CAST(:until AS timestamptz), 'infinity'),"
-            " make_interval(secs => :longest)) ORDER BY hour"
+            f"""
+            SELECT {", ".join(CoverageHour.__slots__)}
+            FROM camera_coverage(
+                :camera,
+                coalesce(CAST(:since AS timestamptz), '-infinity'),
+                coalesce(CAST(:until AS timestamptz), 'infinity'),
+                make_interval(secs => :longest)
+            )
+            ORDER BY hour
+            """  # noqa: S608
         ),
         {"camera": camera.id, **bounds, "longest": max(WEEK.total_seconds(), get_settings().worker.max_video_seconds)},
     )
@@ -82,11 +89,21 @@ def failed_jobs(session: Session, camera: Camera, hours: list[datetime]) -> list
     """Quarantined jobs, of the pipeline that the location shows, whose footage begins in these hours of a camera."""
     rows = session.execute(
         text(
-            "SELECT j.id FROM media_objects m JOIN locations l ON l.id = m.location_id"
-            " JOIN jobs j ON j.media_object_id = m.id AND j.pipeline_id = l.promoted_pipeline_id"
-            " WHERE m.camera_id = :camera AND m.superseded_at IS NULL AND j.state = 'quarantined'"
-            " AND date_trunc('hour', coalesce(m.observed_at, m.last_modified)"
-            " + make_interval(secs => j.range_start_ms / 1000.0), l.time_zone) = ANY(:hours) ORDER BY j.id"
+            """
+            SELECT j.id
+            FROM media_objects m
+            JOIN locations l ON l.id = m.location_id
+            JOIN jobs j ON j.media_object_id = m.id AND j.pipeline_id = l.promoted_pipeline_id
+            WHERE m.camera_id = :camera
+              AND m.superseded_at IS NULL
+              AND j.state = 'quarantined'
+              AND date_trunc(
+                  'hour',
+                  coalesce(m.observed_at, m.last_modified) + make_interval(secs => j.range_start_ms / 1000.0),
+                  l.time_zone
+              ) = ANY(:hours)
+            ORDER BY j.id
+            """
         ),
         {"camera": camera.id, "hours": hours},
     )

@@ -128,8 +128,11 @@ def _leave_out_purged(session: Session, job: ClaimedJob, ats: Sequence[datetime]
         return [True] * len(ats)
     stored = session.scalars(
         text(
-            "SELECT date_trunc('hour', at, :zone) >= :purged"
-            " FROM unnest(CAST(:ats AS timestamptz[])) WITH ORDINALITY AS seen (at, number) ORDER BY number"
+            """
+            SELECT date_trunc('hour', at, :zone) >= :purged
+            FROM unnest(CAST(:ats AS timestamptz[])) WITH ORDINALITY AS seen (at, number)
+            ORDER BY number
+            """
         ),
         {"zone": job.time_zone, "purged": purged, "ats": list(ats)},
     ).all()

@@ -95,8 +95,11 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
     check_part(session, Part.AGGREGATOR)
     marks = session.execute(
         text(
-            "DELETE FROM dirty_marks WHERE id IN (SELECT id FROM dirty_marks ORDER BY id LIMIT :limit)"
-            " RETURNING location_id, pipeline_id, hour"
+            """
+            DELETE FROM dirty_marks
+            WHERE id IN (SELECT id FROM dirty_marks ORDER BY id LIMIT :limit)
+            RETURNING location_id, pipeline_id, hour
+            """
         ),
         {"limit": limit},
     ).all()

@@ -121,8 +121,14 @@ def _drop_partitions(before: datetime) -> list[str]:
     with session_scope() as session:
         names = session.scalars(
             text(
-                "SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid"
-                " WHERE inhparent = 'faces'::regclass AND relname <> 'faces_default' ORDER BY relname"
+                """
+                SELECT relname
+                FROM pg_inherits
+                JOIN pg_class ON pg_class.oid = inhrelid
+                WHERE inhparent = 'faces'::regclass
+                  AND relname <> 'faces_default'
+                ORDER BY relname
+                """
             )
         ).all()
     # Compared as names, which sort as their months do.
@@ -150,8 +156,13 @@ def _delete_faces(before: datetime) -> int:
             deleted = len(
                 session.execute(
                     text(
-                        "DELETE FROM faces WHERE (id, observed_at) IN (SELECT id, observed_at FROM faces"
-                        " WHERE observed_at < :before LIMIT :batch) RETURNING 1"
+                        """
+                        DELETE FROM faces
+                        WHERE (id, observed_at) IN (
+                            SELECT id, observed_at FROM faces WHERE observed_at < :before LIMIT :batch
+                        )
+                        RETURNING 1
+                        """
                     ),
                     {"before": before, "batch": BATCH},
                 ).all()

@@ -25,7 +25,8 @@ from pydantic_settings import (
 
 from common.domain import MaskwatchError, PausePolicy, SampleMode
 
-#: Variables renamed in this version, by the spelling that still works until the next one: the section and the field.
+#: Earlier variable → the section and the field that it sets now. It works in this version, with a warning, and only in
+#: the environment; the next version ignores it.
 _EARLIER_NAMES = {
     "MASKWATCH_DISPATCH__LOOK_SECONDS": ("dispatch", "poll_seconds"),
     "MASKWATCH_DISPATCH__LOOK_LEASE_SECONDS": ("dispatch", "poll_lease_seconds"),
@@ -40,8 +41,8 @@ class DatabaseSettings(BaseModel):
     url: SecretStr | None = Field(None, description="postgresql+psycopg://...; unset: the embedded Postgres")
     password: SecretStr | None = Field(None, description="overrides the password in the URL")
     pool_size: int = Field(2, ge=1, description="connections per process; tasks of a process run one at a time")
-    statement_timeout_seconds: float = Field(60.0, gt=0)
-    connect_timeout_seconds: int = Field(5, ge=1)
+    statement_timeout_seconds: float = Field(60.0, gt=0, description="Postgres ends a statement that takes longer")
+    connect_timeout_seconds: int = Field(5, ge=1, description="how long to wait for a connection to Postgres")
     by_key: bool = Field(
         False,
         description="plan each statement once, for lookups of a few rows by key; `maskwatch worker` turns it on",
@@ -66,7 +67,7 @@ class BrokerSettings(BaseModel):
     )
     key_file: FilePath | None = Field(None, description="PEM: the certificate's key, if it is in another file")
     check_hostname: bool = Field(True, description="whether the broker's certificate must name the URL's host")
-    socket_timeout_seconds: float = Field(10.0, gt=0)
+    socket_timeout_seconds: float = Field(10.0, gt=0, description="how long to wait for an answer of Redis")
 
     @model_validator(mode="after")
     def _belongs_together(self) -> BrokerSettings:
@@ -93,12 +94,12 @@ class StorageSettings(BaseModel):
     restore_wait_seconds: float = Field(
         5 * 86400.0, gt=0, description="a requested archived object that is not restored by then is quarantined"
     )
-    list_page_size: int = Field(1000, ge=1, le=1000)
+    list_page_size: int = Field(1000, ge=1, le=1000, description="objects per page of a listing")
     block_bytes: int = Field(256 * 1024, ge=4096, description="videos are read in blocks of this size")
     cached_blocks: int = Field(64, ge=4, description="blocks kept in memory for each video being read")
     block_tries: int = Field(4, ge=1, description="tries at one block before the job is retried later")
-    connect_timeout_seconds: float = Field(5.0, gt=0)
-    read_timeout_seconds: float = Field(30.0, gt=0)
+    connect_timeout_seconds: float = Field(5.0, gt=0, description="how long to wait for a connection to S3")
+    read_timeout_seconds: float = Field(30.0, gt=0, description="how long to wait for S3 to send something")
 
 
 class PipelineSettings(BaseModel):
@@ -107,13 +108,17 @@ class PipelineSettings(BaseModel):
     detector: str = Field("centerface", description="a model's NAME, or NAME@SHA256 of the file you have")
     classifier: str = Field("efficientnet-lite0", description="the same for the classifier")
     detector_threshold: float | None = Field(None, gt=0, lt=1, description="unset: the detector's own")
-    enlarge_below_px: int = Field(800, ge=0)
-    enlarge_limit: float = Field(2.0, ge=1)
+    enlarge_below_px: int = Field(
+        800, ge=0, description="an image with a shorter longest side is enlarged before detection"
+    )
+    enlarge_limit: float = Field(2.0, ge=1, description="the largest factor by which an image is enlarged")
     # Larger inputs cost memory: CenterFace takes about 0.27 kB per pixel, 0.7 GB for 1600 × 1600.
-    shrink_above_px: int = Field(1600, ge=64)
-    widen_below_px: int = Field(90, ge=0)
-    widen_factor: float = Field(1.25, ge=1)
-    uncertain_below: float = Field(0.6, ge=0.5, le=1)
+    shrink_above_px: int = Field(1600, ge=64, description="an image with a longer side is shrunk before detection")
+    widen_below_px: int = Field(90, ge=0, description="the crop of a smaller face is widened before classification")
+    widen_factor: float = Field(1.25, ge=1, description="the factor by which that crop is widened")
+    uncertain_below: float = Field(
+        0.6, ge=0.5, le=1, description="a face whose larger probability is below this is uncertain"
+    )
     sample_fps: float = Field(1.0, gt=0, le=240, description="frames analysed per second of video")
     sample: SampleMode = Field(
         SampleMode.FRAMES, description="frames; or keyframes: cheaper, but only as many as the video has"
@@ -157,7 +162,7 @@ class WorkerSettings(BaseModel):
 
 
 class LedgerSettings(BaseModel):
-    lease_seconds: float = Field(60.0, gt=0)
+    lease_seconds: float = Field(60.0, gt=0, description="a job whose lease is not renewed for this long is recovered")
     heartbeat_seconds: float = Field(
         15.0, gt=0, description="how often a lease is renewed; well under a third of lease_seconds"
     )
@@ -167,8 +172,8 @@ class LedgerSettings(BaseModel):
     max_attempts: int = Field(10, ge=1, description="tries at a transient error before quarantine")
     max_crashes: int = Field(3, ge=1, description="crashes while no other job ran beside it, before quarantine")
     max_lost_leases: int = Field(10, ge=1, description="expired leases of unknown cause before quarantine")
-    retry_base_seconds: float = Field(2.0, gt=0)
-    retry_cap_seconds: float = Field(300.0, gt=0)
+    retry_base_seconds: float = Field(2.0, gt=0, description="longest wait before the first new try; then doubled")
+    retry_cap_seconds: float = Field(300.0, gt=0, description="longest wait between two tries")
     pause_after_refusals: int = Field(
         8, ge=1, description="refusals in a row, without a success in between, that pause a source"
     )
@@ -193,9 +198,9 @@ class DispatchSettings(BaseModel):
     backfill_share: float = Field(
         0.1, gt=0, lt=1, description="share of backfills in the messages sent while live footage keeps all workers busy"
     )
-    interval_seconds: float = Field(1.0, gt=0)
-    reconcile_seconds: float = Field(5.0, gt=0)
-    summarize_seconds: float = Field(5.0, gt=0)
+    interval_seconds: float = Field(1.0, gt=0, description="how often pending jobs are sent")
+    reconcile_seconds: float = Field(5.0, gt=0, description="how often lost jobs are recovered")
+    summarize_seconds: float = Field(5.0, gt=0, description="how often a summary of changed hours is asked for")
     poll_lease_seconds: float = Field(
         120.0, gt=0, description="another producer takes over a camera's poll that registers nothing for this long"
     )
@@ -212,7 +217,7 @@ class MetricsSettings(BaseModel):
     host: str = Field("127.0.0.1", description="address the metrics port listens on; 0.0.0.0: all addresses")
 
 
-class _EarlierNames(PydanticBaseSettingsSource):
+class _EarlierVariables(PydanticBaseSettingsSource):
     """Reads the variables that are set under their earlier names, with a warning for each."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
@@ -264,7 +269,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read the environment first, then MASKWATCH_SECRETS_DIR: one file per setting, named like its variable."""
-        earlier = _EarlierNames(settings_cls)
+        earlier = _EarlierVariables(settings_cls)
         folder = os.environ.get("MASKWATCH_SECRETS_DIR")
         if not folder:
             return init_settings, env_settings, earlier

@@ -1,4 +1,4 @@
-"""Sends jobs from the ledger to Redis, up to a limit, and recovers those that got lost."""
+"""Sends jobs from the ledger to Redis, up to a limit; recovers those that got lost; asks the aggregator to work."""
 
 from __future__ import annotations
 
@@ -113,8 +113,9 @@ class _Tick:
         return held_up
 
     def isolated(self) -> list[DispatchedJob]:
-        """Jobs that are sent in a message of their own, in the live lane, because they have been held up long enough.
-        At most half of the free room, so that live footage goes on beside many of them."""
+        """Isolated jobs, each for a message of its own: a process died or a lease ran out while they ran
+        (`common/ledger/recovery.py`). They go to the live lane, because they have waited long enough; at most half of
+        the free room, so that live footage goes on beside many of them."""
         room = _rounded(max(0, self.cap - self.waiting[Lane.LIVE]) / 2)
         jobs: list[DispatchedJob] = []
         waiting = {lane: feeds for lane, feeds in ledger.feeds_with_work(self.session, isolated=True).items() if feeds}
@@ -129,12 +130,12 @@ class _Tick:
         """Pending jobs of a lane for its own list, as far as there is room in it; `used` messages of that room are
         taken already."""
         room = self.cap - used - (0 if lane in self.recalled else self.waiting[lane])
-        return self._take(lane, self._in_order(lane, self.pending[lane]), lane, room)
+        return self._take(lane, self._least_sent_first(lane, self.pending[lane]), lane, room)
 
     def overtaking(self, messages: int) -> list[DispatchedJob]:
         """Jobs of backfills for the live lane's list; first those that wait in the backfill list, which no worker reads
         while live footage waits."""
-        feeds = self._in_order(Lane.BACKFILL, {*self.pending[Lane.BACKFILL], *self.sent[Lane.BACKFILL]})
+        feeds = self._least_sent_first(Lane.BACKFILL, {*self.pending[Lane.BACKFILL], *self.sent[Lane.BACKFILL]})
         return self._take(Lane.BACKFILL, feeds, Lane.LIVE, messages, from_list=Lane.BACKFILL)
 
     def _take(
@@ -144,7 +145,7 @@ class _Tick:
         limit = messages * self.size
         return ledger.take_pending(self.session, feeds, into, lane=lane, limit=limit, from_list=from_list)
 
-    def _in_order(self, lane: Lane, feeds: Iterable[Feed]) -> list[Feed]:
+    def _least_sent_first(self, lane: Lane, feeds: Iterable[Feed]) -> list[Feed]:
         """The feeds with the fewest messages in Redis first, so that each gets its turn where there is no room for
         all."""
         return sorted(feeds, key=lambda feed: (self._messages(lane, feed), random.random()))

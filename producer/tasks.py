@@ -1,4 +1,5 @@
-"""The producer's tasks: wiring only. Beat sends their ticks; a tick that comes late or twice does no harm."""
+"""The producer's Celery tasks: each only calls a function. Celery beat sends them periodically; running one late or
+twice does no harm."""
 
 from __future__ import annotations
 

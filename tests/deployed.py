@@ -1,4 +1,4 @@
-"""What is in docker-compose.yml and deploy/, as the tests look at it."""
+"""Reads docker-compose.yml and deploy/ for the tests."""
 
 from __future__ import annotations
 

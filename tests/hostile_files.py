@@ -1,4 +1,4 @@
-"""Files that mean harm, made on the spot: claims that nothing could hold, and pointers to what is none of theirs.
+"""Hostile files, made by the tests: headers that claim impossible sizes, and references to other files or addresses.
 
 And canaries: a server and a named pipe that count how often they are opened.
 """

@@ -1,4 +1,4 @@
-"""Small data sets on disk, made of noise: what is in the pictures doesn't matter here, where they lie does."""
+"""Small data sets on disk, made of noise: only the paths of the pictures matter."""
 
 from __future__ import annotations
 

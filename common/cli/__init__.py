@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "jobs": ("common.cli.jobs:jobs", "List, show, retry, cancel or rerun jobs."),
     "sources": ("common.cli.sources:sources", "Buckets and folders of footage, and whether one is paused."),
     "locations": ("common.cli.locations:locations", "Add or list locations and their time zones."),
-    "cameras": ("common.cli.cameras:cameras", "Add or list cameras."),
+    "cameras": ("common.cli.cameras:cameras", "Add, change, correct, switch off or list cameras."),
     "pipelines": ("common.cli.pipelines:pipelines", "List pipelines (pinned models and settings), promote one."),
     "annotate": (
         "workers.cli.annotate:annotate",
@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "purge": ("workers.cli.purge:purge", "Remove the faces seen before a date; the summaries stay."),
     "erase": ("workers.cli.purge:erase", "Remove everything that came from an object."),
     "local": ("common.cli.local:local", "The embedded Postgres, Redis and S3 of this machine."),
-    "db": ("common.cli.database:db", "Migrate the database."),
+    "db": ("common.cli.database:db", "Migrate the database, and grant rights on it."),
     "train": ("workers.cli.train:train", "Fit and export a classifier."),
     "evaluate": ("workers.cli.evaluate:evaluate", "Measure detection and classification on labelled data."),
     "models": ("workers.cli.models:models", "List, download, verify, export and import model files."),

@@ -1,7 +1,9 @@
-"""Which pending jobs are sent, and in which order: feeds take turns, and jobs that wait too long are sent again.
+"""Takes pending jobs to be sent: the given feeds take turns, a message each. Also due retries, and messages that are
+taken back.
 
 A feed is a group of jobs that are dispatched in the order of their ids and paused together: the jobs of a source that
-belong to one backfill, or to none. `producer/dispatch.py` decides how much may wait in Redis, and sends the messages.
+belong to one backfill, or to none. `producer/dispatch.py` decides which feed comes first and how much may wait in
+Redis, and sends the messages.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from common.ledger import circuit_breaker
 from common.ledger.transitions import Transition, move, transition
 
 #: The two kinds of pending jobs, each with a partial index. Literals, not parameters, so that every plan can use it.
-#: `jobs.alone` is set for jobs that are isolated: sent in a message of their own.
+#: `recovery.py` sets `jobs.alone`: the job is isolated, which means that it is sent in a message of its own.
 _HALVES = {False: "NOT jobs.alone", True: "jobs.alone"}
 
 

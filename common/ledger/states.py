@@ -74,7 +74,8 @@ MOVES: tuple[Move, ...] = (
         " that only a newer version knows",
         quarantined="a permanent error, or too many transient errors, crashes or lost leases",
         source_changed="the object is no longer the one that was planned",
-        pending="its worker gives it back; its process died; its lease ran out; its location or camera is corrected",
+        pending="its worker gives it back; its process died, or its lease ran out (it is then isolated: sent in a"
+        " message of its own); its location or camera is corrected",
         cancelled=f"an operator cancels it or its backfill; {_WITHDRAWN}",
     ),
     *_moves(

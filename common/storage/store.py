@@ -1,7 +1,8 @@
 """The protocol of stores of footage, their URIs, and the checks that all stores share.
 
-Listing raises `MaskwatchError` (a person waits for it); reading raises the job errors of `common/domain.py`
-(the ledger keeps the reason). Reads are pinned to an ETag, so that the analysed version is the planned one.
+Listing raises `MaskwatchError`, which is shown to the person who waits. Reading raises the job errors of
+`common/domain.py`, whose reason the ledger stores. Reads are pinned to an ETag, so that the analysed version is
+the planned one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes the recorded face from a detection and the classifier's probability."""
+"""Makes the recorded face, and decides its status: `uncertain` if its larger probability is below the threshold."""
 
 from __future__ import annotations
 

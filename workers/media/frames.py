@@ -1,4 +1,4 @@
-"""Converts a decoded video frame into the image that a player shows: colours and rotation."""
+"""Converts a decoded video frame into an upright RGB array with the colours that a player shows."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 So a summary always equals a full recompute, however late the footage came, and its cost grows with the number of
 marked hours. One aggregator at a time holds the lock: two that deleted marks side by side would lose an update.
+
+Marks are written by `workers/jobs/recording.py`, `common/ledger/withdrawal.py` and `placements.py`; the producer asks
+for a summary while there are some (`request_summary` in `producer/dispatch.py`).
 """
 
 from __future__ import annotations

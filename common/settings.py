@@ -108,12 +108,10 @@ class PipelineSettings(BaseModel):
     detector: str = Field("centerface", description="a model's NAME, or NAME@SHA256 of the file you have")
     classifier: str = Field("efficientnet-lite0", description="the same for the classifier")
     detector_threshold: float | None = Field(None, gt=0, lt=1, description="unset: the detector's own")
-    enlarge_below_px: int = Field(
-        800, ge=0, description="an image with a shorter longest side is enlarged before detection"
-    )
+    enlarge_below_px: int = Field(800, ge=0, description="an image whose longer side has fewer pixels is enlarged")
     enlarge_limit: float = Field(2.0, ge=1, description="the largest factor by which an image is enlarged")
     # Larger inputs cost memory: CenterFace takes about 0.27 kB per pixel, 0.7 GB for 1600 × 1600.
-    shrink_above_px: int = Field(1600, ge=64, description="an image with a longer side is shrunk before detection")
+    shrink_above_px: int = Field(1600, ge=64, description="an image whose longer side has more pixels is shrunk")
     widen_below_px: int = Field(90, ge=0, description="the crop of a smaller face is widened before classification")
     widen_factor: float = Field(1.25, ge=1, description="the factor by which that crop is widened")
     uncertain_below: float = Field(

@@ -19,7 +19,7 @@ from common import ledger
 from common.database.tables import Location
 from common.domain import AttemptOutcome, JobKind, JobRef, JobState, Lane, ObservedAt, ObservedAtSource, Reason
 from common.ledger import ClaimedJob, Placement, StaleJobError, registration
-from common.ledger.states import FINAL_STATES, HOLDS, LISTED, as_markdown
+from common.ledger.states import FINAL_STATES, HOLDS, LISTED, MEANING, as_markdown
 from common.ledger.transitions import Attempt, Unless, transition
 from tests import ROOT
 from tests.ledger_rows import NOON, planned, register, rows
@@ -50,6 +50,10 @@ def test_a_running_attempt_does_not_end_untold() -> None:
         transition((JobState.QUEUED,), JobState.PENDING, FROM_JOBS, attempt=Attempt(AttemptOutcome.RELEASED))
     with pytest.raises(ValueError, match="pending to succeeded"):
         transition((JobState.PENDING,), JobState.QUEUED, FROM_JOBS, unless=Unless("true", JobState.SUCCEEDED))
+
+
+def test_the_table_leaves_out_no_state() -> None:
+    assert set(MEANING) == set(HOLDS) == {state for pair in LISTED for state in pair} == set(JobState)
 
 
 def test_the_document_is_made_from_the_table() -> None:

@@ -1,4 +1,4 @@
-"""What everything costs end to end: the same images through the whole system and through a plain loop, in one run.
+"""What the whole system costs, end to end: the same images through it and through a plain loop, in one run.
 
 The claim: at most 15 % more CPU time, of all processes (Postgres, Redis and the S3 server included), than a
 loop that reads, decodes, detects and classifies. Both sides are warm: models loaded, first pictures done.
@@ -32,7 +32,7 @@ BUCKET = "benchmark"
 @click.option("--workers", default=2, show_default=True, help="Worker processes; they share the cores.")
 @click.option("--json", "as_json", is_flag=True)
 def main(images: int, rounds: int, workers: int, as_json: bool) -> None:
-    """Compare the way end to end with a plain loop over the same images."""
+    """Compare the whole system, end to end, with a plain loop over the same images."""
     folder = Path(tempfile.mkdtemp(prefix="maskwatch-bench-"))
     os.environ["MASKWATCH_STATE_DIR"] = str(folder / "state")
     for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
@@ -46,7 +46,8 @@ def main(images: int, rounds: int, workers: int, as_json: bool) -> None:
         return
     print(f"pictures per round   {images}, {rounds} rounds; {workers} workers share the cores, the loop has 1 thread")
     print(f"plain loop           {result['loop_cpu_ms']:.1f} ms CPU per picture, {result['loop_per_s']:.1f} pictures/s")
-    print(f"end to end           {result['end_to_end_cpu_ms']:.1f} ms CPU, {result['end_to_end_per_s']:.1f} pictures/s")
+    cpu_ms, per_s = result["end_to_end_cpu_ms"], result["end_to_end_per_s"]
+    print(f"end to end           {cpu_ms:.1f} ms CPU per picture, {per_s:.1f} pictures/s")
     print(f"end to end / loop    {result['cpu_ratio']:.3f} of the CPU time (the claim: at most 1.15)")
     for name, value in result["end_to_end_cpu_ms_by_part"].items():
         print(f"  {name:<18} {value:.1f} ms CPU per picture")
@@ -132,7 +133,7 @@ def through_everything(prefix: str, parts: dict[str, list[int]]) -> dict[str, fl
         started = time.perf_counter()
         enqueue_and_wait(prefix)
         wall = time.perf_counter() - started
-        # This process alone: those it started are its children, and counted above.
+        # Only this process: the processes that it started are counted above.
         enqueueing = time.process_time() - before
     spent["enqueueing"] = enqueueing
     return {**spent, "total": sum(spent.values()), "wall": wall}

@@ -25,7 +25,7 @@ _FILL = (
     "INSERT INTO media_objects (bucket, key, revision, etag, size_bytes, last_modified, kind, location_id, observed_at,"
     " observed_at_source) SELECT 's3://footage', 'door/2026/03/02/' || lpad(n::text, 12, '0') || '.jpg', md5(n::text),"
     " md5(n::text), 200000, '2026-03-02', 'image', 1, '2026-03-01'::timestamptz + n * interval '20 s', 'key_pattern'"
-    " FROM generate_series(1, :pictures) n",
+    " FROM generate_series(1, :images) n",
     # Each is written three times more on its way: sent, claimed, ended.
     "INSERT INTO jobs (media_object_id, source_id, pipeline_id, kind, lane, state) SELECT id, 1, 1, 'image', 1,"
     " 'pending' FROM media_objects",
@@ -59,7 +59,7 @@ def main() -> None:
         ensure_partitions(engine, [datetime(2026, 3, 5, tzinfo=UTC)])
         with engine.begin() as connection:
             for statement in _FILL:
-                connection.execute(text(statement), {"pictures": IMAGES, "faces": FACES})
+                connection.execute(text(statement), {"images": IMAGES, "faces": FACES})
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE"))
             print("| table | bytes a row |\n|---|---|")

@@ -1,4 +1,4 @@
-"""How well tracks count visits: walkers of known ground truth, followed at several rates, by our tracker and by others.
+"""How well tracks count visits: walkers whose ground truth is known, at several rates, by our tracker and by others.
 
 The claim: what docs/schema.md says under "What tracks can and can't claim". Walkers are places in a room before a
 camera, not pictures: faces are 0.22 m high, go at about 1.4 m/s, are missed at random, behind nearer heads and now and
@@ -252,7 +252,7 @@ class Counts:
 @click.option("--others", is_flag=True, help="Compare with other trackers.")
 @click.option("--json", "as_json", is_flag=True)
 def main(minutes: float, seed: int, others: bool, as_json: bool) -> None:
-    """Count the visits of walkers of known ground truth by their tracks."""
+    """Count the visits of walkers whose ground truth is known by their tracks."""
     footage = {rate: list(scenes(rate, 60 * minutes, seed)) for rate in RATES}
     result: dict[str, Any] = {"minutes": minutes, "seed": seed, "rows": rows(footage)}
     if others:

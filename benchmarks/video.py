@@ -272,8 +272,8 @@ def notebook(folder: Path, data: Path | None, limit: int) -> dict[str, Any]:
             found[name] = through_ours(path, analyzer, limit)
             rates[name] = len(found[name]) / (time.perf_counter() - started)
         same = Agreement()
-        for image, faces in zip(rgb_images_of(path, limit), found["twin"], strict=True):
-            same.add(loops["mirrored"].frame(image), faces)
+        for frame, faces in zip(frames_rgb_of(path, limit), found["twin"], strict=True):
+            same.add(loops["mirrored"].frame(frame), faces)
     return {
         "frames": limit,
         "faces": sum(len(faces) for faces in found["twin"]),
@@ -303,7 +303,7 @@ def through_ours(path: Path, analyzer: Any, limit: int) -> list[Any]:
         return [frame.faces for frame in analyze_frames(taken, analyzer, float(rate), **buffer)]
 
 
-def rgb_images_of(path: Path, limit: int) -> Iterator[Any]:
+def frames_rgb_of(path: Path, limit: int) -> Iterator[Any]:
     from workers.media.frames import to_rgb
 
     with opened(path) as video:

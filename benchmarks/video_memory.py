@@ -15,7 +15,7 @@ from common.storage.store import split_uri
 from workers.analysis.load import load_analyzer
 from workers.analysis.video import analyze_frames
 from workers.inference import runtime_of
-from workers.jobs.videos import images
+from workers.jobs.videos import sampled_frames
 from workers.media.opening import opened
 from workers.media.sampling import Grid, Sampler
 
@@ -31,7 +31,7 @@ def main(path: Path) -> None:
         grid = Grid(Fraction(1))
         frames = list(
             analyze_frames(
-                images(Sampler(video, grid, spec.sample, 0, None), grid, None),
+                sampled_frames(Sampler(video, grid, spec.sample, 0, None), grid, None),
                 analyzer,
                 1.0,
                 buffer_bytes=settings.worker.frame_buffer_bytes,

@@ -112,7 +112,7 @@ def _enqueue_new(poll: Poll, settings: Settings) -> int:
         listed += len(page)
     with session_scope() as session:
         ended = schedule.end_poll(session, poll)
-    log.info("polled a camera", camera=camera.name, full_scan=poll.is_full_scan, listed=listed, new=new, slots=ended)
+    log.info("polled a camera", camera=camera.name, sweep=poll.is_full_scan, listed=listed, new=new, slots=ended)
     return new
 
 

@@ -120,6 +120,7 @@ class Camera(Base):
     poll_began: Mapped[datetime | None] = mapped_column("look_began")
     poll_cursor: Mapped[str | None] = mapped_column("look_cursor")
     poll_is_full_scan: Mapped[bool | None] = mapped_column("look_is_sweep")
+    #: When the last full scan began.
     fully_scanned_at: Mapped[datetime | None] = mapped_column("swept_at")
     #: Why the last poll failed.
     problem: Mapped[str | None]

@@ -51,7 +51,7 @@ def refused(session: Session, source_id: int, reason: Reason, detail: str, polic
                 """
                 UPDATE sources
                 SET refusals = refusals + 1,
-                    -- the begin of the transaction: what it quarantines itself counts as refused since
+                    -- when the transaction began: what it quarantines itself is refused since then
                     refusing_since = coalesce(refusing_since, now()),
                     reason = :reason,
                     detail = :detail,

@@ -36,9 +36,9 @@ from common.reporting.queries import (
 )
 from common.reporting.tables import percent
 
-#: A page with more pictures than this is slow to open and to send.
+#: A page with more images than this is slow to open and to send.
 MAX_IMAGES = 12
-PICTURE_WIDTH_PX = 900
+IMAGE_WIDTH_PX = 900
 MAX_QUARANTINED = 200
 #: Per location; `maskwatch summary` shows the rest.
 MAX_DAYS = 62
@@ -59,7 +59,7 @@ class LocationSection:
 
 @dataclass(frozen=True, slots=True)
 class ExampleImage:
-    """An example picture as a data URI."""
+    """An example image as a data URI."""
 
     name: str
     data_uri: str
@@ -69,14 +69,14 @@ def write_report(session: Session, path: Path, *, images: Sequence[Path] = ()) -
     """Write the report of all locations to `path`, with at most 12 of `images` (annotated examples), evenly picked.
 
     The file is replaced whole or not at all. Raises `MaskwatchError` for a path that can't be written and
-    for a picture that can't be read.
+    for an image that can't be read.
     """
     step = max(1.0, len(images) / MAX_IMAGES)
     chosen = [images[int(index * step)] for index in range(min(len(images), MAX_IMAGES))]
-    page = render(session, [_example(path) for path in chosen])
+    page = render(session, [_example(image) for image in chosen])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A picture's file name may hold bytes that are no text.
+        # An image's file name may hold bytes that are no text.
         write_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise MaskwatchError(f"can't write the report to {path}: {first_line(error)}") from error
@@ -127,13 +127,13 @@ def _section(
 
 
 def _example(path: Path) -> ExampleImage:
-    """A picture scaled down to the page's width, as JPEG."""
+    """An image scaled down to the page's width, as JPEG."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise MaskwatchError(f"can't read the picture {path} for the report: {error}") from error
-    image.thumbnail((PICTURE_WIDTH_PX, PICTURE_WIDTH_PX))
+    image.thumbnail((IMAGE_WIDTH_PX, IMAGE_WIDTH_PX))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
     return ExampleImage(path.name, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")

@@ -99,7 +99,8 @@ class GroundTruth:
 
     def save(self, path: Path) -> None:
         """Write the ground truth as JSON; datetimes as ISO 8601."""
-        path.write_text(json.dumps(asdict(self), default=datetime.isoformat, indent=1) + "\n", encoding="utf-8")
+        values = {"pictures" if name == "images" else name: value for name, value in asdict(self).items()}
+        path.write_text(json.dumps(values, default=datetime.isoformat, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> GroundTruth:
@@ -111,7 +112,7 @@ class GroundTruth:
         return cls(
             seed=values["seed"],
             cameras=tuple(TrueCamera(**camera) for camera in values["cameras"]),
-            images=tuple(_image(image) for image in values["images"]),
+            images=tuple(_image(image) for image in values["pictures"]),
             bad_objects=tuple(
                 BadObject(bad["key"], Reason(bad["reason"]) if bad["reason"] else None, bad["note"])
                 for bad in values["bad_objects"]

@@ -73,7 +73,7 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True, slots=True)
 class MaskStyle:
-    """The look of a mask: its colour, and pleats (surgical) or a fold down the middle."""
+    """The appearance of a mask: its colour, and pleats (surgical) or a fold down the middle."""
 
     colour: Colour
     pleated: bool

@@ -232,7 +232,7 @@ def _encode(path: Path, canvases: Iterator[Image.Image], rng: np.random.Generato
         stream.pix_fmt = "yuv420p"
         encoder = stream.codec_context
         encoder.gop_size = 2 * FRAMES_PER_SECOND
-        # With one thread the same images give the same bytes on any machine.
+        # With one thread the same frames give the same bytes on any machine.
         encoder.thread_count = 1
         # BT.709, limited range: AVCOL_*_BT709 and AVCOL_RANGE_MPEG (FFmpeg, libavutil/pixfmt.h).
         encoder.colorspace = encoder.color_primaries = encoder.color_trc = encoder.color_range = 1

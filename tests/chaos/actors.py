@@ -203,7 +203,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.hands.look, self.story, self.stage.counts, self.stage.broken, by_harm=self.mutant.by_harm
         )
         self.over = False
-        self.hands.committed = self.checks.judge
+        self.hands.committed = self.checks.check
         # The world.
         self.now = datetime(2026, 3, 3, tzinfo=UTC)
         self.bucket: dict[str, Listed] = {}
@@ -663,8 +663,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self.checks.breaks("no job is stuck", f"{stuck}")
         while self.checks.marks:
             self.summarize(50, None)
-        self.checks.judge_summaries()
-        self.checks.judge_end()
+        self.checks.check_summaries()
+        self.checks.check_end()
 
     def _one_round(self) -> None:
         while self.held:

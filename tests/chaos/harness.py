@@ -182,7 +182,7 @@ class Lab:
 
     @contextmanager
     def processes(self, *commands: str, env: Mapping[str, str] | None = None) -> Iterator[list[Any]]:
-        """Several of them, e.g. `processes("producer", "aggregator", "worker", "worker")`."""
+        """Run several `maskwatch` commands at once, e.g. `processes("producer", "aggregator", "worker", "worker")`."""
         with ExitStack() as exits:
             yield [exits.enter_context(self.running(command, env=env)) for command in commands]
 

@@ -135,7 +135,7 @@ def hostile_files(lab: Lab, scale: Scale) -> Outcome:
             wait_until(lambda: settled(lab), seconds=1500, what="the end of all jobs")
             alive = worker.poll() is None
         hits = sum(canaries.hits.values())
-        figures = judged(lab, hostile, harmless, watch) | {"canaries hit": hits}
+        figures = counted_after(lab, hostile, harmless, watch) | {"canaries hit": hits}
         held = figures.pop("held") and alive and hits == 0 and not canaries.path.with_name("touched").exists()
         control = laxly_read(lab, canaries, hostile)
     control |= without_limits(lab)
@@ -147,7 +147,7 @@ def settled(lab: Lab) -> bool:
     return set(lab.states()) <= set(ENDED) and not lab.scalar("SELECT count(*) FROM dirty_marks")
 
 
-def judged(lab: Lab, hostile: dict[str, bytes], harmless: dict[str, bytes], watch: Watch) -> dict[str, Any]:
+def counted_after(lab: Lab, hostile: dict[str, bytes], harmless: dict[str, bytes], watch: Watch) -> dict[str, Any]:
     """What became of the files; `held`: all of it as promised but for the canaries."""
     lost = lab.scalar("SELECT count(*) FROM job_attempts WHERE outcome IN ('crashed', 'lease_expired')")
     again = lab.scalar("SELECT coalesce(max(failures), 0) FROM jobs")

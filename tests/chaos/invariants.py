@@ -1,4 +1,4 @@
-"""What the ledger and the summaries promise, judged on the committed state after every commit and at the end.
+"""What the ledger and the summaries promise, checked on the committed state after every commit and at the end.
 
 `tests/chaos/actors.py` says here what its actors were told, and nothing else is believed of them.
 """
@@ -29,7 +29,7 @@ def _moves(*pairs: str) -> frozenset[tuple[str, str]]:
     return frozenset((old, new) for pair in pairs for old, _, new in [pair.partition(" ")])
 
 
-#: A newer version of a key, bytes that are back, or a pattern that fits at last may also do this; `_judge_move` looks
+#: A newer version of a key, bytes that are back, or a pattern that fits at last may also do this; `_check_move` looks
 #: when. With the last an object's jobs start over.
 _REGISTER = _moves(
     "new pending", "new quarantined", *(f"{state} pending" for state in JobState),
@@ -121,7 +121,7 @@ SELECT (SELECT coalesce(json_agg(json_build_array(j.id, j.token, j.state, j.atte
 
 
 class Invariants:
-    """The judge of one example. `story` is told with what breaks; `by_harm`: look only at what is counted and stuck."""
+    """The check of one example. `story` is told with what breaks; `by_harm`: look only at what is counted and stuck."""
 
     def __init__(
         self,
@@ -164,17 +164,17 @@ class Invariants:
         self.broken.append(BrokenPromiseError(promise, detail, self.story))
         raise self.broken[-1]
 
-    def judge(self, task: Task) -> None:
+    def check(self, task: Task) -> None:
         """The committed state after this task's commit."""
         self.story.append(f"({task.name} commits)")
         row = self.look.execute(_STATE).fetchone()
         assert row is not None
         all_jobs, counted, found, current, marks = row
         jobs = {each[0]: JobRow(*each) for each in all_jobs}
-        self._judge_moves(task, jobs)
+        self._check_moves(task, jobs)
         if not self.by_harm:
-            self._judge_attempts(jobs)
-        self._judge_rows(jobs, counted, found)
+            self._check_attempts(jobs)
+        self._check_rows(jobs, counted, found)
         if self.erased & {job.key for job in jobs.values()}:
             self.breaks("what was erased stays out", f"{sorted(self.erased)}: {list(jobs.values())}")
         for key, revision in current.items():
@@ -182,16 +182,16 @@ class Invariants:
                 self.breaks("the newest version is current", f"{key} is {revision}, known {self.newest[key]}")
                 self.newest[key] = self.newest[key]._replace(etag=revision)
         if task.name == "summarize" and not marks:
-            self.judge_summaries()
+            self.check_summaries()
         self.jobs, self.marks = jobs, marks
 
-    def _judge_moves(self, task: Task, jobs: dict[int, JobRow]) -> None:
+    def _check_moves(self, task: Task, jobs: dict[int, JobRow]) -> None:
         for job in jobs.values():
             old = self.jobs.get(job.id)
             state = old.state if old else "new"
             if not self.by_harm:
                 if (state, job.state) != (job.state, state):
-                    self._judge_move(task, old, job)
+                    self._check_move(task, old, job)
                 elif (
                     old
                     and old.token != job.token
@@ -202,7 +202,7 @@ class Invariants:
                     self.breaks("a token changes with a transition only", f"{task.name}: {job}")
             self._tokens[job.id].add(job.token)
 
-    def _judge_move(self, task: Task, old: JobRow | None, job: JobRow) -> None:
+    def _check_move(self, task: Task, old: JobRow | None, job: JobRow) -> None:
         state = old.state if old else "new"
         what = f"{task.name} made {state} → {job.state}: {job}"
         if (state, job.state) not in MOVES[task.name]:
@@ -220,14 +220,14 @@ class Invariants:
         if (job.state in ENDED) != job.finished or (job.state == "running") != job.leased:
             self.breaks("an ended job has its time, a running one its lease", what)
 
-    def _judge_attempts(self, jobs: dict[int, JobRow]) -> None:
+    def _check_attempts(self, jobs: dict[int, JobRow]) -> None:
         for job in jobs.values():
             if job.attempt != self.claims[job.id] - self.refunds[job.id]:
                 self.breaks("an attempt for every claim, less the refunds", f"{job}: {self.claims[job.id]} claims")
             if job.attempts + (job.state == "running") != self.claims[job.id]:
                 self.breaks("every attempt is told", f"{job}: {self.claims[job.id]} claims")
 
-    def _judge_rows(
+    def _check_rows(
         self, jobs: dict[int, JobRow], counted: list[tuple[int, int]], found: list[tuple[int, float, float]]
     ) -> None:
         frames: dict[int, list[int]] = defaultdict(list)
@@ -257,14 +257,14 @@ class Invariants:
             if len({began for _, began in seen}) > 1:
                 self.breaks("a recording begins once", f"{video}: {seen}")
 
-    def judge_summaries(self) -> None:
+    def check_summaries(self) -> None:
         """Once no mark is left."""
         found = self.look.execute(RECOMPUTED.encode()).fetchone()
         assert found is not None
         if different := found[0]:
             self.breaks("summaries equal a recompute", f"{different} rows differ")
 
-    def judge_end(self) -> None:
+    def check_end(self) -> None:
         """Once everything is worked off."""
         offsets: dict[tuple[int, int], set[int]] = defaultdict(set)
         for media, pipeline, offset in self.look.execute(
@@ -278,9 +278,9 @@ class Invariants:
             if job.state in WITHDRAWN and job.kind != "chunk" and job.reason != Reason.CANCELLED_BY_OPERATOR:
                 self.breaks("a current version is not withdrawn", f"{job}")
             if job.kind == "probe" and job.state == "succeeded":
-                self._judge_video(job, [each for each in current if _chunk_of(each, job)], offsets)
+                self._check_video(job, [each for each in current if _chunk_of(each, job)], offsets)
 
-    def _judge_video(self, probe: JobRow, chunks: list[JobRow], offsets: dict[tuple[int, int], set[int]]) -> None:
+    def _check_video(self, probe: JobRow, chunks: list[JobRow], offsets: dict[tuple[int, int], set[int]]) -> None:
         planned = [each for each in chunks if each.state not in WITHDRAWN or each.reason == "cancelled_by_operator"]
         expected = set(range(SECONDS[probe.revision][1]))
         complete = planned and all(chunk.state == "succeeded" for chunk in planned)

@@ -67,7 +67,7 @@ class Fleet:
     at_work: str = HOLDERS
     children: Callable[[Any], list[psutil.Process]] = Lab.children
     members: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    _exits: dict[str, ExitStack] = field(default_factory=dict)
+    _exit_of: dict[str, ExitStack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for _ in range(self.size):
@@ -76,8 +76,8 @@ class Fleet:
     def hire(self) -> None:
         name = f"w{next(_numbers)}"
         # Each has an exit of its own: a pid is not to be killed long after its process has ended.
-        self._exits[name] = self.exits.enter_context(ExitStack())
-        self.members[name] = self._exits[name].enter_context(self.start(name))
+        self._exit_of[name] = self.exits.enter_context(ExitStack())
+        self.members[name] = self._exit_of[name].enter_context(self.start(name))
 
     def busy(self) -> str:
         """Waits for workers that are at work, and chooses one of them."""
@@ -90,7 +90,7 @@ class Fleet:
     def kill(self, name: str) -> None:
         """Kill -9 with all its children."""
         del self.members[name]
-        self._exits.pop(name).close()
+        self._exit_of.pop(name).close()
         if self.lasting:
             self.hire()
 
@@ -114,7 +114,7 @@ class Fleet:
         code = process.wait(180)
         seconds = time.monotonic() - began
         assert code == 0, f"{name} left with {code}"
-        self._exits.pop(name).close()
+        self._exit_of.pop(name).close()
         return seconds
 
 
@@ -358,9 +358,9 @@ images.decode_image = deadly
 """
 
 #: A trigger that stops the ledger from isolating a job that crashed once.
-NEVER_ALONE = """
-CREATE FUNCTION never_alone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.alone := false; RETURN NEW; END';
-CREATE TRIGGER never_alone BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION never_alone();
+NEVER_ISOLATED = """
+CREATE FUNCTION never_isolated() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.alone := false; RETURN NEW; END';
+CREATE TRIGGER never_isolated BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION never_isolated();
 """
 
 #: Jobs by whether they are poison, with what they cost. Groups of four may hold both.
@@ -388,7 +388,7 @@ def poison(lab: Lab, scale: Scale) -> Outcome:
             "jobs": jobs,
             "poison": deadly,
             "poison quarantined": sum(job.state == "quarantined" and job.reason == "crashed" for job in bad),
-            "crashes alone until then": max(job.crashes for job in bad),
+            "crashes while isolated until then": max(job.crashes for job in bad),
             **counted(lab, jobs - deadly),
             EXTRA: max(job.attempt for job in good) - 1,
         }
@@ -399,7 +399,7 @@ def poison(lab: Lab, scale: Scale) -> Outcome:
             and figures["poison quarantined"] == deadly
             and figures[EXTRA] <= 1
         )
-        control = never_alone(lab, supply, crashes)
+        control = never_isolated(lab, supply, crashes)
     return Outcome(figures, control, held, control["poison quarantined"] == 0 and control[EXTRA] > 1)
 
 
@@ -421,11 +421,11 @@ def costs(lab: Lab, keys: Collection[str], *, after: int) -> tuple[list[Any], li
     return [job for job in found if job.poison], [job for job in found if not job.poison]
 
 
-def never_alone(lab: Lab, supply: Supply, crashes: int) -> dict[str, int]:
-    """Poison again, and nobody is sent alone: observed until it has crashed more than often enough."""
+def never_isolated(lab: Lab, supply: Supply, crashes: int) -> dict[str, int]:
+    """Poison again, and no job is isolated: observed until it has crashed more than often enough."""
     after = last_job(lab)
     with lab.engine.begin() as connection:
-        connection.execute(text(NEVER_ALONE))
+        connection.execute(text(NEVER_ISOLATED))
     keys = put_poison(lab, supply, 8, 1)
     count = "SELECT count(*) FROM job_attempts WHERE outcome = 'crashed' AND job_id > :after"
     wait_until(lambda: costs(lab, keys, after=after)[0], what="the poison job")
@@ -467,7 +467,7 @@ def recovery(lab: Lab, scale: Scale) -> Outcome:
         figures = {
             "kills": kills,
             "jobs taken along": len(waits),
-            "s lease + reconcile": limit,
+            "s lease + interval": limit,
             "s p50": percentile(waits, 0.5),
             "s p95": percentile(waits, 0.95),
             "s max": max(waits),
@@ -475,7 +475,7 @@ def recovery(lab: Lab, scale: Scale) -> Outcome:
         }
         held = right(figures) and max(waits) <= limit + TOLERANCE_SECONDS
         control = without_reconciler(lab, fleet, supply, control_kills, limit)
-    return Outcome(figures, control, held, control["recovered in lease + reconcile"] == 0)
+    return Outcome(figures, control, held, control["recovered in lease + interval"] == 0)
 
 
 def kill_holder(lab: Lab, fleet: Fleet, supply: Supply) -> tuple[Any, list[Any]]:
@@ -517,7 +517,7 @@ def without_reconciler(lab: Lab, fleet: Fleet, supply: Supply, kills: int, limit
     return {
         "kills": kills,
         "jobs taken along": len(left),
-        "recovered in lease + reconcile": sum(ending(lab, job, attempt) is not None for job, attempt in left),
+        "recovered in lease + interval": sum(ending(lab, job, attempt) is not None for job, attempt in left),
     }
 
 
@@ -585,13 +585,13 @@ EXPERIMENTS = (
     ),
     Experiment(
         "poison",
-        "a picture that kills its process: quarantined at its third crash alone, others pay one attempt at most",
-        "suspects are not sent alone",
+        "a picture that kills its process: quarantined when isolated, at its third crash; others lose one attempt at most",
+        "jobs that crashed are not isolated",
         poison,
     ),
     Experiment(
         "recovery",
-        "jobs of a killed worker are free again within lease + reconcile",
+        "jobs of a killed worker are free again within the lease + the reconciler's interval",
         "no reconciler",
         recovery,
     ),

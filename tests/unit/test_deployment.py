@@ -23,7 +23,8 @@ from common.cli import COMMANDS, cli
 from common.messaging.queues import ROUTES, Queue
 from common.observability.metrics import TICKS
 from common.settings import Settings
-from tests.deployed import DEPLOY, ROOT, compose, dashboards, expressions, manifests, metrics_of, rules, targets
+from tests import ROOT
+from tests.deployed import DEPLOY, compose, dashboards, expressions, manifests, metrics_of, rules, targets
 
 SERVICES: dict[str, dict[str, Any]] = compose()["services"]
 OURS = [name for name, service in SERVICES.items() if service["image"].startswith("maskwatch-")]

@@ -354,7 +354,7 @@ def test_vision_knows_neither_queue_nor_database(room: str) -> None:
     assert not {module: bad for module, bad in known.items() if bad}
 
 
-def test_the_same_look_sees_a_database() -> None:
+def test_the_same_check_sees_a_database() -> None:
     assert "sqlalchemy" in {root for each in reachable("workers.jobs.run") for root in roots(modules_of(ROOT)[each])}
 
 
@@ -374,7 +374,7 @@ def test_producer_aggregator_and_analyst_load_no_model_runtime(modules: str) -> 
     assert done.stdout.strip() == ""
 
 
-def test_the_same_look_sees_what_a_classifier_loads() -> None:
+def test_the_same_check_sees_what_a_classifier_loads() -> None:
     code = f"import workers.classification.network_classifier, sys; print(*sorted(set(sys.modules) & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "cv2" in done.stdout

@@ -25,7 +25,7 @@ class ImageAnalyzer(Protocol):
     """Finds and classifies the faces of images and frames."""
 
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
-        """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first."""
+        """The faces of one RGB image, uint8 (height, width, 3), the surest detection first."""
         ...
 
     def analyze_batch(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
@@ -42,7 +42,7 @@ class Analyzer:
         self._classifier = classifier
 
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
-        """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first.
+        """The faces of one RGB image, uint8 (height, width, 3), the surest detection first.
 
         Boxes are the detector's, in pixels of the image and inside it; the classifier sees wider crops
         of small faces. An image without faces gives an empty list. Raises as `workers.inference.faults.told`:

@@ -76,7 +76,7 @@ class Found:
 
 
 def find_images(store: ObjectStore, prefix: str, out_dir: Path, limit: int | None) -> Found:
-    """The pictures below a prefix, at most `limit`.
+    """The images below a prefix, at most `limit`.
 
     Objects in `out_dir` are results of an earlier run, and are ignored. If the prefix is the whole key of an object, it
     is taken for an image whatever its name, unless that is a video's.
@@ -127,7 +127,7 @@ def annotate_images(
 
 
 def drawn(image_rgb: Any, faces: list[Face], *, blur: bool, emphasised: int | None = None) -> Any:
-    """A picture (uint8 RGB) with its faces drawn, enlarged if the labels need it."""
+    """An image (uint8 RGB) with its faces drawn, enlarged if the labels need it."""
     if blur:
         image_rgb = blur_faces(image_rgb, faces)
     return draw_faces(*enlarge_for_labels(image_rgb, faces), emphasised=emphasised)

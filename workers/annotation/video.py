@@ -184,8 +184,8 @@ def annotate_video(
             max_size=settings.worker.frame_buffer_bytes,
             max_items=settings.worker.batch_frames,
         ):
-            looked_at = [shown.rgb for shown in group if shown.analysed]
-            found = iter(analyzer.analyze_batch(looked_at) if looked_at else [])
+            to_analyse = [shown.rgb for shown in group if shown.analysed]
+            found = iter(analyzer.analyze_batch(to_analyse) if to_analyse else [])
             for shown in group:
                 if shown.analysed:
                     faces = next(found)

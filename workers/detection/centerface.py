@@ -44,7 +44,7 @@ class CenterFace:
         self._session = session
 
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
-        """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first."""
+        """Faces of one RGB image, uint8 (height, width, 3): boxes in its pixels, best score first."""
         height, width = image_rgb.shape[:2]
         scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
         heatmap, log_sizes, offsets = self._session.run(to_input(scaled))
@@ -78,7 +78,7 @@ def _torch_session(model: ModelRef, runtime: Runtime) -> Session:
 
 
 def to_input(image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The network's input for a picture, uint8 (h, w, 3).
+    """The network's input for an image, uint8 (h, w, 3).
 
     Input: float32 (1, 3, h, w), RGB in [0, 255], each side padded with black at its end to a multiple of 32.
     """

@@ -44,7 +44,7 @@ class Fdet:
         self._detector = detector
 
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
-        """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first.
+        """Faces of one RGB image, uint8 (height, width, 3): boxes in its pixels, best score first.
 
         fdet's boxes are whole pixels, and some reach beyond the image: here they end at its edge.
         """

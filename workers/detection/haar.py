@@ -38,7 +38,7 @@ class Haar:
             raise MaskwatchError("the file of the detector haar holds no cascade of OpenCV; reinstall it")
 
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
-        """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first."""
+        """Faces of one RGB image, uint8 (height, width, 3): boxes in its pixels, best score first."""
         height, width = image_rgb.shape[:2]
         scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
         grey = cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY)

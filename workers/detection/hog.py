@@ -33,7 +33,7 @@ class Hog:
         self._detector = detector
 
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
-        """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first."""
+        """Faces of one RGB image, uint8 (height, width, 3): boxes in its pixels, best score first."""
         height, width = image_rgb.shape[:2]
         scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
         adjust = to_margin(self._spec.detector_threshold)

@@ -50,7 +50,7 @@ class Mtcnn:
         self._pnet, self._rnet, self._onet = pnet, rnet, onet
 
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
-        """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first."""
+        """Faces of one RGB image, uint8 (height, width, 3): boxes in its pixels, best score first."""
         height, width = image_rgb.shape[:2]
         scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
         boxes = squares(self._proposals(scaled))
@@ -149,7 +149,7 @@ def pyramid(height: int, width: int) -> list[float]:
 
 
 def to_input(image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """A picture, uint8 (h, w, 3), as the networks take it: float32 (3, h, w), RGB, nearly in [-1, 1]."""
+    """An image, uint8 (h, w, 3), as the networks take it: float32 (3, h, w), RGB, nearly in [-1, 1]."""
     return (image_rgb.transpose(2, 0, 1).astype(np.float32) - np.float32(127.5)) / np.float32(128)
 
 

@@ -86,7 +86,7 @@ class OutputNetwork(nn.Module):  # type: ignore[misc]
         return softmax(self.dense6_1(x), dim=1)[:, 1], self.dense6_2(x)
 
 
-#: The networks by the name of their file, and the side of the pictures they take; None: of any size.
+#: The networks by the name of their file, and the side of the images they take; None: of any size.
 NETWORKS: dict[str, tuple[type[nn.Module], int | None]] = {
     "pnet": (ProposalNetwork, None),
     "rnet": (RefinementNetwork, 24),
@@ -106,7 +106,7 @@ def load_weights(content: bytes, name: str) -> Any:
 
 
 def export_onnx(network: Any, side: int | None) -> bytes:
-    """A network as an ONNX file for any number of pictures: of this side, or of any size. Outputs: `OUTPUTS`."""
+    """A network as an ONNX file for any number of images: of this side, or of any size. Outputs: `OUTPUTS`."""
     written = io.BytesIO()
     axes: dict[str, dict[int, str]] = {name: {0: "n"} for name in ("batch", *OUTPUTS)}
     if side is None:

@@ -46,7 +46,7 @@ class RetinaFace:
         self._session = session
 
     def detect(self, image_rgb: NDArray[np.uint8]) -> Detections:
-        """Faces of one RGB picture, uint8 (height, width, 3): boxes in its pixels, best score first."""
+        """Faces of one RGB image, uint8 (height, width, 3): boxes in its pixels, best score first."""
         height, width = image_rgb.shape[:2]
         scaled, scale_xyxy = resize(image_rgb, scale_for(width, height, self._spec))
         locations, scores, _ = self._session.run(to_input(scaled))
@@ -76,7 +76,7 @@ def _session(model: ModelRef, runtime: Runtime) -> Session:
 
 
 def to_input(image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The network's input for a picture, uint8 (h, w, 3): float32 (1, 3, h, w), BGR minus `MEAN_BGR`."""
+    """The network's input for an image, uint8 (h, w, 3): float32 (1, 3, h, w), BGR minus `MEAN_BGR`."""
     batch = np.empty((1, 3, *image_rgb.shape[:2]), np.float32)
     for channel, mean in enumerate(MEAN_BGR):
         np.subtract(image_rgb[:, :, 2 - channel], np.float32(mean), out=batch[0, channel])

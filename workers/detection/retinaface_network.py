@@ -190,7 +190,7 @@ def load_weights(content: bytes, backbone: Backbone, what: str = "the file of we
 
 
 def export_onnx(network: RetinaFaceNetwork) -> bytes:
-    """The network as an ONNX file for any number of pictures of any size, normalisations folded into convolutions.
+    """The network as an ONNX file for any number of images of any size, normalisations folded into convolutions.
 
     The input is `batch`, the outputs are `OUTPUTS`.
     """

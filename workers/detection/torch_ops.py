@@ -1,4 +1,4 @@
-"""Geometry of boxes on the device: what `_ops` and `_anchors` do, for a batch of pictures, over torch tensors.
+"""Geometry of boxes on the device: what `_ops` and `_anchors` do, for a batch of images, over torch tensors.
 
 Nothing here copies a tensor to the host. Boxes are xyxy in pixels.
 """
@@ -32,10 +32,10 @@ def decode(locations: Any, priors_px: Any) -> Any:
 
 
 def best(scores: Any, threshold: float, limit: int) -> tuple[Any, Any]:
-    """For each picture its best scores (n, k), best first, and where they stood (n, k); equal ones in their order.
+    """For each image its best scores (n, k), best first, and where they stood (n, k); equal ones in their order.
 
-    scores: (n, p). k is the largest number of scores of one picture that reach the threshold, at most `limit`; a
-    picture with fewer has scores below the threshold at its end. Waits for the device once, to learn k.
+    scores: (n, p). k is the largest number of scores of one image that reach the threshold, at most `limit`; a
+    image with fewer has scores below the threshold at its end. Waits for the device once, to learn k.
     """
     most = int((scores >= threshold).sum(dim=1).max()) if scores.numel() else 0
     ordered, where = scores.sort(dim=1, descending=True, stable=True)
@@ -44,7 +44,7 @@ def best(scores: Any, threshold: float, limit: int) -> tuple[Any, Any]:
 
 
 def iou(boxes_xyxy: Any) -> Any:
-    """Intersection over union of every box with every other of its picture: (n, k, 4) → (n, k, k). 0 for empty ones."""
+    """Intersection over union of every box with every other of its image: (n, k, 4) → (n, k, k). 0 for empty ones."""
     x1, y1, x2, y2 = boxes_xyxy.unbind(dim=-1)
     wide = (torch.minimum(x2[:, :, None], x2[:, None, :]) - torch.maximum(x1[:, :, None], x1[:, None, :])).clamp(min=0)
     tall = (torch.minimum(y2[:, :, None], y2[:, None, :]) - torch.maximum(y1[:, :, None], y1[:, None, :])).clamp(min=0)
@@ -55,9 +55,9 @@ def iou(boxes_xyxy: Any) -> Any:
 
 
 def nms(boxes_xyxy: Any, candidates: Any, max_iou: float) -> Any:
-    """Greedy non-maximum suppression in every picture of a batch: which boxes to keep, bool (n, k).
+    """Greedy non-maximum suppression in every image of a batch: which boxes to keep, bool (n, k).
 
-    boxes_xyxy: (n, k, 4), the best of each picture first. candidates: bool (n, k), what takes part. A box is dropped
+    boxes_xyxy: (n, k, 4), the best of each image first. candidates: bool (n, k), what takes part. A box is dropped
     if it overlaps a better one that is kept by `max_iou` or more; the same boxes as `_ops.nms` keeps.
 
     Every round decides all boxes at once from those the round before kept. The best box is right from the start, and
@@ -78,7 +78,7 @@ def nms(boxes_xyxy: Any, candidates: Any, max_iou: float) -> Any:
 
 
 def clip(boxes_xyxy: Any, width: float, height: float) -> Any:
-    """The boxes (..., 4) cut at the edges of a picture of width × height pixels."""
+    """The boxes (..., 4) cut at the edges of an image of width × height pixels."""
     x = boxes_xyxy[..., 0::2].clamp(0, width)
     y = boxes_xyxy[..., 1::2].clamp(0, height)
     return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)

@@ -29,7 +29,7 @@ class DetectorResults:
     """The results of one detector on the scenes.
 
     found: whether each labelled face was found at the detector's own threshold; at_threshold: all detections at that
-    threshold; down_to_curve: all detections with a score of at least `CURVE_FROM`; seconds: one per picture.
+    threshold; down_to_curve: all detections with a score of at least `CURVE_FROM`; seconds: one per image.
     """
 
     labelled: list[LabelledBox] = field(default_factory=list)

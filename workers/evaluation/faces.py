@@ -90,7 +90,7 @@ class ScoredDetections:
         return len(self.scores)
 
     def add(self, scores: Sequence[float], matched: Sequence[int | None]) -> None:
-        """Counts one picture: the scores of its detections, and what `match` said of its labelled faces."""
+        """Counts one image: the scores of its detections, and what `match` said of its labelled faces."""
         found = set(matched)
         self.scores += scores
         self.hits += [index in found for index in range(len(scores))]

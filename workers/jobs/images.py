@@ -44,7 +44,7 @@ def analyze_images(
     waiting = deque(jobs)
     recorder = _Recorder(heartbeat, settings)
     try:
-        for job, read in prefetch(jobs, settings):
+        for job, read in prefetched(jobs, settings):
             if draining() or time.monotonic() > deadline:
                 break
             waiting.popleft()
@@ -52,14 +52,14 @@ def analyze_images(
             if analysed is None:
                 heartbeat.done(job)
             else:
-                recorder.waiting.append(analysed)
+                recorder.unrecorded.append(analysed)
                 heartbeat.progress()
             recorder.record_if_due()
         recorder.record()
     finally:
         # Jobs that were not begun or not recorded, because of a request to stop, the deadline or an error: given back
         # for other workers.
-        left = [*(analysed.job for analysed in recorder.waiting), *waiting]
+        left = [*(analysed.job for analysed in recorder.unrecorded), *waiting]
         attempts.release(job for job in left if job.ref.id not in heartbeat.lost)
     return recorder.recorded
 
@@ -78,41 +78,41 @@ class _Recorder:
     """Records analysed images, several at a time, because a transaction takes longer than its rows."""
 
     def __init__(self, heartbeat: Heartbeat, settings: Settings) -> None:
-        self.waiting: deque[AnalysedImage] = deque()
+        self.unrecorded: deque[AnalysedImage] = deque()
         self.recorded = 0
         self._heartbeat = heartbeat
         self._settings = settings
         self._recorded_at = time.monotonic()
 
     def record_if_due(self) -> None:
-        """Record the waiting images, if `worker.record_seconds` have passed since the last time."""
+        """Record the unrecorded images, if `worker.record_seconds` have passed since the last time."""
         if time.monotonic() - self._recorded_at >= self._settings.worker.record_seconds:
             self.record()
 
     def record(self) -> None:
-        """Record all waiting images together; if that fails, one by one, so that one bad image doesn't stop the
+        """Record all unrecorded images together; if that fails, one by one, so that one bad image doesn't stop the
         others."""
-        if len(self.waiting) > 1:
+        if len(self.unrecorded) > 1:
             self._record_together()
-        while self.waiting:
-            analysed = self.waiting[0]
+        while self.unrecorded:
+            analysed = self.unrecorded[0]
             try:
                 succeeded = attempts.record(analysed.job, partial(self._write, [analysed]), self._settings)
             except DatabaseDownError:
-                self.waiting.popleft()  # given back already, if that was possible
+                self.unrecorded.popleft()  # given back already, if that was possible
                 raise
-            self.waiting.popleft()
+            self.unrecorded.popleft()
             self._ended(analysed, succeeded=succeeded)
         self._recorded_at = time.monotonic()
 
     def _record_together(self) -> None:
         try:
-            self._write(self.waiting)
+            self._write(self.unrecorded)
         except Exception:  # a lost job, purged time, no database: recording them one by one shows which
-            log.info("recorded one by one", images=len(self.waiting), exc_info=True)
+            log.info("recorded one by one", pictures=len(self.unrecorded), exc_info=True)
         else:
-            while self.waiting:
-                self._ended(self.waiting.popleft(), succeeded=True)
+            while self.unrecorded:
+                self._ended(self.unrecorded.popleft(), succeeded=True)
 
     def _write(self, images: Collection[AnalysedImage]) -> None:
         with metrics.stage(Stage.WRITE), session_scope() as session:
@@ -144,7 +144,7 @@ def check_faces(count: int, reason: Reason, settings: Settings) -> None:
         )
 
 
-def prefetch(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:
+def prefetched(jobs: Sequence[ClaimedJob], settings: Settings) -> Iterator[tuple[ClaimedJob, Callable[[], bytes]]]:
     """Each job with a function that returns its object's bytes, or raises the error of reading them.
 
     Prefetches up to `worker.prefetch_objects` objects, and no more than `worker.prefetch_bytes`.

@@ -74,7 +74,7 @@ def test_a_listing_that_was_stopped_goes_on_behind_its_cursor(
     assert scalar(session, "SELECT count(*) FROM jobs") == 6
     listed.clear()
     report = backfill(bucket)
-    assert listed == ["", "0/005.jpg"], "the first look, and then what was left"
+    assert listed == ["", "0/005.jpg"], "the check of the time pattern, and then what was left"
     assert (report.resumed, report.listed, report.new, report.known) == (True, 10, 10, 0)
     assert scalar(session, "SELECT count(*) FROM backfills") == 1
     assert states(session) == {"pending": 10}

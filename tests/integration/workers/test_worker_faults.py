@@ -261,11 +261,11 @@ def test_this_disk_is_really_full(tmp_path: Path) -> None:
     assert "OSError: [Errno 27] File too large" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["picture", "video"])
+@pytest.mark.parametrize("kind", ["image", "video"])
 def test_annotating_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    if kind == "picture":
+    if kind == "image":
         (source / "face.jpg").write_bytes(face_jpeg(1))
         arguments = [str(source / "face.jpg"), "--out", str(tmp_path / "out")]
     else:

@@ -289,5 +289,5 @@ def test_nobody_else_writes_or_locks_files_in_a_way_of_its_own() -> None:
     assert set(found) == {"common/files.py"}, found
 
 
-def test_the_same_look_finds_one() -> None:
+def test_the_same_check_finds_one() -> None:
     assert writes_or_locks_itself("import fcntl, tempfile\ntempfile.mkstemp()") == {"fcntl", "mkstemp"}

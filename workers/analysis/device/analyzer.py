@@ -47,7 +47,7 @@ class DeviceAnalyzer:
         self._fitting: dict[tuple[int, int], int] = {}
 
     def analyze(self, image_rgb: NDArray[np.uint8]) -> list[Face]:
-        """The faces of one RGB picture, uint8 (height, width, 3), the surest detection first."""
+        """The faces of one RGB image, uint8 (height, width, 3), the surest detection first."""
         (faces,) = self.analyze_batch([image_rgb])
         return faces
 

@@ -155,10 +155,10 @@ def test_no_slot_is_noted_again_after_it_was_deleted_because_the_latest_stays(
     assert prune(session) == 0
     assert tick(get_settings()) == ([] if stays else [1])
     assert scalar(session, "SELECT count(*) FROM camera_slots WHERE finished_at IS NULL") == (0 if stays else 73)
-    assert (maskwatch("cameras", "list", "--json").stdout == before) is stays, "when it was last looked at"
+    assert (maskwatch("cameras", "list", "--json").stdout == before) is stays, "when it was last polled"
 
 
-# --- looks ------------------------------------------------------------------------------------------------
+# --- polls ------------------------------------------------------------------------------------------------
 
 
 def test_one_poll_ends_all_slots_that_were_due_and_enqueues_live(session: Session, bucket: Bucket) -> None:
@@ -212,7 +212,7 @@ def test_a_poll_lists_what_can_be_new_and_a_full_scan_everything(
     assert hours == {old, new, late, later}, "each in its own time"
 
 
-def test_a_look_that_was_killed_is_gone_on_with_by_another(
+def test_a_poll_that_was_killed_is_gone_on_with_by_another(
     session: Session, bucket: Bucket, listed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cameras, "plan_pages", lambda objects, rules: listing.plan_pages(objects, rules, batch=2))
@@ -334,7 +334,7 @@ def test_a_camera_is_changed_disabled_and_removed_and_keeps_its_history(session:
     assert "is disabled" in do("disable") and "disabled already" in do("disable")
     assert tick(get_settings()) == []
     assert "is enabled" in do("enable") and "enabled already" in do("enable")
-    assert tick(get_settings()) == [1], "what came meanwhile is looked for"
+    assert tick(get_settings()) == [1], "what came meanwhile is polled for"
     assert "is removed" in do("remove") and "refused" in do("enable")
     assert tick(get_settings()) == []
     assert states(session) == {"pending": 1}

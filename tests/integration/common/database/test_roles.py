@@ -182,7 +182,7 @@ def test_who_may_read_coverage(logins: Mapping[str, str], part: str) -> None:
     assert refused(logins["aggregator"], statement)
 
 
-def test_the_same_look_refuses_an_administrator_nothing(services: Services) -> None:
+def test_the_same_check_refuses_an_administrator_nothing(services: Services) -> None:
     url = services.environment["MASKWATCH_DATABASE__URL"]
     everything = {statement for part in PARTS for statement in (*NOBODY, *MAY_NOT[part])}
     assert [statement for statement in everything if refused(url, statement)] == []

@@ -243,12 +243,12 @@ def test_a_released_job_gets_its_attempt_back(session: Session) -> None:
     assert rows(session, "SELECT state, attempt FROM jobs") == [("pending", 0)]
 
 
-def test_a_job_that_crashes_alone_ends_in_quarantine_and_innocents_do_not(session: Session) -> None:
+def test_a_job_that_crashes_while_isolated_ends_in_quarantine_and_innocents_do_not(session: Session) -> None:
     register_many(session, 3)
     claim(session, dispatch(session), worker="w/group")
     assert ledger.report_crash(session, "%/group", max_crashes=3) == 3
     session.commit()
-    # Who was to blame is not known yet: nobody is charged, each is sent alone from now on.
+    # Who was to blame is not known yet: nobody is charged, each is isolated from now on.
     assert rows(session, "SELECT DISTINCT state, crashes, alone FROM jobs") == [("pending", 0, True)]
     assert dispatch(session) == []
     for expected in ("pending", "pending", "quarantined"):
@@ -262,8 +262,8 @@ def test_a_job_that_crashes_alone_ends_in_quarantine_and_innocents_do_not(sessio
 
 def test_leases_that_keep_running_out_end_in_quarantine(session: Session) -> None:
     register(session, planned("a.jpg"))
-    for alone in (False, True):
-        claim(session, dispatch(session, isolated=alone), lease=-1)
+    for isolated in (False, True):
+        claim(session, dispatch(session, isolated=isolated), lease=-1)
         ledger.recover_expired(session, max_lost_leases=2)
         session.commit()
     assert rows(session, "SELECT state, reason, crashes, lost_leases FROM jobs") == [

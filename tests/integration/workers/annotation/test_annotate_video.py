@@ -222,7 +222,7 @@ def test_sound_is_kept(analyzer: FakeAnalyzer, tmp_path: Path, container: str, c
     assert len(written.frames) == 20
 
 
-def test_sound_keeps_its_distance_from_the_image(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
+def test_sound_keeps_its_distance_from_the_frames(analyzer: FakeAnalyzer, tmp_path: Path) -> None:
     # The picture begins half a second behind the sound.
     source = write(tmp_path / "a.mkv", make_video("matroska", frames=10, start=Fraction(1, 2), size=SIZE, audio=True))
     done(source, "--out", tmp_path / "out.mp4")
@@ -461,7 +461,7 @@ def test_a_keyframe_is_found_again_as_it_was_sampled(
         assert np.abs(image - analyzer.seen[number][:, 100:]).mean() < 12
 
 
-def test_a_stored_face_of_a_image_and_what_keeps_it_from_being_shown(
+def test_a_stored_face_of_an_image_and_what_keeps_it_from_being_shown(
     stored: Callable[..., None], analyzer: FakeAnalyzer, session: Session, bucket: Bucket, tmp_path: Path
 ) -> None:
     analyzer.finds = lambda number: [face()]

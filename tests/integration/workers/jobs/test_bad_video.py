@@ -533,7 +533,7 @@ from pathlib import Path
 from common.storage.blocks import BlockReader
 from common.domain import PermanentJobError, SampleMode
 from workers.media.containers import VideoFile, _deny
-from workers.media.frames import to_picture
+from workers.media.frames import to_rgb
 from workers.media.sampling import Grid, Sampler
 path, limit = sys.argv[1:]
 content = Path(path).read_bytes()
@@ -546,7 +546,7 @@ try:
         video = VideoFile(reader, max_pixels=int(limit), threads=1)
         video.info()
         for sample in Sampler(video, Grid(Fraction(2)), SampleMode.FRAMES, 0, None):
-            to_picture(sample.frame)
+            to_rgb(sample.frame)
 except PermanentJobError as error:
     print(error.reason.value, file=sys.stderr)
 print((most() - before) // 1024)

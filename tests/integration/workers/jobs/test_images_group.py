@@ -44,7 +44,7 @@ from tests.mutants import UNFENCED_SUCCESS, planted
 from tests.services import Bucket, wait_until
 from workers.jobs import images, models
 from workers.jobs.attempts import UnfitWorkerError
-from workers.jobs.images import prefetch
+from workers.jobs.images import prefetched
 from workers.jobs.run import run_jobs
 
 
@@ -132,7 +132,7 @@ def outlast_the_lease(session: Session) -> None:
     wait_until(over, what="a whole lease")
 
 
-def test_the_heartbeat_keeps_the_lease_of_a_image_that_takes_longer(
+def test_the_heartbeat_keeps_the_lease_of_an_image_that_takes_longer(
     session: Session, bucket: Bucket, analyzer: FakeAnalyzer, configure: Callable[..., Settings]
 ) -> None:
     configure(ledger__lease_seconds=2, ledger__heartbeat_seconds=0.1)
@@ -328,7 +328,7 @@ def test_a_version_that_was_replaced_meanwhile_leaves_nothing(
 
 @dataclass
 class Reading:
-    """What `prefetch` has asked its threads for, and what they read."""
+    """What `prefetched` has asked its threads for, and what they read."""
 
     fails: dict[int, Exception] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
@@ -384,7 +384,7 @@ def claimed(sizes: Sequence[int]) -> list[ClaimedJob]:
 def ahead_at_each_turn(sizes: Sequence[int], reading: Reading, settings: Settings) -> list[list[int]]:
     """The sizes of what is fetched ahead while each object has its turn; checks their order on the way."""
     ahead = []
-    for turn, (job, read) in enumerate(prefetch(claimed(sizes), settings), start=1):
+    for turn, (job, read) in enumerate(prefetched(claimed(sizes), settings), start=1):
         assert job.ref.id == turn and read() == image(turn)
         assert reading.asked == list(range(1, len(reading.asked) + 1))
         ahead.append([sizes[number - 1] for number in reading.asked[turn:]])
@@ -440,7 +440,7 @@ def test_who_stops_early_leaves_the_rest_unread(
 
     monkeypatch.setattr(images, "_read", read)
     monkeypatch.setattr(images, "ThreadPoolExecutor", Pool)
-    jobs = prefetch(claimed([1000] * 10), configure(worker__prefetch_objects=4))
+    jobs = prefetched(claimed([1000] * 10), configure(worker__prefetch_objects=4))
     next(jobs)
     wait_until(lambda: len(begun) == 2, what="two reads")
     jobs.close()

@@ -367,7 +367,7 @@ def test_the_commands(session: Session) -> None:
 # --- nothing to see ---
 
 
-def test_no_table_can_hold_a_image() -> None:
+def test_no_table_can_hold_an_image() -> None:
     """No crop, frame or embedding has a place: the only bytes are hashes."""
     binary = {
         f"{table.name}.{column.name}"

@@ -26,7 +26,7 @@ WITH, WITHOUT, UNCERTAIN = MaskStatus.WITH_MASK, MaskStatus.WITHOUT_MASK, MaskSt
 KEY = "lobby/door/1.jpg"
 
 
-def truth_of(*faces: TrueFace) -> GroundTruth:
+def ground_truth_of(*faces: TrueFace) -> GroundTruth:
     image = TrueImage(
         KEY, "lobby", "door", datetime(2026, 3, 28, 9), datetime(2026, 3, 28, 8, tzinfo=UTC), tuple(faces)
     )
@@ -55,7 +55,7 @@ def test_match_is_greedy_and_one_to_one() -> None:
 
 
 def test_counts() -> None:
-    ground_truth = truth_of(
+    ground_truth = ground_truth_of(
         TrueFace(box(0), WITH), TrueFace(box(100), WITH), TrueFace(box(200), WITHOUT), TrueFace(box(300), WITHOUT),
         TrueFace(box(400, 20), WITH), TrueFace(box(500, 20), WITH),
     )  # fmt: skip
@@ -128,23 +128,23 @@ def test_visits_are_compared() -> None:
     assert ("visits in videos", "6, counted 7") in report.table()
     assert ("visits in videos", "6, counted 0") in compare_with_ground_truth([], film_of(), counted_visits={}).table()
     assert ("visits in videos", "6") in compare_with_ground_truth([], film_of()).table()
-    assert not [row for row in compare_with_ground_truth([], truth_of()).table() if row[0].startswith("visits")]
+    assert not [row for row in compare_with_ground_truth([], ground_truth_of()).table() if row[0].startswith("visits")]
 
 
 def test_nothing_to_find_is_no_share() -> None:
-    report = compare_with_ground_truth([], truth_of())
+    report = compare_with_ground_truth([], ground_truth_of())
     assert (report.found_share, report.labelled_right_share) == (None, None)
     assert ("found (IoU ≥ 0.5)", "none to find") in report.table()
 
 
-def test_truth_survives_its_file(tmp_path: Path) -> None:
-    image = truth_of(TrueFace((0.5, 1, 30, 40), WITHOUT))
+def test_ground_truth_survives_its_file(tmp_path: Path) -> None:
+    image = ground_truth_of(TrueFace((0.5, 1, 30, 40), WITHOUT))
     film = film_of(frame(1.0, TrueFace((0.5, 1, 30, 40), WITH), ignored=((1.5, 2, 3, 4),)))
     for ground_truth in (image, film):
         ground_truth.save(tmp_path / "truth.json")
         assert GroundTruth.load(tmp_path / "truth.json") == ground_truth
 
 
-def test_missing_truth_is_named(tmp_path: Path) -> None:
+def test_missing_ground_truth_is_named(tmp_path: Path) -> None:
     with pytest.raises(MaskwatchError, match=r"no ground truth at .*truth\.json"):
         GroundTruth.load(tmp_path / "truth.json")

@@ -116,7 +116,7 @@ def test_everyone_comes_is_seen_and_leaves(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_nobody_appears_or_disappears_in_the_middle_of_the_image(seed: int) -> None:
+def test_nobody_appears_or_disappears_in_the_middle_of_the_frame(seed: int) -> None:
     for walker in cast(np.random.default_rng(seed)):
         first, last = walker.way[0], walker.way[-1]
         for stop, moment in ((first, first.seconds), (last, last.seconds - 1e-6)):

@@ -10,7 +10,7 @@ from workers.datasets.annotations import Box, LabelledBox
 from workers.evaluation.faces import WORST
 from workers.evaluation.scenes import SceneResults, evaluate_scenes
 
-PICTURE = np.zeros((100, 700, 3), np.uint8)
+IMAGE = np.zeros((100, 700, 3), np.uint8)
 
 
 def found(box: Box, p_face: float = 0.9, p_with_mask: float = 0.9) -> Face:
@@ -24,7 +24,7 @@ def results():
     results = SceneResults()
     results.add(
         "street.png",
-        PICTURE,
+        IMAGE,
         [
             LabelledBox((0, 0, 30, 30), 0),
             LabelledBox((100, 0, 130, 30), 1),
@@ -81,19 +81,19 @@ def test_what_went_wrong_is_kept_to_be_looked_at(results):
     ]
     # Half as much again, inside the picture; copied, so that the picture isn't kept.
     assert results.missed[0].crop.shape == (38, 46, 3)
-    assert not np.shares_memory(results.missed[0].crop, PICTURE)
+    assert not np.shares_memory(results.missed[0].crop, IMAGE)
 
 
 def test_only_the_worst_are_kept(results):
     for number in range(WORST + 8):
-        results.add("x.png", PICTURE, [], [found((0, 0, 20, 20), p_face=0.4 + number / 100)])
+        results.add("x.png", IMAGE, [], [found((0, 0, 20, 20), p_face=0.4 + number / 100)])
     assert len(results.unlabelled) == WORST
     assert results.unlabelled[0].badness == pytest.approx(0.4 + (WORST + 7) / 100)
 
 
 def test_a_summary_without_a_found_face_has_no_invented_figures():
     results = SceneResults()
-    results.add("a.png", PICTURE, [LabelledBox((0, 0, 30, 30), 0)], [])
+    results.add("a.png", IMAGE, [LabelledBox((0, 0, 30, 30), 0)], [])
     summary = results.summary(0.6)
     assert (summary["recall"], summary["precision"], summary["average_precision"]) == (0, None, 0)
     assert summary["calibration"]["expected_calibration_error"] is None

@@ -217,7 +217,7 @@ def test_a_decompression_bomb_is_too_large_and_not_a_warning() -> None:
 
 
 @given(st.sampled_from(sorted(ENCODED)), st.data())
-def test_damage_anywhere_gives_a_image_or_a_reason(name: str, data: st.DataObject) -> None:
+def test_damage_anywhere_gives_an_image_or_a_reason(name: str, data: st.DataObject) -> None:
     """Nothing but `PermanentJobError` ever leaves, and no warning: those are errors in tests."""
     damaged = bytearray(ENCODED[name])
     for _ in range(data.draw(st.integers(1, 6))):
@@ -235,7 +235,7 @@ def test_damage_anywhere_gives_a_image_or_a_reason(name: str, data: st.DataObjec
 
 
 @given(st.binary(max_size=400))
-def test_arbitrary_exif_never_fails_a_image(noise: bytes) -> None:
+def test_arbitrary_exif_never_fails_an_image(noise: bytes) -> None:
     data = encode(quadrants(), "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0" + noise)
     assert decode_image(data, max_pixels=MEGAPIXEL).rgb.shape[2] == 3
 

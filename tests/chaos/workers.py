@@ -585,7 +585,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "poison",
-        "a picture that kills its process: quarantined when isolated, at its third crash; others lose one attempt at most",
+        "a picture that kills its process: quarantined at its third isolated crash; others lose one attempt at most",
         "jobs that crashed are not isolated",
         poison,
     ),

@@ -142,6 +142,23 @@ def loads_by_name(node: ast.AST) -> Iterator[str]:
             yield node.args[0].value
 
 
+@cache
+def names_in(source: str) -> tuple[tuple[str, str, int, bool], ...]:
+    """What a module's text imports or names: (how, name, line, whether it must be more than a package's name). Kept by
+    text, because a copy of all sources differs in one of them."""
+    tree = ast.parse(source)
+    top, prose = {id(node) for node in tree.body}, docstrings(tree)
+    found: list[tuple[str, str, int, bool]] = []
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        found += [("top" if id(node) in top else "inside", name, line, False) for name in imported(node)]
+        found += [("string", name, line, False) for name in loads_by_name(node)]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            # A dotted string of which only the package is ours ("workers.analyze") names no module.
+            found += [("string", name, line, True) for name in named(node.value)]
+    return tuple(found)
+
+
 def arrows_of(root: Path) -> list[Arrow]:
     """Every arrow between modules of ours below a folder."""
     modules = modules_of(root)
@@ -153,18 +170,12 @@ def arrows_of(root: Path) -> list[Arrow]:
 
     found = []
     for module, path in modules.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        top, prose = {id(node) for node in tree.body}, docstrings(tree)
-        for node in ast.walk(tree):
-            names = [("top" if id(node) in top else "inside", name) for name in imported(node)]
-            names += [("string", name) for name in loads_by_name(node)]
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
-                # A dotted string of which only the package is ours ("workers.analyze") names no module.
-                names += [("string", name) for name in named(node.value) if "." in (module_in(name) or "")]
-            for how, name in names:
-                target = module_in(name)
-                if target is not None and target != module and (module, target) not in STARTS_ITSELF:
-                    found.append(Arrow(module, target, how, getattr(node, "lineno", 0)))
+        for how, name, line, dotted in names_in(path.read_text(encoding="utf-8")):
+            target = module_in(name)
+            if target is None or target == module or (module, target) in STARTS_ITSELF:
+                continue
+            if not dotted or "." in target:
+                found.append(Arrow(module, target, how, line))
     return found
 
 
@@ -317,6 +328,7 @@ def test_command_line_is_the_room_that_composes() -> None:
 # --- what is loaded ---
 
 
+@cache
 def roots(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {name.partition(".")[0] for node in ast.walk(tree) for name in imported(node)}

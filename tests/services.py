@@ -20,6 +20,7 @@ from sqlalchemy import create_engine, text
 
 from common.database.tables import Base
 from common.local.stack import Endpoints, LocalStack
+from tests import commands
 
 #: So that a test sees in seconds what a deployment sees in minutes.
 QUICK = {
@@ -116,11 +117,8 @@ def locate(*cameras: str, name: str = "lobby", zone: str = "UTC") -> None:
 def maskwatch(
     *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command as a person would, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "common.cli", *arguments],
-        env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    """Run a command in a process of its own, to its end."""
+    return commands.run(arguments, {**os.environ, **(env or {})}, cwd, timeout)
 
 
 @contextmanager

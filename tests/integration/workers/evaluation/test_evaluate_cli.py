@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from common.models.figures import read_confusions
 from common.models.manifest import MODELS
 from common.sample.source_images import astronaut
 from common.settings import PipelineSettings
+from tests import commands
 
 #: The classifier that a new installation has.
 CLASSIFIER = PipelineSettings.model_fields["classifier"].default
@@ -25,11 +25,7 @@ pytest.importorskip("sklearn", reason="the `train` layer is not installed")
 def maskwatch(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, with these settings instead of those of the person who runs the tests."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MASKWATCH_")}
-    code = "from common.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, "evaluate", *map(str, arguments)],
-        capture_output=True, text=True, env=environment | settings, check=False,
-    )  # fmt: skip
+    return commands.run(("evaluate", *map(str, arguments)), environment | settings, None, timeout=300)
 
 
 def refusal(*arguments: str | Path) -> str:

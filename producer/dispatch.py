@@ -63,18 +63,14 @@ def dispatch(settings: Settings) -> int:
     with session_scope() as session:
         ledger.wake_retries(session, limit=WOKEN_AT_ONCE)
     with session_scope() as session:
-        recalled = _Tick(session, settings, epoch, waiting).recall()
-    with session_scope() as session:
-        tick = _Tick(session, settings, epoch, waiting, recalled)
-        isolated = tick.isolated()
-        live = tick.lane(Lane.LIVE, used=len(isolated))
-        ahead = [[job.ref] for job in isolated] + list(group(live, tick.size))
-        # Messages left in the live lane mean that no worker was free for them.
-        overtaking = _rounded(len(ahead) * settings.dispatch.backfill_share) if waiting[Lane.LIVE] else 0
-        ahead += group(tick.overtaking(overtaking), tick.size)
-        behind = list(group(tick.lane(Lane.BACKFILL), tick.size))
+        tick = _Tick(session, settings, epoch, waiting)
+        recalled = tick.recall()
+        taken = {} if recalled else tick.take()
+    if recalled:
+        with session_scope() as session:
+            taken = _Tick(session, settings, epoch, waiting, recalled).take()
     sent = 0
-    for lane, messages in ((Lane.LIVE, ahead), (Lane.BACKFILL, behind)):
+    for lane, messages in taken.items():
         if messages:
             send(TaskName.ANALYZE, *([encode_refs(refs)] for refs in messages), priority=PRIORITIES[lane])
         jobs = sum(map(len, messages))
@@ -82,7 +78,7 @@ def dispatch(settings: Settings) -> int:
         metrics.count(metrics.DISPATCHED, jobs, lane=metrics.LANES[lane])
         sent += jobs
     if sent:
-        log.info("dispatched", jobs=sent, live=len(live), messages=len(ahead) + len(behind))
+        log.info("dispatched", jobs=sent, messages={metrics.LANES[lane]: len(found) for lane, found in taken.items()})
     return sent
 
 
@@ -100,6 +96,7 @@ class _Tick:
     ) -> None:
         self.session, self.epoch, self.waiting, self.recalled = session, epoch, waiting, recalled
         self.cap, self.size = settings.dispatch.queue_cap, settings.worker.group_size
+        self.backfill_share = settings.dispatch.backfill_share
         self.policy = settings.ledger.pause_policy
         self.pending = ledger.feeds_with_work(session)
         self.sent = ledger.sent_feeds(session, epoch=epoch, message_size=self.size)
@@ -111,6 +108,16 @@ class _Tick:
         for lane in held_up:
             ledger.recall(self.session, lane=lane, epoch=self.epoch)
         return held_up
+
+    def take(self) -> dict[Lane, list[list[JobRef]]]:
+        """pending → queued for what there is room for; returns the messages for each lane's list, in their order."""
+        isolated = self.isolated()
+        live = self.lane(Lane.LIVE, used=len(isolated))
+        ahead = [[job.ref] for job in isolated] + list(group(live, self.size))
+        # Messages left in the live lane mean that no worker was free for them.
+        overtaking = _rounded(len(ahead) * self.backfill_share) if self.waiting[Lane.LIVE] else 0
+        ahead += group(self.overtaking(overtaking), self.size)
+        return {Lane.LIVE: ahead, Lane.BACKFILL: list(group(self.lane(Lane.BACKFILL), self.size))}
 
     def isolated(self) -> list[DispatchedJob]:
         """Isolated jobs, each for a message of its own: a process died or a lease ran out while they ran

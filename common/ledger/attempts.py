@@ -40,6 +40,7 @@ from common.ledger.transitions import (
     Attempt,
     StaleJobError,
     Transition,
+    count_moved,
     held_refs,
     move,
     transition,
@@ -97,6 +98,12 @@ class ClaimedJob:
         return seen if seen is not None and seen.source is ObservedAtSource.KEY_PATTERN else None
 
 
+#: The job's own columns that `claim` needs.
+_OF_THE_JOB = (
+    "id", "token", "kind", "attempt", "media_object_id", "source_id", "pipeline_id", "backfill_id", "lane",
+    "range_start_ms", "range_end_ms", "started_at", "queued_at",
+)  # fmt: skip
+
 #: What `claim` selects of a job: names and SQL expressions.
 _CLAIMED = {
     "id": "moved.id",
@@ -143,6 +150,7 @@ _CLAIM = transition(
         "lease_until": "clock_timestamp() + make_interval(secs => :lease)",
     },
     by_key=True,
+    returning=_OF_THE_JOB,
     select=f"""
 SELECT {", ".join(f"{value} AS {name}" for name, value in _CLAIMED.items())}
 FROM moved
@@ -225,6 +233,7 @@ def _ends(new: JobState, outcome: AttemptOutcome, **sets: str) -> Transition:
         sets={**sets, **SAID},
         attempt=Attempt(outcome, ":reason", ":detail"),
         by_key=True,
+        counted=True,
     )
 
 
@@ -256,7 +265,7 @@ def _end(
 ) -> None:
     """End a running attempt. Raises `StaleJobError` when the job is no longer the caller's."""
     said = {"reason": reason.value if reason else None, "detail": storable(detail)}
-    if not move(session, how, {"id": ref.id, "token": ref.token, **said, **parameters}):
+    if not count_moved(session, how, {"id": ref.id, "token": ref.token, **said, **parameters}):
         raise StaleJobError(f"job {ref.id} is no longer held under token {ref.token}")
 
 
@@ -283,6 +292,8 @@ _SUCCEED_ALL = transition(
     sets={"alone": "false", "reason": "NULL", "detail": "NULL"},
     attempt=Attempt(AttemptOutcome.SUCCEEDED),
     by_key=True,
+    counted=True,
+    returning=("id", "source_id"),
     after=f"""
 answered AS (
     UPDATE sources
@@ -305,7 +316,7 @@ def succeed_all(session: Session, ended: Sequence[tuple[ClaimedJob, ObservedAt]]
     for job, seen in sorted(ended, key=lambda pair: pair[0].media_object_id):
         if seen != job.observed_at:
             set_observed_at(session, job.media_object_id, seen)
-    count = len(move(session, _SUCCEED_ALL, held_refs([job.ref for job, _ in ended])))
+    count = count_moved(session, _SUCCEED_ALL, held_refs([job.ref for job, _ in ended]))
     if count != len(ended):
         ids = [job.ref.id for job, _ in ended]
         raise StaleJobError(f"{len(ended) - count} of these jobs are no longer held: {ids}")

@@ -201,6 +201,7 @@ sent AS MATERIALIZED (
     WHERE next.weight <= :share
       AND backfills.paused_at IS NULL  -- since the feeds were looked for, too
 )""",
+        returning=("id", "token", "kind", "pipeline_id", "source_id", "backfill_id"),
         select="SELECT id, token, kind, pipeline_id, source_id, coalesce(backfill_id, 0) AS backfill_id FROM moved",
     )
 
@@ -255,6 +256,7 @@ _TAKE_TRIAL = transition(
     sets={"queued_at": "clock_timestamp()", "epoch": ":epoch", "sent_lane": ":live"},
     limit=" LIMIT 1",
     skip_locked=True,
+    returning=("id", "token", "kind", "pipeline_id"),
     select="SELECT id, token, kind, pipeline_id FROM moved",
 )
 

@@ -425,6 +425,7 @@ gone AS MATERIALIZED (
     WHERE m.id = gone.id AND m.superseded_at IS NOT NULL
     RETURNING m.id
 )""",
+    returning=("id", "media_object_id"),
     select="SELECT media_object_id FROM moved",
 )
 
@@ -505,6 +506,7 @@ found AS MATERIALIZED (
     SELECT m.id, m.key
     FROM {KNOWN}
 )""",
+    returning=("id", "media_object_id"),
     select="SELECT media_object_id FROM moved",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def contents(connection: Connection) -> dict[str, list[str]]:
     found = {
         table: sorted(connection.execute(text(f"SELECT to_json(t)::text FROM {table} t")).scalars()) for table in tables
     }
-    found["(rules)"] = [str(tuple(row)) for row in connection.execute(text(RULES))]
+    # Postgres writes the casts of a CHECK in other places once it has read it from a dump.
+    casts = re.compile(r"::(character varying|text)(\[\])?|[()]")
+    found["(rules)"] = sorted(casts.sub("", str(tuple(row))) for row in connection.execute(text(RULES)))
     return found
 
 
@@ -75,7 +78,8 @@ def test_a_restored_dump_is_the_same_database(
     dump(database_url, empty_database, tmp_path / "maskwatch.dump")
     engine = create_engine(empty_database)
     with engine.connect() as connection:
-        assert contents(connection) == before
+        after = contents(connection)
+        assert {t: sorted(set(after[t]) ^ set(before[t])) for t in before if after[t] != before[t]} == {}
     with Session(engine, expire_on_commit=False) as restored:
         register(restored, planned("new.jpg"))  # its ids come after those that were restored
         assert len(claim(restored, dispatch(restored, 3))) == 3

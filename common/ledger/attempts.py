@@ -234,6 +234,7 @@ def _ends(new: JobState, outcome: AttemptOutcome, **sets: str) -> Transition:
         attempt=Attempt(outcome, ":reason", ":detail"),
         by_key=True,
         counted=True,
+        one=True,
     )
 
 

@@ -86,6 +86,7 @@ def transition(
     select: str = "SELECT id FROM moved ORDER BY id",
     columns: Sequence[str] = (),
     counted: bool = False,
+    one: bool = False,
 ) -> Transition:
     """The statement that moves the chosen jobs from one of the old states to the new one.
 
@@ -95,20 +96,21 @@ def transition(
     columns of `chosen` that `sets` and `select` find in `held`. skip_locked: skip jobs that another transaction has
     locked. by_key: the state is a parameter, so that no plan uses the index of all jobs in that state (ADR 11). limit:
     a clause such as ` LIMIT 1`. counted: the statement selects nothing, and its number of rows is that of the moved
-    jobs, which is cheaper (`count_moved`); only where every moved job was running.
+    jobs, which is cheaper (`count_moved`); only where every moved job was running. one: `chosen` finds at most one job,
+    so it need not be put in order.
     """
     new_states = {new} | ({unless.new} if unless else set())
     _check(old, new_states, attempt, counted=counted)
     names = ", ".join(f"'{state}'" for state in sorted(old))
     states = "jobs.state = :was" if by_key else f"jobs.state IN ({names})"
     kept = "".join(f", {column}" for column in keep)
+    in_order = "" if one else f"    ORDER BY jobs.id{limit}\n"
     expressions = [
         _clean(before),
         f"held AS (\n"
         f"    SELECT jobs.id, jobs.state, jobs.attempt, jobs.worker, jobs.started_at{kept}\n"
         f"{indent(_clean(chosen), '    ')} AND {states}\n"
-        f"    ORDER BY jobs.id{limit}\n"
-        f"    FOR UPDATE OF jobs{' SKIP LOCKED' if skip_locked else ''}\n"
+        f"{in_order}    FOR UPDATE OF jobs{' SKIP LOCKED' if skip_locked else ''}\n"
         f")",
         f"moved AS (\n"
         f"    UPDATE jobs\n"

@@ -20,6 +20,7 @@ from common.database.sessions import (
     is_newer,
     schema_revision,
     session_scope,
+    sql,
 )
 from common.domain import MaskwatchError
 
@@ -78,7 +79,11 @@ def check_part(session: Session, part: Part, version: str = __version__) -> None
 
     One small read. A part for which the database names no version may run.
     """
-    oldest = session.scalar(text(OLDEST_VERSION), {"part": part.value})
+    refuse_older(session.scalar(sql(OLDEST_VERSION), {"part": part.value}), part, version)
+
+
+def refuse_older(oldest: str | None, part: Part, version: str = __version__) -> None:
+    """Raise `OutdatedProgramError` if this version is older than the oldest one, as it was read; None: any may run."""
     if oldest is not None and parse(version) < parse(oldest):
         raise OutdatedProgramError(
             f"this is Maskwatch {version}, but the database needs {oldest} or newer as {part.value}: "

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from datetime import datetime
 
 import psycopg
-from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from common.database.sessions import session_scope
-from common.database.versions import AGGREGATION_LOCK, Part, check_part
+from common.database.sessions import session_scope, sql
+from common.database.versions import AGGREGATION_LOCK, OLDEST_VERSION, Part, refuse_older
 from common.ledger.retention import frozen_before
 from common.observability import metrics
 
@@ -67,6 +66,15 @@ ON CONFLICT (location_id, pipeline_id, hour) DO UPDATE SET
 """
 
 
+#: Takes marks, and reads the oldest version of an aggregator that may. After taking the lock: a migration holds it from
+#: before it writes the oldest versions until it commits, so what is read here holds until this transaction has ended.
+_TAKE = f"""
+DELETE FROM dirty_marks
+WHERE id IN (SELECT id FROM dirty_marks ORDER BY id LIMIT :limit)
+RETURNING location_id, pipeline_id, hour, ({OLDEST_VERSION}) AS oldest_version
+"""  # noqa: S608 - constants
+
+
 def summarize() -> int:
     """Work off all dirty marks; returns how many hours were recomputed."""
     hours, limit = 0, BATCH
@@ -92,20 +100,10 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
     Raises `OutdatedProgramError`, with nothing taken, if an aggregator of this version may not go on.
     """
     # A statement of its own: under READ COMMITTED the next one sees all that was committed before we got the lock.
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": AGGREGATION_LOCK})
-    # After taking the lock. A migration holds it from before it writes the oldest versions until it commits, so what is
-    # read here holds until this transaction has ended.
-    check_part(session, Part.AGGREGATOR)
-    marks = session.execute(
-        text(
-            """
-            DELETE FROM dirty_marks
-            WHERE id IN (SELECT id FROM dirty_marks ORDER BY id LIMIT :limit)
-            RETURNING location_id, pipeline_id, hour
-            """
-        ),
-        {"limit": limit},
-    ).all()
+    session.execute(sql("SELECT pg_advisory_xact_lock(:key)"), {"key": AGGREGATION_LOCK})
+    marks = session.execute(sql(_TAKE), {"limit": limit, "part": Part.AGGREGATOR.value}).all()
+    if marks:
+        refuse_older(marks[0].oldest_version, Part.AGGREGATOR)
     frozen = frozen_before(session)
     hours = sorted(
         # The faces of purged hours are gone: a recompute would set their sums to 0.
@@ -120,7 +118,7 @@ def recompute(session: Session, hours: Sequence[tuple[int, int, datetime]]) -> N
     """Summarize these hours, (location id, pipeline id, hour) each, as they are now. The caller holds the lock."""
     locations, pipelines, starts = ([hour[column] for hour in hours] for column in range(3))
     session.execute(
-        text(_RECOMPUTE),
+        sql(_RECOMPUTE),
         {
             "locations": locations,
             "pipelines": pipelines,

@@ -130,6 +130,8 @@ class Reason(StrEnum):
     TIME_PATTERN_MISMATCH = "time_pattern_mismatch"
     NONEXISTENT_LOCAL_TIME = "nonexistent_local_time"
     FUTURE_TIME = "future_time"
+    #: Neither its key nor the file nor its upload says when it was taken.
+    NO_TIME = "no_time"
     MODEL_MISMATCH = "model_mismatch"
     UNEXPECTED_ERROR = "unexpected_error"
     CRASHED = "crashed"

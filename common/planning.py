@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from zoneinfo import ZoneInfo
 
 from common.domain import MediaKind, ObjectInfo, ObservedAt, ObservedAtSource, Reason
-from common.timestamps import LocalTimeError, TimePattern, resolve_local
+from common.timestamps import END, FIRST, LocalTimeError, TimePattern, is_ahead, is_storable, resolve_local
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mts", "gif"})
-
-#: A key that names a year outside this range was not written by a camera.
-PLAUSIBLE_YEARS = range(1970, 2200)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +60,6 @@ def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) 
     seen = None
     if pattern is not None:
         local = pattern.match(info.key)
-        if local is not None and local.year not in PLAUSIBLE_YEARS:
-            detail = f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names the year {local.year}"
-            return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
         if local is None:
             detail = f"the key {info.key!r} does not match the time pattern {pattern.pattern!r}"
             return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
@@ -73,7 +67,14 @@ def plan_object(info: ObjectInfo, pattern: TimePattern | None, where: ZoneInfo) 
             seen = ObservedAt(*_instant(local, where))
         except LocalTimeError as error:
             return PlannedObject(info, kind, None, Reason.NONEXISTENT_LOCAL_TIME, f"{error} (key {info.key!r})")
-        if seen.instant - info.last_modified > timedelta(days=1):
+        if not is_storable(seen.instant):
+            named = local.isoformat(sep=" ")
+            detail = (
+                f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names {named}, which is not "
+                f"between {FIRST.year} and {END.year - 1} (UTC)"
+            )
+            return PlannedObject(info, kind, None, Reason.TIME_PATTERN_MISMATCH, detail)
+        if is_ahead(seen.instant, info.last_modified):
             detail = (
                 f"the key {info.key!r} read with the time pattern {pattern.pattern!r} names {seen.instant:%Y-%m-%d}, "
                 f"but the object was last modified earlier, on {info.last_modified:%Y-%m-%d}"

@@ -8,10 +8,22 @@ from functools import lru_cache
 from itertools import takewhile
 from zoneinfo import ZoneInfo, available_timezones
 
-from common.domain import MaskwatchError, ObservedAt, ObservedAtSource
+from common.domain import MaskwatchError, ObservedAt, ObservedAtSource, PermanentJobError, Reason
 
-#: A container with an earlier creation time comes from a device without a clock: MP4 itself dates from 2001.
-PLAUSIBLE_CREATION_YEAR = 2000
+#: Instants outside [FIRST, END) can't be stored: the schema makes no partition for them (migration 0003).
+FIRST = datetime(1970, 1, 1, tzinfo=UTC)
+END = datetime(2200, 1, 1, tzinfo=UTC)
+
+#: A clock that lost its power begins with one of these years and runs on: those of Unix, of FAT and DOS, and of many
+#: recorders. (MP4 and Macintosh count from 1904, before `FIRST`.)
+CLOCK_STARTS = (1970, 1980, 2000)
+#: For so long after such a year began, a time says that a clock was not set.
+RUNS_ON = timedelta(days=7)
+#: No zone is further away from UTC.
+LARGEST_OFFSET = timedelta(hours=14)
+
+#: How much later than the upload a time may be: the clocks of a camera and of a store differ, and so do their zones.
+AHEAD = timedelta(days=1)
 
 
 #: strptime directive → regular expression.
@@ -152,24 +164,64 @@ def hour_of(instant: datetime, where: ZoneInfo) -> datetime:
     )
 
 
+def is_storable(instant: datetime) -> bool:
+    """Whether footage seen at this instant can be stored."""
+    return FIRST <= instant < END
+
+
+def why_no_time(instant: datetime) -> str | None:
+    """Why no camera can have seen something at this instant, or why its clock was not set; None for a time."""
+    if not is_storable(instant):
+        return f"{_shown(instant)} is not between {FIRST.year} and {END.year - 1}"
+    for year in CLOCK_STARTS:
+        began = datetime(year, 1, 1, tzinfo=UTC)
+        if began - LARGEST_OFFSET <= instant < began + RUNS_ON + LARGEST_OFFSET:
+            return f"{_shown(instant)} is what a clock shows that was not set: it began with the year {year}"
+    return None
+
+
+def _shown(instant: datetime) -> str:
+    # Not strftime, which writes the year 2 as "2".
+    return instant.isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
+
+
 def recording_start(
     planned: ObservedAt | None, created_at: datetime | None, last_modified: datetime, duration_seconds: float | None
 ) -> ObservedAt:
     """When a recording began: the key's time, else the container's creation time (aware), else LastModified minus the
     duration, because a camera uploads a recording when it ends.
 
-    The creation time is ignored if the clock was never set (containers count from 1904 or 1970) or is ahead of the
-    upload.
+    The creation time is ignored if it is none (`why_no_time`), or is ahead of the upload. Raises `PermanentJobError`
+    if LastModified is none, too.
     """
     if planned is not None:
         return planned
-    if (
-        created_at is not None
-        and created_at.year >= PLAUSIBLE_CREATION_YEAR
-        and created_at <= last_modified + timedelta(days=1)
-    ):
+    if created_at is not None and _fits(created_at, last_modified):
         return ObservedAt(created_at.astimezone(UTC), ObservedAtSource.CREATION_TIME)
-    return ObservedAt(last_modified - timedelta(seconds=duration_seconds or 0), ObservedAtSource.LAST_MODIFIED)
+    return _uploaded(last_modified, timedelta(seconds=duration_seconds or 0))
+
+
+def is_ahead(instant: datetime, last_modified: datetime) -> bool:
+    """Whether an instant is later than the upload. An upload that is no time itself says nothing: some programs unpack
+    archives with times of 1980."""
+    return why_no_time(last_modified) is None and instant > last_modified + AHEAD
+
+
+def _fits(instant: datetime, last_modified: datetime) -> bool:
+    """Whether what a file says is a time, and not ahead of the file's upload."""
+    return why_no_time(instant) is None and not is_ahead(instant, last_modified)
+
+
+def _uploaded(last_modified: datetime, lasted: timedelta = timedelta()) -> ObservedAt:
+    """LastModified as the last source of a time. Raises `PermanentJobError` if it is none, too."""
+    why = why_no_time(last_modified) or why_no_time(last_modified - lasted)
+    if why is not None:
+        raise PermanentJobError(
+            Reason.NO_TIME,
+            f"nothing says when it was taken: neither key nor file has a time, and its upload is none: {why}; read the "
+            "time from its key (--time-pattern), or upload it again",
+        )
+    return ObservedAt(last_modified - lasted, ObservedAtSource.LAST_MODIFIED)
 
 
 def observed_from_file(
@@ -177,7 +229,8 @@ def observed_from_file(
 ) -> ObservedAt:
     """When an image was taken: the key's time, else EXIF's (naive: local to `where`), else LastModified.
 
-    EXIF's time is ignored if it is later than the upload, or if the zone skips it.
+    EXIF's time is ignored if it is none (`why_no_time`), is ahead of the upload, or is skipped by the zone. Raises
+    `PermanentJobError` if LastModified is none, too.
     """
     if planned is not None:
         return planned
@@ -185,7 +238,7 @@ def observed_from_file(
         try:
             instant, ambiguous = resolve_local(taken_at, where)
         except LocalTimeError:
-            return ObservedAt(last_modified, ObservedAtSource.LAST_MODIFIED)
-        if instant <= last_modified + timedelta(days=1):
+            return _uploaded(last_modified)
+        if _fits(instant, last_modified):
             return ObservedAt(instant, ObservedAtSource.EXIF, ambiguous)
-    return ObservedAt(last_modified, ObservedAtSource.LAST_MODIFIED)
+    return _uploaded(last_modified)

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from common import ledger
 from common.catalog.schedule import interrupt_poll
 from common.database.tables import Backfill, Camera, Location
-from common.domain import MaskwatchError, MediaKind, ObjectInfo, ObservedAt, ObservedAtSource, Reason
+from common.domain import MaskwatchError, MediaKind, ObjectInfo, ObservedAt, ObservedAtSource, PermanentJobError, Reason
 from common.ledger import audit
 from common.ledger.retention import PURGED_BEFORE_SQL, purged_before
 from common.planning import PlannedObject, plan_object
@@ -274,7 +274,10 @@ def _read_again(
     if stored is None or stored.source in (ObservedAtSource.CREATION_TIME, ObservedAtSource.LAST_MODIFIED):
         return PlannedObject(info, kind, stored)  # an instant, which depends on no zone
     local = stored.instant.astimezone(before.zone).replace(tzinfo=None)
-    read = observed_from_file(None, local, info.last_modified, after.zone)
+    try:
+        read = observed_from_file(None, local, info.last_modified, after.zone)
+    except PermanentJobError as error:
+        return PlannedObject(info, kind, None, error.reason, error.detail)
     if stored.source is ObservedAtSource.KEY_PATTERN and read.source is ObservedAtSource.EXIF:
         read = ObservedAt(read.instant, stored.source, read.ambiguous)
     return PlannedObject(info, kind, read)

@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 
 import psycopg
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from common.domain import first_line
 from common.observability.logs import get_logger
+from common.timestamps import END, FIRST, is_storable
 
 log = get_logger(__name__)
 
@@ -32,28 +34,41 @@ def partition_name(month: datetime) -> str:
 def ensure_partitions(engine: Engine, instants: Iterable[datetime]) -> list[str]:
     """Make the partitions that these instants fall into; returns the names of the new ones.
 
-    A partition whose lock can't be had within two seconds is left for the next call.
+    A month whose partition can't be made is left for the next call and keeps no other month from its own: its rows wait
+    in `faces_default`. Instants that can't be stored are passed over.
     """
-    days = {instant.astimezone(UTC).date() for instant in instants}
+    days = {instant.astimezone(UTC).date() for instant in instants if is_storable(instant)}
     wanted = {datetime(day.year, day.month, 1, tzinfo=UTC) for day in days}
     made = []
     for month in sorted(wanted):
-        if not _exists(engine, month):
-            try:
+        try:
+            if not _exists(engine, month):
                 made += _make(engine, month)
-            except OperationalError as error:
-                if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
-                    raise
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise
+            if isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 log.warning("partition put off: its table is being read", partition=partition_name(month))
+            else:
+                log.error("a partition can't be made", partition=partition_name(month), detail=first_line(error))
     return made
 
 
 def split_default(engine: Engine) -> list[str]:
     """Make the partitions of the rows in `faces_default`; returns their names."""
     with engine.connect() as connection:
-        waiting = connection.execute(text("SELECT DISTINCT date_trunc('month', observed_at, 'UTC') FROM faces_default"))
-        months = [row[0] for row in waiting]
+        months = connection.execute(text(_WAITING), {"first": FIRST, "end": END}).scalars().all()
     return ensure_partitions(engine, months)
+
+
+#: Bounded, because an earlier version stored faces at times that have no partition: year 1, or before it, which Python
+#: can't read.
+_WAITING = """
+SELECT DISTINCT date_trunc('month', observed_at, 'UTC')
+FROM faces_default
+WHERE observed_at >= :first
+  AND observed_at < :end
+"""
 
 
 def _exists(engine: Engine, month: datetime) -> bool:

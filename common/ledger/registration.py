@@ -27,7 +27,7 @@ from common.storage.store import FILE_BUCKET
 DETAIL_LIMIT = 2000
 
 #: Reasons of objects whose time is unknown: only a fitting time pattern helps.
-UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME, Reason.FUTURE_TIME)
+UNPLACED = (Reason.TIME_PATTERN_MISMATCH, Reason.NONEXISTENT_LOCAL_TIME, Reason.FUTURE_TIME, Reason.NO_TIME)
 
 #: Reasons against which no retry helps.
 HOPELESS = (*UNPLACED, Reason.PURGED)

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from common.catalog.places import get_location
 from common.domain import ObservedAtSource
+from common.timestamps import END, FIRST
 
 
 class Period(StrEnum):
@@ -43,6 +44,10 @@ _RATES = """
     compliance_bound(with_mask, with_mask + without_mask, -1) AS rate_low,
     compliance_bound(with_mask, with_mask + without_mask, 1) AS rate_high
 """
+
+
+#: An earlier version believed every time in a file, also years that no calendar of Python reaches.
+_SHOWN = "hour >= :first AND hour < :end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,7 @@ def compliance(
     """
     if location is not None:
         get_location(session, location)
-    conditions = ["(CAST(:location AS text) IS NULL OR location = :location)"]
+    conditions = ["(CAST(:location AS text) IS NULL OR location = :location)", _SHOWN]
     for bound, sign in ((since, ">="), (until, "<")):
         if bound is not None:
             column = "hour" if bound.tzinfo else "local_hour"
@@ -143,7 +148,8 @@ def compliance(
             FROM compliance_by_hour WHERE {" AND ".join(conditions)} GROUP BY 1, 2, 3
         ) AS v ORDER BY location, start
     """  # noqa: S608
-    rows = session.execute(text(statement), {"location": location, "since": since, "until": until})
+    bounds = {"since": since, "until": until, "first": FIRST, "end": END}
+    rows = session.execute(text(statement), {"location": location, **bounds})
     return [ComplianceRow(row.location, row.start.astimezone(ZoneInfo(row.time_zone)), Figures.of(row)) for row in rows]
 
 
@@ -161,11 +167,12 @@ def totals(session: Session) -> list[LocationTotals]:
                        coalesce(sum(with_mask), 0)::bigint AS with_mask,
                        coalesce(sum(without_mask), 0)::bigint AS without_mask,
                        coalesce(sum(uncertain), 0)::bigint AS uncertain
-                FROM compliance_by_hour h WHERE h.location = l.name
+                FROM compliance_by_hour h WHERE h.location = l.name AND {_SHOWN}
             ) AS s
         ) AS v ORDER BY name
     """  # noqa: S608
-    return [_location_totals(row) for row in session.execute(text(statement))]
+    rows = session.execute(text(statement), {"first": FIRST, "end": END})
+    return [_location_totals(row) for row in rows]
 
 
 def _location_totals(row: Row[Any]) -> LocationTotals:

@@ -82,8 +82,15 @@ class FileStore:
         return whole(data, f"file:///{key}", start, stop)
 
     def _info(self, key: str, stat: os.stat_result) -> ObjectInfo:
-        modified = datetime.fromtimestamp(stat.st_mtime_ns // 1_000_000_000, UTC)
+        try:
+            modified = datetime.fromtimestamp(stat.st_mtime_ns // 1_000_000_000, UTC)
+        except (OverflowError, ValueError, OSError):
+            modified = _NO_DATE
         return ObjectInfo(FILE_BUCKET, key, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", stat.st_size, modified)
+
+
+#: Stands for a time that no calendar of Python reaches. It is no time for footage either.
+_NO_DATE = datetime(1, 1, 2, tzinfo=UTC)
 
 
 @contextmanager

@@ -130,9 +130,10 @@ def analyze_bytes(job: ClaimedJob, data: bytes, settings: Settings) -> tuple[lis
     """The faces in these bytes, and when the camera saw them."""
     with metrics.stage(Stage.DECODE):
         image = decode_image(data, max_pixels=settings.worker.max_image_pixels)
+    seen = observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
     faces = models.analyzer(job.spec, runtime_of(settings)).analyze(image.rgb)
     check_faces(len(faces), Reason.IMAGE_TOO_LARGE, settings)
-    return faces, observed_from_file(job.observed_at, image.exif_time, job.last_modified, zone(job.time_zone))
+    return faces, seen
 
 
 def check_faces(count: int, reason: Reason, settings: Settings) -> None:

@@ -10,7 +10,7 @@ for a summary while there are some (`request_summary` in `producer/dispatch.py`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import psycopg
 from sqlalchemy.exc import OperationalError
@@ -20,6 +20,7 @@ from common.database.sessions import session_scope, sql
 from common.database.versions import AGGREGATION_LOCK, OLDEST_VERSION, Part, refuse_older
 from common.ledger.retention import frozen_before
 from common.observability import metrics
+from common.timestamps import END, FIRST
 
 #: Marks taken per transaction.
 BATCH = 5000
@@ -66,12 +67,17 @@ ON CONFLICT (location_id, pipeline_id, hour) DO UPDATE SET
 """
 
 
+DAY = timedelta(days=1)
+
 #: Takes marks, and reads the oldest version of an aggregator that may. After taking the lock: a migration holds it from
 #: before it writes the oldest versions until it commits, so what is read here holds until this transaction has ended.
+#: NULL for an hour that no camera can have seen: an earlier version marked such hours, also years that no calendar of
+#: Python reaches. They are in no summary.
 _TAKE = f"""
 DELETE FROM dirty_marks
 WHERE id IN (SELECT id FROM dirty_marks ORDER BY id LIMIT :limit)
-RETURNING location_id, pipeline_id, hour, ({OLDEST_VERSION}) AS oldest_version
+RETURNING location_id, pipeline_id, CASE WHEN hour >= :first AND hour < :end THEN hour END AS hour,
+    ({OLDEST_VERSION}) AS oldest_version
 """  # noqa: S608 - constants
 
 
@@ -101,13 +107,19 @@ def summarize_batch(session: Session, limit: int) -> tuple[int, int]:
     """
     # A statement of its own: under READ COMMITTED the next one sees all that was committed before we got the lock.
     session.execute(sql("SELECT pg_advisory_xact_lock(:key)"), {"key": AGGREGATION_LOCK})
-    marks = session.execute(sql(_TAKE), {"limit": limit, "part": Part.AGGREGATOR.value}).all()
+    # A day on either side, for the hours of all zones.
+    bounds = {"first": FIRST - DAY, "end": END + DAY}
+    marks = session.execute(sql(_TAKE), {"limit": limit, "part": Part.AGGREGATOR.value, **bounds}).all()
     if marks:
         refuse_older(marks[0].oldest_version, Part.AGGREGATOR)
     frozen = frozen_before(session)
     hours = sorted(
         # The faces of purged hours are gone: a recompute would set their sums to 0.
-        {(mark.location_id, mark.pipeline_id, mark.hour) for mark in marks if frozen is None or mark.hour >= frozen}
+        {
+            (mark.location_id, mark.pipeline_id, mark.hour)
+            for mark in marks
+            if mark.hour is not None and (frozen is None or mark.hour >= frozen)
+        }
     )
     if hours:
         recompute(session, hours)

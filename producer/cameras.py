@@ -16,7 +16,7 @@ from common.catalog.schedule import Poll, PollLostError
 from common.database.partitions import ensure_partitions
 from common.database.sessions import engine, session_scope, transact
 from common.database.tables import Camera, Location, Pipeline
-from common.domain import Lane, MaskwatchError, ObjectInfo, TimeRange
+from common.domain import Lane, MaskwatchError, ObjectInfo, TimeRange, first_line
 from common.observability.logs import get_logger
 from common.settings import Settings
 from common.storage.opening import open_source
@@ -79,11 +79,13 @@ def poll_camera(camera_id: int, settings: Settings) -> int | None:
         return _enqueue_new(poll, settings)
     except PollLostError as error:
         log.warning(str(error))
-    except MaskwatchError as error:
-        log.error("a camera's poll failed, and is tried again", camera=camera_id, detail=str(error))
+    except Exception as error:
+        known = isinstance(error, MaskwatchError)
+        problem = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+        log.error("a camera's poll failed, and is tried again", camera=camera_id, detail=problem, exc_info=not known)
         try:
             with session_scope() as session:
-                schedule.fail_poll(session, poll, str(error))
+                schedule.fail_poll(session, poll, problem)
         except PollLostError:
             pass
     return None

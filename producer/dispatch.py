@@ -29,6 +29,7 @@ from common.messaging.queues import (
 from common.observability import metrics
 from common.observability.logs import get_logger
 from common.settings import Settings
+from producer.steps import run_steps
 
 log = get_logger(__name__)
 
@@ -59,9 +60,20 @@ def dispatch(settings: Settings) -> int:
         waiting = {lane: queue_length(client, Queue.MEDIA, lane) for lane in Lane}
     if all(length >= settings.dispatch.queue_cap for length in waiting.values()):
         return 0
+
+    def wake() -> int:
+        with session_scope() as session:
+            return ledger.wake_retries(session, limit=WOKEN_AT_ONCE)
+
+    def send_pending() -> int:
+        return _send_pending(settings, epoch, waiting)
+
     # Each in a transaction of its own: one that moves a job twice would lock the media object after the job.
-    with session_scope() as session:
-        ledger.wake_retries(session, limit=WOKEN_AT_ONCE)
+    return run_steps("dispatch", {"wake": wake, "send": send_pending})["send"]
+
+
+def _send_pending(settings: Settings, epoch: str, waiting: Mapping[Lane, int]) -> int:
+    """pending → queued for what there is room for, then publish it; returns how many jobs were sent."""
     with session_scope() as session:
         tick = _Tick(session, settings, epoch, waiting)
         recalled = tick.recall()
@@ -208,30 +220,46 @@ def group(jobs: Iterable[DispatchedJob], size: int) -> Iterator[list[JobRef]]:
 def reconcile(settings: Settings) -> dict[str, int]:
     """Recover what got lost: expired leases, messages of a Redis that was wiped, overdue messages. Begins the epoch
     of a new Redis, moves faces that wait for their partition, and deletes camera slots that ended long ago. Returns
-    how many were found, by kind."""
+    how many were found, by kind. Raises `TickFailedError` if a step failed, after the others were done."""
     limits = settings.ledger
+
+    def expired_leases() -> int:
+        with session_scope() as session:
+            found = ledger.recover_expired(session, max_lost_leases=limits.max_lost_leases)
+        metrics.count(metrics.LEASE_LOSSES, found, cause="expired")
+        return found
+
+    def refused() -> int:
+        with session_scope() as session:
+            return ledger.recover_refused(session, policy=limits.pause_policy, max_attempts=limits.max_attempts)
+
+    def lost_messages() -> int:
+        with redis_client() as client:
+            epoch = ensure_epoch(client)
+            empty = [lane for lane in Lane if not queue_length(client, Queue.MEDIA, lane)]
+        with session_scope() as session:
+            found = ledger.recover_queued(
+                session,
+                epoch=epoch,
+                overdue_seconds=limits.overdue_seconds,
+                empty_lanes=empty,
+                lost_seconds=limits.lost_seconds,
+            )
+        metrics.count(metrics.LOST_MESSAGES, found)
+        return found
+
+    def partitions() -> int:
+        return len(split_default(engine()))
+
+    def old_slots() -> int:
+        with session_scope() as session:
+            return schedule.prune_slots(session)
+
     # First what needs no Redis, so that expired leases are recovered while Redis is down.
-    with session_scope() as session:
-        found = {"expired_leases": ledger.recover_expired(session, max_lost_leases=limits.max_lost_leases)}
-        found["refused"] = ledger.recover_refused(session, policy=limits.pause_policy, max_attempts=limits.max_attempts)
-    with redis_client() as client:
-        epoch = ensure_epoch(client)
-        empty = [lane for lane in Lane if not queue_length(client, Queue.MEDIA, lane)]
-    with session_scope() as session:
-        found["lost_messages"] = ledger.recover_queued(
-            session,
-            epoch=epoch,
-            overdue_seconds=limits.overdue_seconds,
-            empty_lanes=empty,
-            lost_seconds=limits.lost_seconds,
-        )
-    metrics.count(metrics.LEASE_LOSSES, found["expired_leases"], cause="expired")
-    metrics.count(metrics.LOST_MESSAGES, found["lost_messages"])
-    found["partitions"] = len(split_default(engine()))
-    if any(found.values()):
+    steps = (expired_leases, refused, lost_messages, partitions, old_slots)
+    found = run_steps("reconcile", {step.__name__: step for step in steps})
+    if any(count for name, count in found.items() if name != "old_slots"):
         log.warning("reconciled", **found)
-    with session_scope() as session:
-        schedule.prune_slots(session)
     return found
 
 

@@ -16,9 +16,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from common import ledger
+from common.catalog import schedule
 from common.database.sessions import session_scope
 from common.domain import ACTIVE_STATES, JobState, Lane, MaskwatchError, first_line
-from common.ledger import circuit_breaker
+from common.ledger import circuit_breaker, failing_steps
 from common.messaging.queues import PRIORITIES, Queue, queue_length, redis_client
 from common.observability.logs import get_logger
 from common.observability.metrics import LANES
@@ -43,6 +44,9 @@ GAUGES = {
     "maskwatch_oldest_pending_seconds": "Age of the oldest job that may be sent and has not been; 0 if there is none.",
     "maskwatch_summary_lag_seconds": "Age of the oldest hour that waits to be summarized; 0 if there is none.",
     "maskwatch_paused_sources": "Sources that are paused because they refused every request.",
+    "maskwatch_failing_steps": "Steps of the producer's ticks that failed when they were last tried; maskwatch status"
+    " names them.",
+    "maskwatch_camera_problems": "Cameras whose last poll failed; maskwatch cameras list names them.",
     "maskwatch_queue_messages": "Messages that wait in Redis.",
 }
 
@@ -74,6 +78,8 @@ def _from_ledger() -> list[GaugeMetricFamily]:
             waiting = ledger.waiting(session, limit=COUNT_LIMIT)
             lag = ledger.summary_lag(session)
             paused = len(circuit_breaker.list_paused(session))
+            failing = len(failing_steps.list_all(session))
+            cameras = schedule.count_problems(session)
     except (MaskwatchError, SQLAlchemyError) as error:
         log.warning("the ledger could not be read for metrics", detail=first_line(error))
         return [_gauge("maskwatch_ledger_up", 0)]
@@ -85,6 +91,8 @@ def _from_ledger() -> list[GaugeMetricFamily]:
         _by("maskwatch_oldest_pending_seconds", ("lane",), {(LANES[lane],): age for lane, age in oldest.items()}),
         _gauge("maskwatch_summary_lag_seconds", lag),
         _gauge("maskwatch_paused_sources", paused),
+        _gauge("maskwatch_failing_steps", failing),
+        _gauge("maskwatch_camera_problems", cameras),
     ]
 
 

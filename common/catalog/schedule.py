@@ -19,7 +19,7 @@ from croniter import CroniterError, croniter
 from sqlalchemy import CursorResult, text
 from sqlalchemy.orm import Session
 
-from common.domain import MaskwatchError
+from common.domain import MaskwatchError, first_line
 from common.timestamps import zone
 
 #: Most slots noted per camera and tick: after a long outage, noting all of them takes a few ticks.
@@ -114,15 +114,20 @@ def note_slots(session: Session) -> int:
     noted = 0
     for row in cameras:
         after = row.last or row.scheduled_since - timedelta(microseconds=1)
-        due = slots(
-            row.every_seconds,
-            row.cron,
-            since=row.scheduled_since,
-            after=after,
-            until=row.now,
-            where=zone(row.time_zone),
-        )
-        new = list(islice(due, SLOTS_AT_ONCE))
+        try:
+            due = slots(
+                row.every_seconds,
+                row.cron,
+                since=row.scheduled_since,
+                after=after,
+                until=row.now,
+                where=zone(row.time_zone),
+            )
+            new = list(islice(due, SLOTS_AT_ONCE))
+        except (MaskwatchError, CroniterError, ValueError, ArithmeticError) as error:
+            # Another version may have stored a schedule or a zone that this one can't read. Other cameras go on.
+            _note_problem(session, row.id, f"its schedule can't be read: {first_line(error)}")
+            continue
         if new:
             noted += len(
                 session.execute(
@@ -138,6 +143,13 @@ def note_slots(session: Session) -> int:
                 ).all()
             )
     return noted
+
+
+def _note_problem(session: Session, camera_id: int, problem: str) -> None:
+    session.execute(
+        text("UPDATE cameras SET problem = :problem WHERE id = :id AND problem IS DISTINCT FROM :problem"),
+        {"id": camera_id, "problem": problem},
+    )
 
 
 #: A camera's slots end in their order, so the oldest are deleted first; a camera whose oldest slot is kept is skipped.
@@ -285,6 +297,20 @@ def _held(session: Session, poll: Poll, assignments: str, parameters: dict[str, 
     ).first()
     if row is None:
         raise PollLostError(f"this process no longer holds the poll of camera {poll.camera_id}")
+
+
+_PROBLEMS = """
+SELECT count(*)
+FROM cameras
+WHERE problem IS NOT NULL
+  AND disabled_at IS NULL
+  AND removed_at IS NULL
+"""
+
+
+def count_problems(session: Session) -> int:
+    """How many cameras could not be polled when it was last tried."""
+    return session.scalar(text(_PROBLEMS)) or 0
 
 
 def newest_known(session: Session, camera_id: int, bucket: str) -> tuple[str, datetime] | None:

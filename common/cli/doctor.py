@@ -13,11 +13,13 @@ import click
 from redis.exceptions import NoPermissionError, RedisError
 
 from common import __version__
+from common.catalog import schedule
 from common.cli.parts.console import json_option, print_json, print_table
 from common.cli.parts.deployment import deployment, has_aws_configuration, uses_embedded_stack
 from common.database import versions
 from common.database.sessions import address, schema_revision, session_scope
 from common.domain import MaskwatchError, ModelRef
+from common.ledger import failing_steps
 from common.machine import (
     RUNTIMES,
     gpu_names,
@@ -67,6 +69,7 @@ def _examine() -> list[Check]:
         with deployment() as used:
             found.append(("database reachable, migrated", True, ""))
             found.append(_examine_versions())
+            found.append(_examine_ticks())
             found += _examine_broker(used, embedded)
     except MaskwatchError as error:
         found.append(("database reachable, migrated", False, str(error)))
@@ -91,6 +94,16 @@ def _examine_versions() -> Check:
     named = ", ".join(f"{part} {version}" for part, version in oldest.items())
     detail = f"this is {__version__}; schema {revision} needs at least: {named}"
     return ("versions", not outdated, detail + (f"; too old here: {', '.join(outdated)}" if outdated else ""))
+
+
+def _examine_ticks() -> Check:
+    """Whether the steps of the producer's ticks succeed, and the polls of all cameras."""
+    with session_scope() as session:
+        failing, cameras = failing_steps.list_all(session), schedule.count_problems(session)
+    problems = [f"{step.tick}/{step.step}: {step.detail}" for step in failing]
+    if cameras:
+        problems.append(f"{cameras} camera(s) could not be polled: maskwatch cameras list says why")
+    return ("ticks of the producer", not problems, "; ".join(problems))
 
 
 def _examine_broker(settings: Settings, embedded: bool) -> list[Check]:

@@ -9,12 +9,14 @@ from dataclasses import asdict
 import click
 
 from common import __version__, ledger
+from common.catalog import schedule
 from common.cli.parts.console import json_option, note, print_json, print_table
 from common.cli.parts.deployment import deployment
 from common.database import versions
 from common.database.sessions import schema_revision, session_scope
 from common.domain import JobState, MaskwatchError
 from common.ledger import circuit_breaker as pauses
+from common.ledger import failing_steps
 from common.messaging.queues import BrokerDownError, Queue, queue_length, redis_client
 
 
@@ -48,6 +50,8 @@ def _show_status(as_json: bool) -> None:
             states = ledger.counts_by_state(session)
             dirty = ledger.unsummarized(session)
             paused = pauses.list_paused(session)
+            failing = failing_steps.list_all(session)
+            cameras = schedule.count_problems(session)
         problem = None
         queues: dict[str, int] = {}
         try:
@@ -62,6 +66,8 @@ def _show_status(as_json: bool) -> None:
                 "queues": queues,
                 "unsummarized": dirty,
                 "paused_sources": [asdict(source) for source in paused],
+                "failing_steps": [asdict(step) for step in failing],
+                "camera_problems": cameras,
                 "problem": problem,
                 "version": __version__,
                 "schema": schema,
@@ -69,8 +75,18 @@ def _show_status(as_json: bool) -> None:
         )
     else:
         _print_status(states, queues, dirty, paused)
+        _print_problems(failing, cameras)
     if problem:
         raise MaskwatchError(problem)
+
+
+def _print_problems(failing: Sequence[failing_steps.FailingStep], cameras: int) -> None:
+    for step in failing:
+        note(f"{step.tick}: the step {step.step} has failed since {step.since:%Y-%m-%d %H:%M} UTC: {step.detail}")
+    if failing:
+        note("  the producer's log has more; a step is forgotten once it succeeds")
+    if cameras:
+        note(f"{cameras} camera(s) could not be polled: maskwatch cameras list says why")
 
 
 def _print_status(

@@ -41,6 +41,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "operator_action_jobs": ("SELECT", "INSERT"),
         "purges": ("SELECT",),
         "erased_objects": ("SELECT",),
+        "failing_steps": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     },
     # Does jobs, and registers the new version of an object that was replaced.
     "maskwatch_worker": {
@@ -93,6 +94,7 @@ RIGHTS: Mapping[str, Mapping[str, Sequence[str]]] = {
                 "operator_action_jobs",
                 "purges",
                 "oldest_versions",
+                "failing_steps",
             ),
             ("SELECT",),
         ),

@@ -471,6 +471,20 @@ class FaceRow(Base):
     track_id: Mapped[int | None]
 
 
+class FailingStep(Base):
+    """A step of a producer's tick that failed when it was last tried."""
+
+    __tablename__ = "failing_steps"
+    __table_args__ = (PrimaryKeyConstraint("tick", "step"),)
+
+    tick: Mapped[str]
+    step: Mapped[str]
+    detail: Mapped[str]
+    since: Mapped[datetime] = _created_at()
+    last_at: Mapped[datetime] = _created_at()
+    times: Mapped[int] = mapped_column(BigInteger, server_default=text("1"))
+
+
 class DirtyMark(Base):
     """This hour of this location and pipeline must be summarized again. Append-only: see DESIGN, Summaries."""
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from common import ledger
@@ -22,6 +21,7 @@ from common.messaging.queues import Queue, decode_refs, list_of, queue_length, r
 from common.settings import Settings
 from producer import dispatch as dispatching
 from producer.dispatch import dispatch, reconcile
+from producer.steps import TickFailedError
 from tests.ledger_rows import NOON, claim, planned, register, register_many, rows, scalar, take
 from tests.mutants import Rewrite, planted
 from workers.jobs.recording import record_image
@@ -481,7 +481,7 @@ def test_waking_and_sending_are_two_transactions(session: Session, configure: Ca
     register_many(session, 3)
     session.execute(text("UPDATE jobs SET state = 'retry_wait', next_run_at = now()"))
     session.commit()
-    with pytest.raises(DBAPIError, match="division by zero"), planted(FAILING_TAKE):
+    with pytest.raises(TickFailedError, match="division by zero"), planted(FAILING_TAKE):
         dispatch(settings)
     assert rows(session, "SELECT DISTINCT state FROM jobs") == [("pending",)]
 

@@ -8,7 +8,7 @@ from tests.chaos.experiments import EXPERIMENTS
 from tests.chaos.harness import Scale, open_lab
 
 #: What `make test` has time for; `make chaos` runs the others, too.
-QUICK = ("kill-9", "forged-messages")
+QUICK = ("forged-messages",)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch: pytest.MonkeyP
     assert any("frames/s" in line for line in gpu.lines(result))
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize(("size", "gflop"), [((640, 480), 66.4), ((1000, 562), 124.2)])
 def test_the_work_of_resnet50_is_what_the_literature_says(size: tuple[int, int], gflop: float) -> None:
     """Counted on shapes alone, without a calculation."""

@@ -154,6 +154,7 @@ def test_mobilenet_finds_what_fdet_finds(
     compare_with_fdet("RetinaFace-mobilenet", ours, theirs, scenes, report, at_least=150)
 
 
+@pytest.mark.bench
 def test_resnet50_of_random_weights_finds_what_fdet_finds(cache: Path, report: Report) -> None:
     contents = {RESNET50_FILE: saved(random_retinaface("resnet50").state_dict(), prefix="")}
     ours = unscaled(put_in_cache(cache, "retinaface-resnet50", contents), 0.8)

@@ -22,6 +22,7 @@ HELD_OUT = ROOT / "workers" / "classification" / "weights" / "held_out.txt"
 
 pytestmark = [
     pytest.mark.data,
+    pytest.mark.bench,
     pytest.mark.skipif(
         not (DATA / "faces").is_dir() or not (DATA / "scenes_train").is_dir(),
         reason=f"no faces at {DATA}: set MASKWATCH_TEST_DATA to the folder that holds faces/ and scenes_train/",

@@ -294,6 +294,7 @@ def test_the_cpu_pipeline_does_not_import_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.bench
 @pytest.mark.data
 def test_the_same_faces_on_the_test_scenes(data_dir: Path, analyzer: DeviceAnalyzer) -> None:
     """Both ways in single precision on the CPU. OpenCV's rounding moves a box by a pixel here and there, and the

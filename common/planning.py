@@ -16,6 +16,15 @@ from common.timestamps import END, FIRST, LocalTimeError, TimePattern, is_ahead,
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff"})
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mts", "gif"})
 
+#: Folders that network storage and desktops put beside footage: thumbnails, recycle bins, snapshots, resource forks. Of
+#: Synology, QNAP, Windows, macOS and the desktops of freedesktop.org.
+LITTER = frozenset(
+    {
+        "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler",
+        "system volume information", ".trash", ".trashes", ".thumbnails", "__macosx", ".appledouble", "lost+found",
+    }
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedObject:
@@ -34,8 +43,12 @@ class PlannedObject:
 
 
 def media_kind(key: str) -> MediaKind | None:
-    """The kind of an object, by its suffix; None if Maskwatch does not analyse it."""
-    suffix = key.rpartition(".")[2].lower() if "." in key.rpartition("/")[2] else ""
+    """The kind of an object, by its suffix; None if Maskwatch does not analyse it, or it is `LITTER`."""
+    folders, _, name = key.rpartition("/")
+    # "._name.jpg" is the resource fork of "name.jpg".
+    if name.startswith("._") or not LITTER.isdisjoint(folders.lower().split("/")):
+        return None
+    suffix = name.rpartition(".")[2].lower() if "." in name else ""
     if suffix in IMAGE_SUFFIXES:
         return MediaKind.IMAGE
     return MediaKind.VIDEO if suffix in VIDEO_SUFFIXES else None

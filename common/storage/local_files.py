@@ -9,7 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.domain import MaskwatchError, ObjectInfo, PermanentJobError, Reason, TransientJobError, first_line
+from common.observability.logs import get_logger
 from common.storage.store import FILE_BUCKET, check, check_etag, whole
+
+log = get_logger(__name__)
 
 
 class FileStore:
@@ -48,18 +51,21 @@ class FileStore:
         stack = [root]
         while stack:
             path = stack.pop()
-            # Links to folders are not followed: they may lead back up.
-            if path.is_dir() and (path == root or not path.is_symlink()):
-                try:
+            try:
+                # Links to folders are not followed: they may lead back up.
+                if path.is_dir() and (path == root or not path.is_symlink()):
                     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-                except FileNotFoundError:
-                    continue  # deleted during the listing
-                except OSError as error:
+                    entries.sort(key=_sorted_by, reverse=True)
+                    stack += entries
+                elif path.is_file():
+                    yield path
+            except FileNotFoundError:
+                continue  # deleted during the listing
+            except OSError as error:
+                if path == root:
                     raise MaskwatchError(f"may not list {path}: {first_line(error)}") from error
-                entries.sort(key=lambda entry: f"{entry}/" if entry.is_dir() else str(entry), reverse=True)
-                stack += entries
-            elif path.is_file():
-                yield path
+                # It costs itself only: the rest of the source is listed.
+                log.warning("can't be listed and is left out", path=str(path), detail=first_line(error))
 
     def stat(self, key: str) -> ObjectInfo:
         with _file_errors(key):
@@ -87,6 +93,14 @@ class FileStore:
         except (OverflowError, ValueError, OSError):
             modified = _NO_DATE
         return ObjectInfo(FILE_BUCKET, key, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", stat.st_size, modified)
+
+
+def _sorted_by(path: Path) -> str:
+    """What a key below this path begins with."""
+    try:
+        return f"{path}/" if path.is_dir() else str(path)
+    except OSError:
+        return str(path)  # its own turn says what is wrong with it
 
 
 #: Stands for a time that no calendar of Python reaches. It is no time for footage either.

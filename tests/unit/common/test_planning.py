@@ -98,6 +98,14 @@ def test_clocks_set_forward_skip_an_hour() -> None:
         ("notes.txt", None),
         ("a.jpg/readme", None),
         ("jpg", None),
+        ("nas/@eaDir/gate.jpg/SYNOPHOTO_THUMB_M.jpg", None),
+        ("#recycle/old.jpg", None),
+        ("$RECYCLE.BIN/S-1-5/a.mp4", None),
+        ("usb/System Volume Information/a.jpg", None),
+        ("dcim/._a.jpg", None),
+        ("__MACOSX/dcim/a.jpg", None),
+        ("recycle/a.jpg", MediaKind.IMAGE),
+        ("._/a.jpg", MediaKind.IMAGE),
     ],
 )
 def test_media_kinds(key: str, kind: MediaKind | None) -> None:

@@ -23,6 +23,30 @@ def key(path: Path) -> str:
     return str(path).removeprefix("/")
 
 
+@pytest.mark.parametrize("failing", ["iterdir", "is_dir"])
+def test_a_folder_that_may_not_be_listed_costs_itself_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str
+) -> None:
+    """A fault is injected, because root may list every folder."""
+    for name in ("a/1.jpg", "closed/2.jpg", "z/3.jpg", "closed.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    original = getattr(Path, failing)
+
+    def refused(path: Path) -> object:
+        if path == tmp_path / "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, failing, refused)
+    found = [info.key for page in FileStore().list_pages(key(tmp_path)) for info in page]
+    assert found == [key(tmp_path / name) for name in ("a/1.jpg", "closed.jpg", "z/3.jpg")]
+    assert str(tmp_path / "closed") in capsys.readouterr().err
+    if failing == "iterdir":
+        with pytest.raises(MaskwatchError, match=r"may not list .*closed: Permission denied"):
+            list(FileStore().list_pages(key(tmp_path / "closed")))
+
+
 def test_listing_is_in_key_order_paged_and_resumable(tmp_path: Path) -> None:
     names = ["a/1.jpg", "a.jpg", "a-b.jpg", "b/c/2.jpg", "z.jpg"]
     for name in names:

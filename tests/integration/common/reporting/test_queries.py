@@ -190,3 +190,31 @@ def test_empty_database(session: Session) -> None:
     assert coverage(session) == {}
     with pytest.raises(MaskwatchError, match="known: none yet"):
         compliance(session, "lobby", Period.DAY)
+
+
+# --- what the views read ---
+
+
+def reads(session: Session, query: str) -> str:
+    session.rollback()
+    return "\n".join(row[0] for row in session.execute(text(f"EXPLAIN {query}")))
+
+
+@pytest.mark.parametrize("view", ["compliance_by_hour", "compliance_by_day"])
+def test_footage_counts_are_read_where_coverage_is_asked_for(filled: Archive, view: str) -> None:
+    columns = "location, frames, faces, compliance_rate, rate_low, rate_high"
+    assert "frame_counts" not in reads(filled.session, f"SELECT {columns} FROM {view} WHERE location = 'lobby'")
+
+
+def test_the_same_check_sees_them_where_it_is(filled: Archive) -> None:
+    assert "frame_counts" in reads(filled.session, "SELECT coverage FROM compliance_by_hour WHERE location = 'lobby'")
+
+
+def test_a_bound_stays_within_0_and_1(filled: Archive) -> None:
+    query = (
+        "SELECT min(compliance_bound(s, n, sign)), max(compliance_bound(s, n, sign))"
+        " FROM generate_series(1, 400) AS n CROSS JOIN LATERAL generate_series(0, n) AS s,"
+        " unnest(ARRAY[-1, 1]) AS sign WHERE s IN (0, 1, n - 1, n)"
+    )
+    lowest, highest = filled.session.execute(text(query)).one()
+    assert 0 <= lowest < 0.001 and 0.999 < highest <= 1

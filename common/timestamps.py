@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from itertools import takewhile
 from zoneinfo import ZoneInfo, available_timezones
 
 from common.domain import MaskwatchError, ObservedAt, ObservedAtSource, PermanentJobError, Reason
@@ -76,32 +75,42 @@ class TimePattern:
         except ValueError:
             return None  # matches but is no time: month 13, 30 February
 
-    def key_before(self, key: str, local: datetime) -> str | None:
-        """A key that sorts before all keys of this time or later, in a source whose keys are like this one; None if its
-        keys don't sort by time."""
-        before_date, _, _ = self.pattern.partition("%")
+    def key_before(self, key: str, local: datetime, prefix: str) -> str | None:
+        """A key that sorts before all keys of this time or later below `prefix`, in a source whose keys are like this
+        one; None if its keys can't be relied on to sort by time.
+
+        The key is put together from what all of them share: the prefix, the pattern's literal text, and the time. It
+        ends with the last unit of time before something that differs between keys of one time, such as `*`.
+        """
         found = self._regex.search(key)
-        if found is None or "*" in before_date:
-            return None
-        # From the largest unit to the smallest, as far as the key goes in that order, each in its full width.
-        names = sorted(self._regex.groupindex, key=lambda name: found.start(name))
-        ordered = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], zip(names, "YmdHMSf", strict=False))]
-        if len(ordered) < 3:
-            return None
-        start, result = 0, ""
-        for name in ordered:
-            text = local.strftime(f"%{name}")
-            if len(found[name]) != len(text):
-                return None
-            result += key[start : found.start(name)] + text
-            start = found.end(name)
-        return result
+        if found is None or found.start() > len(prefix) or "z" in found.groupdict():
+            return None  # folders before the pattern, and offsets, may differ
+        result, between = "", key[: found.start()] + ("/" if found.start() else "")
+        units, known = "YmdHMSf", 0
+        for token in _tokens(self.pattern.removeprefix("/")):
+            name = token.removeprefix("%")
+            if token == "%%" or not token.startswith(("%", "*")):
+                between += name
+            elif token == "*" or name not in units[: known + 1]:
+                break
+            else:
+                text = local.strftime(token)
+                if len(found[name]) != len(text):
+                    break  # numbers without zeros in front
+                result, between = result + between + text, ""
+                known = max(known, units.index(name) + 1)
+        return result if known >= 3 else None
+
+
+def _tokens(pattern: str) -> list[str]:
+    """A pattern's directives, wildcards and literal text, in their order."""
+    return re.findall(r"%.|\*|[^%*]+|%", pattern, flags=re.DOTALL)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
     regex = ""
     names: list[str] = []
-    for token in re.findall(r"%.|\*|[^%*]+|%", pattern, flags=re.DOTALL):
+    for token in _tokens(pattern):
         if token == "*":
             regex += "[^/]*"
         elif token == "%%":

@@ -126,11 +126,11 @@ def _new_objects(
     after = poll.cursor or ""
     if not poll.is_full_scan and pattern is not None:
         with session_scope() as session:
-            newest = schedule.newest_known(session, camera.id, store.bucket)
+            newest = schedule.newest_known(session, camera.id, store.bucket, prefix)
         if newest is not None:
             key, seen = newest
             since = min(seen, datetime.now(UTC)) - timedelta(seconds=camera.look_back_seconds)
             local = since.astimezone(zone(location.time_zone)).replace(tzinfo=None)
             # In keys, a clock change (of half an hour or an hour) looks like lateness: the look-back covers both.
-            after = max(after, pattern.key_before(key, local) or "")
+            after = max(after, pattern.key_before(key, local, prefix) or "")
     return list_range(store, prefix, after)

@@ -313,8 +313,9 @@ def count_problems(session: Session) -> int:
     return session.scalar(text(_PROBLEMS)) or 0
 
 
-def newest_known(session: Session, camera_id: int, bucket: str) -> tuple[str, datetime] | None:
-    """The key and time of a camera's newest footage, by the times in its keys; None before there is any."""
+def newest_known(session: Session, camera_id: int, bucket: str, prefix: str) -> tuple[str, datetime] | None:
+    """The key and time of a camera's newest footage below a prefix, by the times in its keys; None before there is
+    any."""
     row = session.execute(
         text(
             """
@@ -322,12 +323,13 @@ def newest_known(session: Session, camera_id: int, bucket: str) -> tuple[str, da
             FROM media_objects
             WHERE camera_id = :camera
               AND bucket = :bucket
+              AND starts_with(key, :prefix)
               AND observed_at_source = 'key_pattern'
               AND superseded_at IS NULL
             ORDER BY observed_at DESC
             LIMIT 1
             """
         ),
-        {"camera": camera_id, "bucket": bucket},
+        {"camera": camera_id, "bucket": bucket, "prefix": prefix},
     ).first()
     return None if row is None else (row.key, row.observed_at)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -350,15 +352,57 @@ def test_a_camera_is_changed_disabled_and_removed_and_keeps_its_history(session:
 @pytest.mark.parametrize(
     ("pattern", "name", "before"),
     [
-        ("cam/%Y/%m/%d/%H-%M-%S.jpg", "x/cam/2026/03/02/12-00-00.jpg", "x/cam/2026/03/01/06-30-00"),
+        ("cam/%Y/%m/%d/%H-%M-%S.jpg", "cam/2026/03/02/12-00-00.jpg", "cam/2026/03/01/06-30-00"),
+        ("%Y/%m/%d/%H-%M-%S.jpg", "cam/2026/03/02/12-00-00.jpg", "cam/2026/03/01/06-30-00"),
         ("%Y%m%d-*.jpg", "cam/20260302-7.jpg", "cam/20260301"),
-        ("%d.%m.%Y/%H%M%S.jpg", "02.03.2026/120000.jpg", None),  # does not sort by time
-        ("*/%Y/%m/%d.jpg", "a/2026/03/02.jpg", None),  # what comes before the date differs
-        ("%Y/%m/%d.jpg", "2026/3/2.jpg", None),  # nor do numbers without zeros
+        # What stands between date and time differs: the day is listed from its beginning.
+        ("%Y/%m/%d/*-%H-%M-%S.*", "cam/2026/03/02/snap-12-00-00.jpg", "cam/2026/03/01"),
+        # The date stands there twice.
+        ("%Y/%m/%d/%Y%m%dT%H%M%S.jpg", "cam/2026/03/02/20260302T120000.jpg", "cam/2026/03/01/20260301T063000"),
+        ("%Y-%m-%dT%H%M%S.%f.jpg", "cam/2026-03-02T120000.250.jpg", "cam/2026-03-01T063000"),
+        ("%Y-%m-%d_%I%M%p.jpg", "cam/2026-03-02_0130PM.jpg", "cam/2026-03-01"),
+        ("%d.%m.%Y/%H%M%S.jpg", "cam/02.03.2026/120000.jpg", None),  # does not sort by time
+        ("*/%Y/%m/%d.jpg", "cam/a/2026/03/02.jpg", None),  # what comes before the date differs
+        ("%Y/%m/%d.jpg", "cam/a/2026/03/02.jpg", None),  # so it does here
+        ("%Y/%m/%d.jpg", "cam/2026/3/2.jpg", None),  # numbers without zeros do not sort
+        ("%Y-%m-%dT%H-%M-%S%z.jpg", "cam/2026-03-02T12-00-00Z.jpg", None),  # nor do times of different offsets
     ],
 )
 def test_where_a_poll_begins(pattern: str, name: str, before: str | None) -> None:
-    assert TimePattern(pattern).key_before(name, datetime(2026, 3, 1, 6, 30)) == before
+    assert TimePattern(pattern).key_before(name, datetime(2026, 3, 1, 6, 30), "cam/") == before
+
+
+SORTED = ("%Y/%m/%d/%H%M%S.jpg", "%Y/%m/%d/*_%H%M%S.jpg", "%Y/%m/%d/%Y%m%d/%H%M%S*.jpg", "%Y%m%d/*/%H/%M%S.jpg")
+
+
+@pytest.mark.parametrize("pattern", SORTED)
+def test_no_key_of_that_time_or_later_sorts_before_it(pattern: str) -> None:
+    draw = random.Random(4)
+    begin = datetime(2026, 2, 27, 20)
+    made = {}
+    for minutes in range(0, 3 * 24 * 60, 7):
+        at = begin + timedelta(minutes=minutes)
+        name = re.sub(r"\*", lambda _: f"{draw.randrange(4096):x}", f"{at:{pattern}}")
+        made[f"cam/{name}"] = at
+    newest = max(made, key=made.__getitem__)
+    for since in (begin + timedelta(hours=hours) for hours in range(0, 72, 5)):
+        before = TimePattern(pattern).key_before(newest, since, "cam/")
+        assert before is not None
+        assert not [key for key, at in made.items() if at >= since and key <= before]
+
+
+def test_a_new_source_is_listed_from_its_beginning(session: Session, bucket: Bucket, listed: list[str]) -> None:
+    locate()
+    add(bucket, "--every", "1s", source="/z/")
+    bucket.put("z/" + key(NOW), b"x")
+    wait_until(lambda: tick(get_settings()), what="a slot")
+    assert poll_camera(1, get_settings()) == 1
+    assert maskwatch("cameras", "change", "cam", "--location", "lobby", "--source", f"{bucket.uri}/a/").returncode == 0
+    bucket.put("a/" + key(NOW), b"y")
+    wait_until(lambda: tick(get_settings()), what="the next slot")
+    listed.clear()
+    assert poll_camera(1, get_settings()) == 1, "its keys sort before those of the earlier source"
+    assert listed == [""]
 
 
 def test_footage_that_arrives_is_analysed_on_schedule(

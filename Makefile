@@ -14,10 +14,10 @@ help:  ## Show this help
 demo: $(VENV)/.demo  ## See it work: sample footage through the whole system (minutes, no configuration)
 	$(BIN)/maskwatch demo --out demo-output
 
-# Three test processes on two cores, because most tests wait for other processes. One process per file, because the tests
+# Four test processes on two cores, because most tests wait for other processes. One process per file, because the tests
 # of a file share fixtures that are slow to make. In collection order, because the slow files come first in it.
 test: $(VENV)/.test  ## Run the tests, against a real Postgres, Redis and S3 server
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test  ## Check style and types
 	$(BIN)/ruff check

@@ -27,6 +27,7 @@ from common.messaging.queues import Queue, queue_length, redis_client
 from common.settings import Settings, StorageSettings, get_settings
 from common.storage.opening import open_source
 from producer.dispatch import dispatch, reconcile, request_summary
+from producer.steps import TickFailedError
 from tests.chaos.harness import SMALL, Lab
 from tests.faults import Fault, faulty_s3
 from tests.ledger_rows import claim, face, planned, register, register_many, states, take
@@ -79,7 +80,7 @@ def test_a_full_redis_is_named_and_what_it_refused_is_sent_later(lab: Lab, sessi
     register_many(session, 20)
     reconcile(settings)
     with full(lab.services):
-        with pytest.raises(BrokerDownError, match="maxmemory"):
+        with pytest.raises(TickFailedError, match="maxmemory"):
             dispatch(settings)
         assert states(session)["queued"] > 0, "taken, and not sent: what the reconciler is for"
     with redis_client() as client:

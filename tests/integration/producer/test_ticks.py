@@ -121,7 +121,7 @@ def test_a_face_of_a_time_without_a_month_waits_and_the_others_get_theirs(sessio
     for job in claim(session, send(session)):
         assert job.observed_at is not None
         record_image(session, job, [face()], job.observed_at)
-    session.execute(text("UPDATE faces_default SET observed_at = '0001-01-01 00:00 BC' WHERE id = 1"))
+    session.execute(text("UPDATE faces_default SET observed_at = '0001-01-01 00:00 BC' WHERE job_id = 1"))
     session.commit()
     assert dispatch.reconcile(get_settings())["partitions"] == 1
     assert rows(session, "SELECT tableoid::regclass::text AS of FROM faces ORDER BY 1") == [

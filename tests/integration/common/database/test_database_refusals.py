@@ -123,6 +123,7 @@ def test_tls_is_a_matter_of_the_url() -> None:
 @pytest.mark.parametrize("tries", [3, 1])
 def test_who_waited_in_a_circle_does_it_again(session: Session, tries: int) -> None:
     """Two take two locks, each in another order. With one try, which is the control, one of them is turned away."""
+    engine()  # made here: two threads that need it first would make two
     both = threading.Barrier(2)
     tried: list[int] = []
 

@@ -27,27 +27,31 @@ LIBRARIES = (
 OWN = ("MASKWATCH_", "AWS_", "PYTEST_")
 
 
+#: The environment in which the tests began. (A test may have changed it by the time of the first command.)
+BEFORE = dict(os.environ)
+
+
 @cache
-def _loaded() -> tuple[multiprocessing.context.ForkServerContext, dict[str, str]]:
-    """The context that forks, and the environment in which it began."""
+def _loaded() -> multiprocessing.context.ForkServerContext:
+    """The context that forks a process which has loaded the libraries."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LIBRARIES))
-    return context, dict(os.environ)
+    return context
 
 
 def run(
     arguments: tuple[str, ...], environment: Mapping[str, str], cwd: Path | None, timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Run `maskwatch` with these arguments. Raises `subprocess.TimeoutExpired`."""
-    context, before = _loaded()
-    if any(environment.get(name) != before.get(name) for name in {*environment, *before} if not name.startswith(OWN)):
+    names = {name for name in {*environment, *BEFORE} if not name.startswith(OWN)}
+    if any(environment.get(name) != BEFORE.get(name) for name in names):
         return subprocess.run(
             [sys.executable, "-m", "common.cli", *arguments],
             env=environment, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False,
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "stdout"), Path(folder, "stderr")
-        process = context.Process(target=_command, args=(arguments, dict(environment), cwd or Path.cwd(), files))
+        process = _loaded().Process(target=_command, args=(arguments, dict(environment), cwd or Path.cwd(), files))
         process.start()
         process.join(timeout)
         if process.exitcode is None:

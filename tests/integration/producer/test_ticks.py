@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from common.ledger import failing_steps
 from common.settings import get_settings
 from producer import cameras, dispatch, gauges, steps
 from producer.steps import TickFailedError
-from tests.ledger_rows import NOON, claim, face, planned, register, rows, scalar
+from tests.ledger_rows import claim, face, planned, register, rows, scalar
 from tests.ledger_rows import dispatch as send
 from tests.photos import jpeg, portrait
 from tests.services import Bucket, locate, maskwatch, wait_until
@@ -93,16 +91,14 @@ def test_a_step_that_fails_keeps_no_other_from_its_turn_and_is_seen(
     assert failing_steps.list_all(session) == [], "forgotten once it succeeds"
 
 
-def test_a_tick_in_one_piece_would_stop_at_its_first_failure() -> None:
-    done: list[str] = []
-
-    def fails() -> None:
-        raise ZeroDivisionError("planted")
-
-    with suppress(ZeroDivisionError):
-        for step in (lambda: done.append("first"), fails, lambda: done.append("last")):
-            step()
-    assert done == ["first"]
+def test_steps_that_are_only_called_one_after_the_other_stop_at_a_failure(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "run_steps", lambda _tick, steps: {name: step() for name, step in steps.items()})
+    seen = called(monkeypatch, RECONCILE, "refused")
+    with pytest.raises(ZeroDivisionError):
+        dispatch.reconcile(get_settings())
+    assert seen == ["expired_leases", "refused"]
 
 
 def gauge(name: str) -> float:
@@ -255,9 +251,3 @@ def test_an_unexpected_error_of_a_poll_is_seen_and_the_poll_is_tried_again(
     assert cameras.poll_camera(1, get_settings()) == 1
     assert scalar(session, "SELECT problem FROM cameras") is None
     assert schedule.count_problems(session) == 0
-
-
-def test_now_is_a_time() -> None:
-    from common.timestamps import why_no_time
-
-    assert why_no_time(datetime.now(UTC)) is None and why_no_time(NOON + timedelta(days=1)) is None
